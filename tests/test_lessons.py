@@ -1,0 +1,42 @@
+"""A lesson stands alone: copied into an empty folder it runs with torch and numpy, and imports no other file of the repo."""
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+import train
+
+LESSONS = sorted(train.ROOT.glob("0*_*.py"))
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
+def test_runs_alone_and_its_forms_agree(lesson, tmp_path):
+    shutil.copy(lesson, tmp_path)
+    start = time.perf_counter()
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, lesson.name], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    differences = [float(word) for word in done.stdout.split() if re.fullmatch(r"\d(\.\d+)?e[-+]\d+", word)]
+    assert differences and max(differences) < 1e-9, done.stdout
+    assert time.perf_counter() - start < 30              # ten seconds, on a machine that does nothing else
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
+def test_draws_its_picture(lesson, tmp_path):
+    shutil.copy(lesson, tmp_path)
+    done = subprocess.run([sys.executable, lesson.name, "--plot", "M.png"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "M.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "M.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
+def test_imports_only_torch_and_numpy_at_the_top(lesson):
+    body = ast.parse(lesson.read_text()).body
+    names = [a.name for n in body if isinstance(n, ast.Import) for a in n.names]
+    names += [n.module for n in body if isinstance(n, ast.ImportFrom)]
+    assert {name.split(".")[0] for name in names} <= {"torch", "numpy"} | sys.stdlib_module_names

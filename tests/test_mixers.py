@@ -1,0 +1,79 @@
+"""What every mixer promises, tested for all that the lessons list in MIXERS: list a mixer and it is tested."""
+import pytest
+import torch
+from harness import LENGTHS, MIXERS, check_forms, check_matrix, check_split, floats_in, inputs, make, sees_future
+
+CAUSAL = [name for name in MIXERS if MIXERS[name].causal]
+SEVERAL = [name for name in MIXERS if len(MIXERS[name].forms) > 1]
+
+
+@pytest.mark.parametrize("t", LENGTHS)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_forms_agree_in_values_and_gradients(name, t):
+    check_forms(make(name), t)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_forms_agree_in_float32(name):
+    check_forms(make(name, torch.float32), 65, tolerance=1e-4, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("t, s, u", [(7, 3, 5), (140, 65, 130), (70, 1, 66)])
+def test_prefill_and_step_continue(name, t, s, u):
+    check_split(make(name), t, s, u)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_only_what_is_called_causal_is(name):
+    mixer = make(name)
+    for form in mixer.forms:
+        if form != "triton":
+            assert sees_future(mixer, form) != mixer.causal, form
+
+
+@pytest.mark.parametrize("t", (1, 7, 70))
+@pytest.mark.parametrize("name", MIXERS)
+def test_matrix_is_what_mixes(name, t):
+    check_matrix(make(name), t)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_state_is_as_large_as_said(name):
+    for t in (1, 70, 100):
+        mixer = make(name)
+        x, extras = inputs(mixer, t)
+        with torch.no_grad():
+            kept = floats_in(mixer.prefill(x, **extras)[1]) / len(x)
+        said = mixer.state_size(t)
+        assert kept <= said if name == "ngram" else kept == said, f"{kept} floats kept, {said} said"
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_half_precision_and_autocast(name):
+    mixer = make(name, torch.float32)
+    x, extras = inputs(mixer, 66, dtype=torch.float32)
+    y = mixer(x, **extras)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = mixer(x, **extras)
+        if mixer.causal:
+            first = {k: v[:, :60] for k, v in extras.items()}
+            _, state = mixer.prefill(x[:, :60], **first)
+            y_t, _ = mixer.step(x[:, 60], state, **{k: v[:, 60] for k, v in extras.items()})
+            assert (y_t - y[:, 60]).abs().max() < 0.05 * y.abs().max()
+    half = mixer.to(torch.bfloat16)(x.to(torch.bfloat16), **extras)
+    assert half.dtype == torch.bfloat16
+    for z in (mixed, half):
+        assert (z.float() - y).abs().max() < 0.05 * y.abs().max()
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_misuse_is_refused_by_name(name):
+    mixer = make(name)
+    with pytest.raises(ValueError, match="has no form 'nonsense'.*" + mixer.forms[0]):
+        mixer(inputs(mixer, 5)[0], "nonsense")
+    with pytest.raises(ValueError, match="at least one"):
+        mixer(inputs(mixer, 5)[0][:, :0])
+    if MIXERS[name].__init__.__code__.co_varnames[2:3] == ("n_heads",) and name != "ngram":
+        with pytest.raises(ValueError, match="multiple|divide"):
+            MIXERS[name](30, n_heads=4)

@@ -1,0 +1,86 @@
+"""Tasks: somebody who does it right scores 100%, nobody is told the answer, and the seed decides everything."""
+import pytest
+import torch
+from harness import TASKS
+
+import train
+
+
+def batch(name, seed=0, n=8, **options):
+    ids, targets, *more = TASKS[name](n, generator=torch.Generator().manual_seed(seed), **options)
+    return ids, targets, more[0] if more else {}
+
+
+def induction(ids):
+    """What followed the last occurrence of this token?"""
+    answer = torch.zeros_like(ids)
+    for b, row in enumerate(ids.tolist()):
+        followed = {}
+        for i, token in enumerate(row):
+            if i:
+                followed[row[i - 1]] = token
+            answer[b, i] = followed.get(token, 0)
+    return answer
+
+
+def icll(ids, separator=18):
+    """After the same letters since the last separator, what came before? (The automaton is deterministic.)"""
+    answer = torch.full_like(ids, -1)
+    for b, row in enumerate(ids.tolist()):
+        followed, string = {}, ()
+        for i, token in enumerate(row):
+            if string is not None and i and token != separator:
+                followed[string] = token
+            string = () if token == separator else (*string, token)
+            answer[b, i] = followed.get(string, -1)
+    return answer
+
+
+SOLVERS = {"induction": induction, "icll": icll}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_someone_who_does_it_right_scores_everything(name):
+    ids, targets, extras = batch(name, n=16)
+    answer, asked = SOLVERS[name](ids), targets != -100
+    if "valid" in extras:                        # a solver that knows only part of the automaton: right wherever it knows
+        asked = asked & (answer >= 0)
+        right = extras["valid"].gather(2, answer.clamp(min=0)[..., None])[..., 0]
+    else:
+        right = answer == targets
+    assert asked.sum() > 100 and right[asked].all()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_shapes_and_seeds(name):
+    (ids, targets, extras), again, other = batch(name), batch(name), batch(name, seed=1)
+    assert ids.shape == targets.shape and ids.dtype == targets.dtype == torch.int64
+    assert torch.equal(ids, again[0]) and torch.equal(targets, again[1]) and not torch.equal(ids, other[0])
+    vocab_size = train.options_of(TASKS[name])["vocab_size"]
+    assert 0 <= ids.min() and max(ids.max(), targets.max()) < vocab_size and (targets == -100).any()
+    assert all(value.shape[:2] == ids.shape for value in extras.values())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_answer_is_not_in_the_input_at_its_own_place(name):
+    """A model that repeats its current token must do no better than chance, and later inputs must not be needed."""
+    ids, targets, extras = batch(name, n=64)
+    asked = targets != -100
+    valid = extras["valid"].gather(2, ids[..., None])[..., 0] if "valid" in extras else ids == targets
+    assert valid[asked].float().mean() < 0.3
+
+
+def test_icll_targets_are_valid_and_unpredictable():
+    ids, targets, extras = batch("icll", n=32)
+    asked = targets != -100
+    ways = extras["valid"].sum(-1)[asked]
+    assert extras["valid"].gather(2, targets.clamp(min=0)[..., None])[..., 0][asked].all()
+    assert ways.min() == 1 and ways.max() == 3 and not extras["valid"][..., 18].any()
+    assert 0.9 < asked.float().mean() < 1 and (ids == 18).any(dim=1).float().mean() > 0.9
+
+
+def test_bad_sizes_are_named():
+    with pytest.raises(ValueError, match="length"):
+        batch("induction", length=600, vocab_size=256)
+    with pytest.raises(ValueError, match="vocab_size 4"):
+        batch("icll", vocab_size=4)

