@@ -477,9 +477,30 @@ def schedule(step, args):
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup)))
 
 
+class CrossEntropy(torch.autograd.Function):
+    """-log softmax(logits)[target]: (n, v) and (n,) -> (n,). Its gradient, softmax - 1_target, is made in the memory of
+    the log-softmax: one array of the size of the logits instead of three."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
+        ctx.save_for_backward(log_p, targets)
+        ctx.dtype = logits.dtype
+        return -log_p.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        log_p, targets = ctx.saved_tensors
+        p = log_p.exp_()
+        p.scatter_add_(1, targets[:, None], torch.full_like(p[:, :1], -1))
+        return p.mul_(grad[:, None]).to(ctx.dtype), None
+
+
 def cross_entropy(logits, targets):
-    """Nats for each position (b, t), 0 where nothing is asked."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+    """Nats for each position (b, t); 0 where nothing is asked."""
+    nats = CrossEntropy.apply(logits.flatten(0, 1), targets.flatten().clamp(min=0)).view(targets.shape)
+    return nats.masked_fill(targets == -100, 0.0)
 
 
 def train_step(model, optimizer, batch, args, machine):
@@ -623,7 +644,7 @@ def parse(argv):
     add("--d_model", type=int, default=128, help="width (default %(default)s)")
     add("--n_heads", type=int, default=4, help="default %(default)s")
     add("--mlp", type=float, default=8 / 3, help="SwiGLU width as a multiple of d_model; 0 for none (default 8/3)")
-    add("--steps", type=int, default=1200, help="default %(default)s")
+    add("--steps", type=int, default=1500, help="default %(default)s")
     add("--batch_size", type=int, default=16, help="sequences a step, over all processes (default %(default)s)")
     add("--accumulate", type=int, default=1, help="parts in which a process computes its share (default %(default)s)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")

@@ -148,8 +148,8 @@ def test_ngram_heads_read_equal_rows_as_equal_tokens():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"n_heads": 3}, "multiple of n_heads 3"), ({"n_kv_heads": 3}, "multiple of n_kv_heads 3"), ({"window": 0}, "window 0"),
-    ({"n_heads": 32}, "must be even"), ({"n_heads": 0}, "multiple")])
+    ({"n_heads": 3}, "multiple of n_heads 3"), ({"n_kv_heads": 3}, "multiple of n_kv_heads 3"),
+    ({"window": 0}, "window 0"), ({"n_heads": 32}, "must be even"), ({"n_heads": 0}, "multiple")])
 def test_attention_names_what_does_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         lesson.Attention(32, **options)

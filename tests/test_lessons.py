@@ -1,4 +1,4 @@
-"""A lesson stands alone: copied into an empty folder it runs with torch and numpy, and imports no other file of the repo."""
+"""A lesson stands alone: copied into an empty folder it runs with torch and numpy, and no other file of the repo."""
 import ast
 import os
 import re
@@ -29,7 +29,8 @@ def test_runs_alone_and_its_forms_agree(lesson, tmp_path):
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
 def test_draws_its_picture(lesson, tmp_path):
     shutil.copy(lesson, tmp_path)
-    done = subprocess.run([sys.executable, lesson.name, "--plot", "M.png"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, lesson.name, "--plot", "M.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "M.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "M.png").stat().st_size > 10000
 

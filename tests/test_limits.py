@@ -1,5 +1,4 @@
-"""Where one mixer is a special case of another, across lessons; and the pieces that stand in several lessons are the same."""
-import torch
+"""Where one mixer is a special case of another, across lessons; and what stands in several lessons is the same."""
 from harness import MIXERS, close, inputs, make
 
 

@@ -43,7 +43,7 @@ SOLVERS = {"induction": induction, "icll": icll}
 def test_someone_who_does_it_right_scores_everything(name):
     ids, targets, extras = batch(name, n=16)
     answer, asked = SOLVERS[name](ids), targets != -100
-    if "valid" in extras:                        # a solver that knows only part of the automaton: right wherever it knows
+    if "valid" in extras:            # the solver knows a part of the automaton: right where it knows
         asked = asked & (answer >= 0)
         right = extras["valid"].gather(2, answer.clamp(min=0)[..., None])[..., 0]
     else:

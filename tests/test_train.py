@@ -1,4 +1,4 @@
-"""The training script: it learns, goes on exactly where it stopped, spreads over processes, and refuses bad input in one line."""
+"""The training script: it learns, goes on where it stopped, spreads over processes, refuses bad input in one line."""
 import csv
 import os
 import random
@@ -15,7 +15,8 @@ import torch
 
 import train
 
-SMALL = "--n_layers 1 --d_model 32 --n_heads 2 --context 32 --batch_size 8 --tokenizer byte --n_tokens 5 --warmup 5".split()
+SMALL = """--n_layers 1 --d_model 32 --n_heads 2 --context 32 --batch_size 8 --tokenizer byte --n_tokens 5
+           --warmup 5""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def refusal(argv, capsys):
     return error
 
 
-# ------------------------------------------------------------------------------------------------------------- it learns
+# ------------------------------------------------------------------------------------------------------------ it learns
 
 
 @pytest.mark.parametrize("mixer", ["attention", "window:window=8,attention", "ngram,window"])
@@ -56,7 +57,7 @@ def test_the_loss_falls_on_real_text(mixer, text, tmp_path, capsys):
     curve = losses(tmp_path / "run")
     assert len(curve) == 60 and np.mean(curve[-5:]) < 0.65 * curve[0] and scores["bits_per_byte"] < 4.8
     printed = capsys.readouterr().out
-    assert "bits per byte" in printed and "associative recall" in printed and "tokens/s" in printed and "left" in printed
+    assert all(word in printed for word in ("bits per byte", "associative recall", "tokens/s", "left"))
     for name in ("checkpoint.pt", "config.json", "log.csv", "loss.png", "sample.txt"):
         assert (tmp_path / "run" / name).stat().st_size > 0, name
 
@@ -139,7 +140,7 @@ def test_recall_slice_by_hand(text):
     assert count[0].tolist() == [7, 30, 7, 0, 0, 0, 0, 0]
 
 
-# ----------------------------------------------------------------------------------------------------- resuming, processes
+# -------------------------------------------------------------------------------------------------- resuming, processes
 
 
 def test_resuming_is_exact(text, tmp_path):
@@ -198,7 +199,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     train_py = str(train.ROOT / "train.py")
     subprocess.run([sys.executable, train_py, *flags, "--accumulate", "2", "--out", str(tmp_path / "one")], check=True,
                    capture_output=True)
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
            "--rdzv_endpoint=localhost:0", train_py, *flags, "--device", "cpu", "--out", str(tmp_path / "two")]
     done = subprocess.run(two, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -220,7 +221,7 @@ def test_parameters_may_bring_their_own_learning_rate():
     assert groups[0.01]["params"] == [model.bias] and groups[0.01]["weight_decay"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -230,8 +231,9 @@ def test_parameters_may_bring_their_own_learning_rate():
     ("--d_model 30 --n_heads 4", "30 is not a multiple of n_heads 4"), ("--mixer linformer", "not causal"),
     ("--batch_size 7 --accumulate 2", "7 is not a multiple"), ("--steps 0", "--steps must be at least 1"),
     ("--steps many", "invalid int value"), ("--nonsense 3", "unrecognized arguments"), ("--device cuda:99", "cuda:99"),
-    ("--task induction:length=3", "length"), ("--vocab_size 100", "257"), ("--resume /no/such/run", "has no checkpoint"),
-    ("--sample hello", "there is no run"), ("--out /proc/no/folder", "cannot write"), ("--tokenizer gpt3", "invalid choice")])
+    ("--task induction:length=3", "length"), ("--vocab_size 100", "257"), ("--resume /no/run", "has no checkpoint"),
+    ("--sample hello", "there is no run"), ("--out /proc/no/folder", "cannot write"),
+    ("--tokenizer gpt3", "invalid choice")])
 def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
     assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
 
@@ -312,3 +314,15 @@ def test_the_exit_code_of_the_script_is_2():
     command = [sys.executable, str(train.ROOT / "train.py"), "--mixer", "nothing"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_the_loss_and_its_gradient_are_torchs():
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(3, 7, 11)).requires_grad_()
+    targets = torch.randint(0, 11, (3, 7)).masked_fill(torch.rand(3, 7) < 0.3, -100)
+    weight = torch.rand(3, 7)
+    ours = train.cross_entropy(logits, targets)
+    grad, = torch.autograd.grad((ours * weight).sum(), logits)
+    theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 7)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    assert torch.allclose(grad, torch.autograd.grad((theirs * weight).sum(), logits)[0], atol=1e-6)
