@@ -105,7 +105,7 @@ def check_matrix(mixer, t, tolerance=1e-9):
 def floats_in(state):
     """How many floating-point numbers a state holds, however it is put together."""
     if torch.is_tensor(state):
-        return state.numel() if state.is_floating_point() or state.is_complex() else 0
+        return state.numel() * (2 if state.is_complex() else state.is_floating_point())
     if isinstance(state, dict):
         return sum(map(floats_in, state.values())) + len(state)      # a count for each n-gram
     return sum(map(floats_in, state)) if isinstance(state, (list, tuple)) else 0

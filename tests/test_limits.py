@@ -1,4 +1,8 @@
 """Where one mixer is a special case of another, across lessons; and what stands in several lessons is the same."""
+import importlib
+import inspect
+
+import torch
 from harness import MIXERS, close, inputs, make
 
 
@@ -15,3 +19,113 @@ def test_a_window_as_long_as_the_text_is_full_attention():
     for form in full.forms:
         close(window(x, form), full(x, form), 1e-12, form)
     assert (window(*inputs(full, 60)[:1]) - full(*inputs(full, 60)[:1])).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------- within lesson 02
+
+linear = importlib.import_module("02_linear_attention")
+
+
+def random_qkv(t=70, d=8, e=6, h=2):
+    torch.manual_seed(0)
+    return [torch.randn(2, h, t, n, dtype=torch.float64) for n in (d, d, e)]
+
+
+def test_gla_with_a_constant_gate_is_retnets_core():
+    q, k, v = random_qkv()
+    gamma = (1 - 2.0 ** (-5 - torch.arange(2, dtype=torch.float64))).log()[None, :, None, None]
+    for form in (linear.parallel, linear.chunked, linear.recurrent):
+        vector, _ = form(q, k, v, gamma.expand(2, 2, 70, 8))
+        scalar, _ = form(q, k, v, gamma)
+        close(vector, scalar, 1e-11, "a constant vector gate and RetNet's decay")
+
+
+def test_retnet_is_the_decayed_sum_of_its_paper():
+    mixer = make("retnet")
+    x, _ = inputs(mixer, 20)
+    lag = torch.arange(20)[:, None] - torch.arange(20)
+    D = mixer.g.exp() ** lag * (lag >= 0)
+    q, k, _, _, _ = mixer.inputs(x)
+    close(mixer.matrix(x), (q @ k.mT) * D, 1e-11, "(Q K^T) * D")
+
+
+def test_gateloop_with_real_gates_is_the_scalar_decay():
+    q, k, v = random_qkv(d=1, e=1, h=8)
+    g = -torch.rand(2, 8, 70, 1, dtype=torch.float64)
+    as_complex = [x.to(torch.complex128) for x in (q, k, v, g)]
+    for form in (linear.parallel, linear.chunked, linear.recurrent, linear.scanned):
+        close(form(*as_complex)[0].real, form(q, k, v, g)[0], 1e-11, "real gates")
+        assert form(*as_complex)[0].imag.abs().max() < 1e-12
+
+
+def test_mamba2_is_a_scalar_decay_with_its_own_inputs():
+    """y = sum over s of C_t . B_s dt_s e^{-A (dt_{s+1} + ... + dt_t)} x_s + D x_t, written out."""
+    mixer = make("mamba2")
+    x, _ = inputs(mixer, 30)
+    xbc, _ = mixer.conv(mixer.xbc(x), mixer.init_carry(2))
+    v, B, C = xbc.split([64, 64, 64], dim=-1)
+    dt = torch.nn.functional.softplus(mixer.dt(x) + mixer.dt_bias)                   # (b, t, h)
+    since = (-dt * mixer.A_log.exp()).cumsum(1)
+    L = (since[:, :, None] - since[:, None]).exp() * torch.ones(30, 30).tril()[..., None]          # (b, t, s, h)
+    M = torch.einsum("btn,bsn,btsh,bsh->bhts", C, B, L, dt) + mixer.skip[:, None, None] * torch.eye(30)
+    y = torch.einsum("bhts,bshe->bthe", M, v.unflatten(-1, (4, -1))).flatten(-2)
+    z = torch.nn.functional.silu(mixer.z(x))
+    close(mixer.out(linear.rms_norm(y * z) * mixer.norm), mixer(x), 1e-11, "Mamba-2 written out")
+
+
+def test_the_delta_rule_with_orthonormal_keys_and_beta_1_is_linear_attention():
+    t = 24
+    q, _, v = random_qkv(t, d=t)
+    k = torch.linalg.qr(torch.randn(2, 2, t, t, dtype=torch.float64))[0]
+    beta = torch.ones(2, 2, t, 1, dtype=torch.float64)
+    for delta in (linear.delta_parallel, linear.delta_chunked, linear.delta_recurrent):
+        close(delta(q, k, v, None, beta)[0], linear.parallel(q, k, v)[0], 1e-11, "orthonormal keys")
+
+
+def test_the_delta_rule_replaces_what_is_under_a_key():
+    k = torch.nn.functional.normalize(torch.randn(1, 1, 1, 8, dtype=torch.float64), dim=-1).expand(-1, -1, 2, -1)
+    v = torch.randn(1, 1, 2, 3, dtype=torch.float64)
+    o, _ = linear.delta_chunked(k, k, v, None, torch.ones(1, 1, 2, 1, dtype=torch.float64))
+    close(o, v, 1e-12, "the value written last")             # linear attention would give v_1 + v_2
+
+
+def test_rwkv4_without_a_bonus_is_a_normalised_linear_recurrence():
+    """With u = 0 the own token has the weight that it will be written with: an average over what decays from then
+    on."""
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 6, 50, dtype=torch.float64), torch.randn(2, 6, 50, dtype=torch.float64)
+    w = -torch.rand(6, dtype=torch.float64)
+    state = torch.zeros(2, 3, 6, dtype=torch.float64)
+    state[:, 2] = torch.finfo(torch.float64).min
+    loop, _ = linear.rwkv_recurrent(k, v, w, torch.zeros(6, dtype=torch.float64), state)
+    lag = (torch.arange(50)[:, None] - torch.arange(50) - 1).clamp(min=0)
+    M = (lag * w[:, None, None] + k[:, :, None, :]).exp().tril()                     # (b, c, t, s)
+    close(loop, (M @ v[..., None])[..., 0] / M.sum(-1), 1e-12, "an average with decaying weights e^k")
+    ek, v1 = k[..., None].exp(), torch.stack([v, torch.ones_like(v)], -1)
+    late, _ = linear.with_bonus(linear.chunked, torch.ones_like(ek), ek, v1, w[None, :, None, None], torch.ones(6, 1, 1))
+    close(loop, late[..., 0] / late[..., 1], 1e-12, "the general form")
+
+
+def test_feature_maps_in_linear_attention_are_the_normalised_kernel():
+    for name in ("elu", "taylor", "hedgehog"):
+        mixer = make("linear_attention" if name == "elu" else name)
+        x, _ = inputs(mixer, 40)
+        q, k, v, *_ = mixer.inputs(x)
+        A = (q @ k.mT).tril()
+        close(mixer(x), mixer.output(A @ v / A.sum(-1, keepdim=True), x), 1e-10, name)
+
+
+def test_taylor_full_and_packed_are_one_mixer():
+    packed = make("taylor")
+    full = same_weights(packed, MIXERS["taylor_full"](32).double())
+    x, _ = inputs(packed, 70)
+    close(full(x), packed(x), 1e-11, "Taylor, full and packed")
+    assert full.state_size(1) == 4 * 273 * 9 and packed.state_size(1) == 4 * 153 * 9
+
+
+def test_what_stands_in_two_lessons_is_the_same():
+    one, two = importlib.import_module("01_attention"), linear
+    for name in ("pick_form", "join_heads"):
+        assert inspect.getsource(getattr(one, name)) == inspect.getsource(getattr(two, name)), name
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    close(one.rope(x, 5), two.rope(x, 5), 0.0, "rope")

@@ -47,7 +47,7 @@ def refusal(argv, capsys):
     return error
 
 
-# ------------------------------------------------------------------------------------------------------------ it learns
+# ----------------------------------------------------------------------------------------------------------- it learns
 
 
 @pytest.mark.parametrize("mixer", ["attention", "window:window=8,attention", "ngram,window"])
@@ -98,7 +98,7 @@ def test_sample_writes_on_from_a_checkpoint_alone(text, tmp_path, capsys):
     assert first.startswith("O Romeo") and len(first) > 9 and capsys.readouterr().out == first
 
 
-# ----------------------------------------------------------------------------------------------------------------- text
+# ---------------------------------------------------------------------------------------------------------------- text
 
 
 def test_tokenizers_give_back_the_text(text):
@@ -140,7 +140,7 @@ def test_recall_slice_by_hand(text):
     assert count[0].tolist() == [7, 30, 7, 0, 0, 0, 0, 0]
 
 
-# -------------------------------------------------------------------------------------------------- resuming, processes
+# ------------------------------------------------------------------------------------------------- resuming, processes
 
 
 def test_resuming_is_exact(text, tmp_path):
@@ -221,7 +221,7 @@ def test_parameters_may_bring_their_own_learning_rate():
     assert groups[0.01]["params"] == [model.bias] and groups[0.01]["weight_decay"] == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ----------------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("flags, message", [

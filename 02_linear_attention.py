@@ -1,0 +1,987 @@
+"""Lesson 02. Linear attention: one recurrence, and what twenty papers put into it.
+
+    S_t = e^{g_t} * S_{t-1} + phi(k_t) v_t^T          a state of fixed size: d x e numbers for each head
+    o_t = phi(q_t)^T S_t
+
+Take the softmax out of attention and the sum over the past can be carried along: phi(q_t) . sum_s phi(k_s) v_s^T. What
+is left to choose is phi, the feature map that stands in for exp(q . k), and g, the logarithm of the decay: nothing, a
+constant, a number for each token, or a vector for each token. Everything below is one of these choices. The matrix is
+M_ts = sum_d phi(q_t)_d phi(k_s)_d e^{g_{s+1} + ... + g_t}; the loop carries S; a chunk is a small matrix inside and one
+step of the loop from one to the next. The delta rule (further down) also lets a new value replace an old one.
+
+Papers  [K20]  Katharopoulos et al. 2020, Transformers are RNNs  arXiv:2006.16236
+        [C20]  Choromanski et al. 2020, Performer  arXiv:2009.14794      [P21]  Peng et al. 2021, RFA  arXiv:2103.02143
+        [Q22]  Qin et al. 2022, cosFormer  arXiv:2202.08791              [Z24]  Zhang 2024, Hedgehog  arXiv:2402.04347
+        [A24]  Arora et al. 2024, Based  arXiv:2402.18668                [Ak24] Aksenov 2024, ReBased  arXiv:2402.10644
+        [S23]  Sun et al. 2023, RetNet  arXiv:2307.08621                 [Y23]  Yang et al. 2023, GLA  arXiv:2312.06635
+        [Ka23] Katsch 2023, GateLoop  arXiv:2311.01927                   [Pe23] Peng 2023, RWKV-4  arXiv:2305.13048
+        [Pe24] Peng et al. 2024, RWKV-5 and 6  arXiv:2404.05892          [D24]  Dao, Gu 2024, Mamba-2  arXiv:2405.21060
+        [Y24]  Yang et al. 2024, DeltaNet  arXiv:2406.06484              [Y25]  Yang, Gated DeltaNet  arXiv:2412.06464
+
+Axes    b batch, t time (target), s source, h head, d key or feature dim, e value dim, c model width, n chunk.
+
+mixer                             decay g             forms                            state per sequence
+linear_attention relu performer   none                chunked parallel recurrent       h D (e + 1), D features
+  rfa cosformer hedgehog taylor
+  taylor_full rebased
+gated_rfa                         scalar, data        chunked parallel recurrent       h D (e + 1)
+retnet                            scalar, constant    chunked parallel recurrent       h d e
+mamba2                            scalar, data        chunked parallel recurrent       h d e and 3 inputs of the conv
+gla                               vector, data        chunked parallel recurrent       h d e
+rwkv6                             vector, data        chunked parallel recurrent       h d e and the last token
+gateloop                          complex, data       scan parallel recurrent          2 c
+rwkv4                             vector, constant    scan parallel recurrent          3 c and the last token
+deltanet gated_deltanet           none; scalar, data  chunked parallel recurrent       h d e and 3 inputs of the convs
+
+    python 02_linear_attention.py                  forms compared and timed; how well each feature map mimics softmax
+    python 02_linear_attention.py --plot FILE.png  the feature maps' weights beside softmax's, and the mixing matrices
+"""
+import argparse
+import math
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ----------------------------------------------------------------------------------------- the recurrence, three forms
+#
+# q, k: (b, h, t, d), v: (b, h, t, e); g: log decay, at most 0 (or of real part at most 0), with four axes that
+# broadcast to (b, h, t, d), or None. state: (b, h, d, e), or None for zeros. Every form returns o: (b, h, t, e) and
+# the state after t.
+
+
+def gates(g, q):
+    """g with a time axis of its own: (1 or b, 1 or h, t, 1 or d); zeros for None."""
+    return (q.new_zeros(1, 1, 1, 1) if g is None else g).expand(-1, -1, q.shape[2], -1)
+
+
+def segment_sums(g):
+    """G_ts = g_{s+1} + ... + g_t below the diagonal, 0 elsewhere: (..., t, d) -> (..., t, s, d). Summed from s on,
+    not as a difference of two cumulative sums: that would lose a small gate behind large ones."""
+    below = torch.ones(g.shape[-2], g.shape[-2], dtype=torch.bool, device=g.device).tril(-1)
+    return torch.where(below[:, :, None], g.unsqueeze(-2), 0).cumsum(dim=-3)
+
+
+def weights(q, k, G):
+    """The mixing matrix M_ts = sum_d q_td k_sd e^{G_tsd}, s <= t: (b, h, t, s). A scalar decay comes out of the sum."""
+    if G.shape[-1] == 1:
+        return (q @ k.mT * G[..., 0].exp()).tril()
+    return torch.einsum("bhtd,bhsd,bhtsd->bhts", q, k, G.exp()).tril()
+
+
+def parallel(q, k, v, g=None, state=None):
+    """o = M V + (q e^{g_1 + ... + g_t}) S_0, and the state after the block. Every exponent is a sum of g: at most 0."""
+    g = gates(g, q)
+    G, since = segment_sums(g), g.cumsum(dim=2).exp()                                # since: decay of what came before
+    o = weights(q, k, G) @ v
+    S = (k * G[:, :, -1].exp()).mT @ v                                               # (b, h, d, e)
+    return (o, S) if state is None else (o + (q * since) @ state, S + since[:, :, -1, :, None] * state)
+
+
+def in_chunks(block):
+    """The chunked form of a block form: parallel inside a chunk, recurrent from one to the next. Time and memory
+    O(t)."""
+    def chunked(q, k, v, g=None, *more, state=None, chunk=64):
+        g, o = gates(g, q), []
+        chunk = chunk if g.shape[-1] == 1 else chunk // 4            # a vector decay makes (chunk, chunk, d) numbers
+        for i in range(0, q.shape[2], chunk):
+            o_i, state = block(*(x[:, :, i:i + chunk] for x in (q, k, v, g, *more)), state=state)
+            o.append(o_i)
+        return torch.cat(o, dim=2), state
+    return chunked
+
+
+chunked = in_chunks(parallel)
+
+
+def recurrent(q, k, v, g=None, state=None):
+    """The definition at the top of this file, token by token."""
+    g, o = gates(g, q), []
+    S = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
+    for t in range(q.shape[2]):
+        S = g[:, :, t, :, None].exp() * S + k[:, :, t, :, None] * v[:, :, t, None, :]
+        o.append(q[:, :, t, None] @ S)
+    return torch.cat(o, dim=2), S
+
+
+def scan(a, b):
+    """h_t = a_t h_{t-1} + b_t along axis 2, by doubling [Hillis, Steele 1986]: after step j each h_t sums 2^j terms.
+    O(t log t)."""
+    n = 1
+    while n < b.shape[2]:
+        pad = (0, 0) * (b.ndim - 3) + (n, -n)
+        b, a = b + a * F.pad(b, pad), a * F.pad(a, pad)
+        n *= 2
+    return b
+
+
+def scanned(q, k, v, g=None, state=None):
+    """All states at once by a scan: t d e numbers, so only for small d e."""
+    a = gates(g, q)[..., None].exp()                                                 # (b, h, t, 1 or d, 1)
+    S = k[..., None] * v[..., None, :]                                               # (b, h, t, d, e)
+    a = a.expand_as(S)
+    if state is not None:
+        S = torch.cat([S[:, :, :1] + a[:, :, :1] * state[:, :, None], S[:, :, 1:]], dim=2)
+    S = scan(a, S)
+    return (q[..., None, :] @ S)[..., 0, :], S[:, :, -1]
+
+
+def with_bonus(form, q, k, v, g, u, state=None):
+    """RWKV reads before it writes: o_t = q_t^T (S_{t-1} + diag(u) k_t v_t^T). The same form with k, v, g one step
+    late."""
+    g = gates(g, q)
+    o, S = form(q, *(F.pad(x, (0, 0, 1, -1)) for x in (k, v, g)), state=state)  # S: before the last token
+    S = g[:, :, -1, :, None].exp() * S + k[:, :, -1, :, None] * v[:, :, -1, None, :]
+    return o + (q * u * k).sum(dim=-1, keepdim=True) * v, S
+
+
+# ------------------------------------------------------------------------------------------------------ the delta rule
+#
+# S_t = e^{g_t} (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T: what the state holds under k_t is replaced, not
+# added to.
+
+
+def delta_system(k, g, beta):
+    """1 + A with A_ts = beta_t (k_t . k_s) e^{G_ts} for s < t: how much of the correction at s is met again at t. And
+    G."""
+    G = segment_sums(g)
+    A = (beta * (k @ k.mT) * G[..., 0].exp()).tril(-1)
+    return A + torch.eye(k.shape[2], dtype=A.dtype, device=A.device), G
+
+
+def delta_parallel(q, k, v, g, beta, state=None):
+    """The WY form [Y24, eq. 10; Y25]: the corrections D_t = beta_t (v_t - e^{g_t} S_{t-1}^T k_t) of a whole block
+    solve the triangular system (1 + A) D = beta (V - e^{g_1 + ... + g_t} K S_0); then D takes the place of V."""
+    g = gates(g, q)
+    system, G = delta_system(k, g, beta)
+    since = g.cumsum(dim=2).exp()
+    known = 0 if state is None else (k * since) @ state
+    D = torch.linalg.solve_triangular(system, beta * (v - known), upper=False, unitriangular=True)
+    o = weights(q, k, G) @ D
+    S = (k * G[:, :, -1].exp()).mT @ D
+    return (o, S) if state is None else (o + (q * since) @ state, S + since[:, :, -1, :, None] * state)
+
+
+delta_chunked = in_chunks(delta_parallel)
+
+
+def delta_recurrent(q, k, v, g, beta, state=None):
+    g, o = gates(g, q), []
+    S = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
+    for t in range(q.shape[2]):
+        S = g[:, :, t, :, None].exp() * S
+        D = beta[:, :, t, None] * (v[:, :, t, None] - k[:, :, t, None] @ S)          # (b, h, 1, e)
+        S = S + k[:, :, t, :, None] * D
+        o.append(q[:, :, t, None] @ S)
+    return torch.cat(o, dim=2), S
+
+
+# ------------------------------------------------------------------------------------------------------ RWKV-4's forms
+#
+# o_t = (sum_{s<t} e^{(t-1-s) w + k_s} v_s + e^{u + k_t} v_t) / (the same with v = 1): numerator and denominator are
+# two linear recurrences, of e^k v and of e^k, with a bonus for the own token. k, v: (b, c, t); w: (c,) below 0; u:
+# (c,).
+
+
+def rwkv_weights(k, w, u):
+    """Read as a matrix it is a softmax over exponents: (b, c, t, s)."""
+    t = torch.arange(k.shape[2], device=k.device)
+    lag = t[:, None] - t - 1
+    E = torch.where(lag < 0, u[:, None, None], lag * w[:, None, None]) + k[:, :, None, :]
+    return E.masked_fill(lag < -1, -torch.inf).softmax(dim=-1)
+
+
+def rwkv_ratio(k, v, w, u, form=chunked):
+    """The ratio of two linear recurrences by the general form, with e^k as it is: infinite over infinite for large
+    k."""
+    k, v = k[..., None].exp(), torch.stack([v, torch.ones_like(v)], dim=-1)          # (b, c, t, 1), (b, c, t, 2)
+    o, _ = with_bonus(form, torch.ones_like(k), k, v, w[None, :, None, None], u[None, :, None, None].exp(), None)
+    return o[..., 0] / o[..., 1]
+
+
+def rwkv_read(p, q, m, k, v, u):
+    """The ratio for one token after a state of sums p, q in units of e^m."""
+    top = torch.maximum(m, u + k)
+    old, own = (m - top).exp(), (u + k - top).exp()
+    return (old * p + own * v) / (old * q + own)
+
+
+def rwkv_add(p, q, m, p2, q2, m2):
+    """Two pairs of sums, each in units of its own e^m: no exponent is above 0."""
+    top = torch.maximum(m, m2)
+    old, new = (m - top).exp(), (m2 - top).exp()
+    return old * p + new * p2, old * q + new * q2, top
+
+
+def rwkv_recurrent(k, v, w, u, state):
+    """state: (b, 3, c), the sums p and q and the exponent m that both are divided by."""
+    (p, q, m), o = state.unbind(1), []
+    for t in range(k.shape[2]):
+        o.append(rwkv_read(p, q, m, k[..., t], v[..., t], u))
+        p, q, m = rwkv_add(p, q, m + w, v[..., t], torch.ones_like(p), k[..., t])
+    return torch.stack(o, dim=2), torch.stack([p, q, m], dim=1)
+
+
+def rwkv_scan(k, v, w, u, state):
+    """The same sums by doubling: neighbours n apart are added, the earlier decayed by n w. O(t log t), nothing
+    overflows."""
+    first = state[..., None]                                                         # (b, 3, c, 1)
+    p, q, m = (torch.cat([s, x], dim=2) for s, x in zip(first.unbind(1), (v, torch.ones_like(v), k), strict=True))
+    n, lowest = 1, torch.finfo(m.dtype).min
+    while n < p.shape[2]:
+        earlier = F.pad(p, (n, -n)), F.pad(q, (n, -n)), F.pad(m + n * w[:, None], (n, -n), value=lowest)
+        p, q, m = rwkv_add(*earlier, p, q, m)
+        n *= 2
+    o = rwkv_read(p[..., :-1], q[..., :-1], m[..., :-1], k, v, u[:, None])
+    return o, torch.stack([p[..., -1], q[..., -1], m[..., -1]], dim=1)
+
+
+# -------------------------------------------------------------------------------------------------------- feature maps
+#
+# phi: (b, h, t, d) -> (b, h, t, D), so that phi(q) . phi(k) stands in for exp(q . k / sqrt(d)), or for something else
+# that works. `start` is the position of the first token. shared: one map for q and k, or one for each.
+
+
+class Elu(nn.Module):
+    """elu(x) + 1 [K20, eq. 7]: positive, and nothing else."""
+    shared = True
+
+    def __init__(self, d, n_heads):
+        super().__init__()
+        self.dim = d
+
+    def forward(self, x, start=0):
+        return F.elu(x) + 1
+
+
+class Relu(Elu):
+    """max(x, 0): the half of the space that q and k share."""
+
+    def forward(self, x, start=0):
+        return F.relu(x)
+
+
+class Performer(nn.Module):
+    """FAVOR+ [C20, lemma 1]: e^{x.y} = E_w[e^{w.x - |x|^2/2} e^{w.y - |y|^2/2}] for w ~ N(0, 1), estimated with m
+    drawn w, whose directions are orthogonal in blocks of d; positive, unbiased. x = q d^{-1/4}. (The papers'
+    stabiliser, a maximum over all keys, would look ahead; without it the exponent is still at most |w|^2 / 2.)"""
+    shared = True
+
+    def __init__(self, d, n_heads, m=None):
+        super().__init__()
+        self.dim = m = m or 4 * d
+        blocks = [Q * R.diagonal().sign() for Q, R in (torch.linalg.qr(torch.randn(d, d)) for _ in range(-(-m // d)))]
+        norms = torch.randn(m, d).norm(dim=1, keepdim=True)
+        self.register_buffer("w", torch.cat(blocks)[:m] * norms)  # (m, d); without the signs Q would lean to one side
+
+    def forward(self, x, start=0):
+        x = x * x.shape[-1] ** -0.25
+        return torch.exp(x @ self.w.mT.to(x.dtype) - x.square().sum(dim=-1, keepdim=True) / 2) * self.dim ** -0.5
+
+
+class RandomFourier(nn.Module):
+    """RFA [P21, eq. 3]: [sin Wx, cos Wx] / sqrt(m), W ~ N(0, 1) / tau, x of length 1: e^{x.y / tau^2} up to a
+    constant. The estimate is unbiased but can be negative."""
+    shared = True
+
+    def __init__(self, d, n_heads, m=64, tau=1.0):
+        super().__init__()
+        self.dim = 2 * m
+        self.register_buffer("w", torch.randn(m, d) / tau)
+
+    def forward(self, x, start=0):
+        x = F.normalize(x, dim=-1) @ self.w.mT.to(x.dtype)
+        return torch.cat([x.sin(), x.cos()], dim=-1) * (2 / self.dim) ** 0.5
+
+
+class CosFormer(nn.Module):
+    """relu(x) [sin(pi i / 2M), cos(pi i / 2M)] at position i [Q22, eq. 10]: weights fall with cos of the distance. M
+    is fixed (the authors take the length at hand, with which the outputs change as the text grows); no text may be
+    longer."""
+    shared = True
+
+    def __init__(self, d, n_heads, M=8192):
+        super().__init__()
+        self.dim, self.M = 2 * d, M
+
+    def forward(self, x, start=0):
+        if start + x.shape[2] > self.M:
+            raise ValueError(f"position {start + x.shape[2]} is beyond M = {self.M} of this cosFormer")
+        angle = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float64) * (math.pi / 2 / self.M)
+        x = F.relu(x)
+        return torch.cat([x * f(angle).to(x.dtype)[:, None] for f in (torch.sin, torch.cos)], dim=-1)
+
+
+class Hedgehog(nn.Module):
+    """[softmax(Wx), softmax(-Wx)] [Z24, eq. 6], W learned for each head, for q and k apart, the identity at first:
+    spiky like softmax, and it learns to grow with q . k."""
+    shared = False
+
+    def __init__(self, d, n_heads):
+        super().__init__()
+        self.dim = 2 * d
+        self.W = nn.Parameter(torch.eye(d).repeat(n_heads, 1, 1))                    # (h, d, d)
+
+    def forward(self, x, start=0):
+        x = x @ self.W.mT.to(x.dtype)
+        return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
+
+
+def products(x):
+    """The d (d + 1) / 2 different products x_i x_j, so weighted that products(x) . products(y) = (x . y)^2."""
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    return x[..., i] * x[..., j] * x.new_full(i.shape, 2 ** 0.5).masked_fill(i == j, 1.0)
+
+
+class Taylor(nn.Module):
+    """[1, x / d^{1/4}, x x^T / sqrt(2d)] [A24, eq. 2]: with s = q . k / sqrt(d), phi(q) . phi(k) = 1 + s + s^2/2, at
+    least 1/2. Each product is kept once: 1 + d + d (d + 1) / 2 features (d = 16: 153)."""
+    shared = True
+
+    def __init__(self, d, n_heads):
+        super().__init__()
+        self.dim = 1 + d + d * (d + 1) // 2
+
+    def forward(self, x, start=0):
+        x = x * x.shape[-1] ** -0.25
+        return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5 ** 0.5], dim=-1)
+
+
+class TaylorFull(Taylor):
+    """The same function with all d^2 products, as it is usually written (d = 16: 273 features)."""
+
+    def __init__(self, d, n_heads):
+        super().__init__(d, n_heads)
+        self.dim = 1 + d + d * d
+
+    def forward(self, x, start=0):
+        x = x * x.shape[-1] ** -0.25
+        square = (x[..., :, None] * x[..., None, :]).flatten(-2)
+        return torch.cat([torch.ones_like(x[..., :1]), x, square * 0.5 ** 0.5], dim=-1)
+
+
+class ReBased(nn.Module):
+    """(q . k)^2 / sqrt(d) of q and k after a LayerNorm with a learned scale and shift each [Ak24, eq. 9]: a parabola
+    that can move its minimum, 0, to where it ignores. Hence the normaliser needs its eps."""
+    shared = False
+
+    def __init__(self, d, n_heads):
+        super().__init__()
+        self.dim = d * (d + 1) // 2
+        self.norm = nn.LayerNorm(d)
+
+    def forward(self, x, start=0):
+        x = F.layer_norm(x, x.shape[-1:], self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype))
+        return products(x) * x.shape[-1] ** -0.5
+
+
+FEATURE_MAPS = {"elu": Elu, "relu": Relu, "performer": Performer, "rfa": RandomFourier, "cosformer": CosFormer,
+                "hedgehog": Hedgehog, "taylor": Taylor, "taylor_full": TaylorFull, "rebased": ReBased}
+
+
+# -------------------------------------------------------------------------------------------------------------- mixers
+
+
+def pick_form(mixer, x, form=None):
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, or if
+    x is not (b, t, c) with t >= 1."""
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
+    if form is None:
+        return "triton" if x.is_cuda and "triton" in mixer.forms else mixer.forms[0]
+    if form not in mixer.forms:
+        raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    return form
+
+
+def split_heads(x, n):
+    """(b, t, n d) -> (b, n, t, d). Raises ValueError if n does not divide the width."""
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+
+
+def join_heads(x):
+    """(b, n, t, d) -> (b, t, n d)"""
+    return x.transpose(1, 2).flatten(-2)
+
+
+def head_dim(d_model, n_heads):
+    if n_heads < 1 or d_model % n_heads:
+        raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}")
+    return d_model // n_heads
+
+
+def linear(d_in, d_out, bias=False):
+    return nn.Linear(d_in, d_out, bias=bias)
+
+
+def own_settings(*parameters):
+    """Mark parameters that train.py shall not decay."""
+    for p in parameters:
+        p.optim = {"weight_decay": 0.0}
+
+
+class LinearMixer(nn.Module):
+    """What all mixers here share: project, run a form of the recurrence, finish. A mixer defines
+
+    project(x, carry) -> inputs of the form (q, k, v, g, ...), whatever finish wants, carry
+    finish(o, more)   -> y
+
+    where carry is what projecting needs of the past: the number of tokens so far, or the inputs that a convolution
+    still sees. A state is (carry, S). Forms run in float32 or better, also under autocast."""
+    forms = ("chunked", "parallel", "recurrent")
+    causal = True
+    functions = {"parallel": parallel, "chunked": chunked, "recurrent": recurrent, "scan": scanned}
+    normaliser = None        # eps: divide by the same sum with v = 1
+    state_dtype = None       # complex64 for a complex decay
+
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("bonus", None)       # u: (h, 1, d), the own token's weight in RWKV
+        self.register_parameter("skip", None)        # D: (h,), adds D v
+
+    def mix(self, form, q, k, v, g, *more, state):
+        function = self.functions[form]
+        if self.normaliser is not None:
+            v = F.pad(v, (0, 1), value=1.0)
+        if self.bonus is not None:
+            o, S = with_bonus(function, q, k, v, g, self.bonus.to(q.dtype), state)
+        else:
+            o, S = function(q, k, v, g, *more, state=state)
+        if self.normaliser is not None:
+            o = o[..., :-1] / o[..., -1:].clamp(min=self.normaliser)
+        return (o if self.skip is None else o + self.skip[:, None, None] * v), S
+
+    def run(self, x, state, form):
+        carry, S = self.init_state(len(x)) if state is None else state
+        inputs, more, carry = self.project(x, carry)
+        with torch.autocast(x.device.type, enabled=False):
+            o, S = self.mix(form, *(at_least_float32(y) for y in inputs), state=S)
+        return self.finish(o.to(inputs[2].dtype), more), (carry, S)
+
+    def forward(self, x, form=None):
+        return self.run(x, None, pick_form(self, x, form))[0]
+
+    def prefill(self, x, state=None):
+        return self.run(x, state, pick_form(self, x))
+
+    def step(self, x_t, state):
+        y, state = self.run(x_t[:, None], state, "recurrent")
+        return y[:, 0], state
+
+    def init_carry(self, batch_size):
+        return 0                                                                     # the number of tokens so far
+
+    def init_state(self, batch_size):
+        like = at_least_float32(next(self.parameters()))
+        dtype = torch.promote_types(like.dtype, self.state_dtype or like.dtype)
+        return self.init_carry(batch_size), like.new_zeros(batch_size, *self.state_shape, dtype=dtype)
+
+    def state_size(self, t):
+        carry = self.init_carry(1)
+        complex_numbers = 2 if self.state_dtype else 1
+        return complex_numbers * math.prod(self.state_shape) + (carry.numel() if torch.is_tensor(carry) else 0)
+
+    def inputs(self, x):
+        (q, k, v, *rest), more, _ = self.project(x, self.init_carry(len(x)))
+        return q, k, v, *rest, more
+
+    def values(self, x):
+        return self.inputs(x)[2]                                                     # (b, h, s, e)
+
+    def output(self, o, x):
+        return self.finish(o, self.inputs(x)[-1])
+
+    def matrix(self, x):
+        q, k, v, g, *_ = self.inputs(x)
+        g = gates(g, q)
+        if self.bonus is not None:
+            M = weights(q, F.pad(k, (0, 0, 1, -1)), segment_sums(F.pad(g, (0, 0, 1, -1))))
+            M = F.pad(M, (-1, 1)) + torch.diag_embed((q * self.bonus * k).sum(dim=-1))
+        else:
+            M = weights(q, k, segment_sums(g))
+        if self.normaliser is not None:
+            M = M / M.sum(dim=-1, keepdim=True).clamp(min=self.normaliser)
+        return M if self.skip is None else M + self.skip[:, None, None] * torch.eye(x.shape[1], device=x.device)
+
+
+def at_least_float32(x):
+    return x if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(o, eps=1e-5):
+    return o * torch.rsqrt(o.square().mean(dim=-1, keepdim=True) + eps)
+
+
+class LinearAttention(LinearMixer):
+    """Linear attention with any feature map, normalised: o_t = phi(q_t) S_t / phi(q_t) z_t [K20, eq. 9].
+
+    feature_map: a name in FEATURE_MAPS. feature_dim: width of q and k that it is given (default: the head's; 16 where
+    the features grow with its square). gated: decay by a gate g_t of the token, S_t = g S_{t-1} + (1 - g) phi(k) v^T
+    [P21, eq. 6]. More options go to the feature map. ValueError for a width that the heads do not divide and for an
+    unknown map."""
+    feature_map, gated = "elu", False
+
+    def __init__(self, d_model, n_heads=4, feature_map=None, feature_dim=None, gated=None, **options):
+        super().__init__()
+        e = head_dim(d_model, n_heads)
+        name = feature_map or self.feature_map
+        if name not in FEATURE_MAPS:
+            raise ValueError(f"unknown feature_map {name!r}; there are {', '.join(FEATURE_MAPS)}")
+        d = feature_dim or (16 if name in ("taylor", "taylor_full", "rebased") else e)
+        self.n_heads = n_heads
+        self.q, self.k = linear(d_model, n_heads * d), linear(d_model, n_heads * d)
+        self.v, self.out = linear(d_model, d_model), linear(d_model, d_model)
+        self.phi_q = FEATURE_MAPS[name](d, n_heads, **options)
+        self.phi_k = self.phi_q if self.phi_q.shared else FEATURE_MAPS[name](d, n_heads, **options)
+        self.gate = linear(d_model, n_heads, bias=True) if (self.gated if gated is None else gated) else None
+        self.normaliser = 1e-3 if name == "rfa" else 1e-6        # RFA's weights can be negative: keep away from 0
+        self.state_shape = (n_heads, self.phi_q.dim, e + 1)
+
+    def project(self, x, carry):
+        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, g = self.phi_q(at_least_float32(q), carry), self.phi_k(at_least_float32(k), carry), None
+        if self.gate is not None:
+            g = at_least_float32(self.gate(x)).mT[..., None]                         # (b, h, t, 1)
+            k, g = k * torch.sigmoid(-g), F.logsigmoid(g)
+        return (q, k, v, g), None, carry + x.shape[1]
+
+    def finish(self, o, _):
+        return self.out(join_heads(o))
+
+
+class RetNet(LinearMixer):
+    """Retention [S23, eq. 5-8]: constant decays gamma_h = 1 - 2^{-5-h}, rotary q and k, values of twice the width, a
+    norm for each head and a swish gate in place of a normaliser."""
+
+    def __init__(self, d_model, n_heads=4, expand_v=2):
+        super().__init__()
+        self.n_heads, d, d_value = n_heads, head_dim(d_model, n_heads), expand_v * d_model
+        if d % 2:
+            raise ValueError(f"rotary positions turn pairs: the head dim d_model / n_heads = {d} must be even")
+        self.q, self.k = linear(d_model, d_model), linear(d_model, d_model)
+        self.v, self.gate, self.out = linear(d_model, d_value), linear(d_model, d_value), linear(d_value, d_model)
+        for layer in (self.q, self.k, self.v, self.gate):
+            nn.init.xavier_uniform_(layer.weight, gain=2 ** -2.5)
+        nn.init.xavier_uniform_(self.out.weight, gain=0.5)
+        gamma = 1 - 2.0 ** (-5 - torch.arange(n_heads, dtype=torch.float64))
+        self.register_buffer("g", gamma.log().float()[None, :, None, None])
+        self.state_shape = (n_heads, d, d_value // n_heads)
+
+    def project(self, x, carry):
+        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
+        inputs = rope(q, carry), rope(k, carry) * k.shape[-1] ** -0.5, v, self.g
+        return inputs, F.silu(self.gate(x)), carry + x.shape[1]
+
+    def finish(self, o, gate):
+        return self.out(join_heads(rms_norm(o)) * gate)
+
+
+class GLA(LinearMixer):
+    """Gated linear attention [Y23, section 4.4]: a decay for each key channel from the token, g = logsigmoid(W_2 W_1
+    x + b) / 16. Without the 16th root nothing would be left after some 50 tokens at first."""
+
+    def __init__(self, d_model, n_heads=4, gate_rank=16):
+        super().__init__()
+        self.n_heads, e, half = n_heads, head_dim(d_model, n_heads), d_model // 2
+        d = head_dim(half, n_heads)
+        self.q, self.k, self.v = linear(d_model, half), linear(d_model, half), linear(d_model, d_model)
+        self.decay = nn.Sequential(linear(d_model, gate_rank), linear(gate_rank, half, bias=True))
+        self.gate, self.out, self.norm = linear(d_model, d_model), linear(d_model, d_model), nn.Parameter(torch.ones(e))
+        self.state_shape = (n_heads, d, e)
+
+    def project(self, x, carry):
+        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
+        g = split_heads(F.logsigmoid(at_least_float32(self.decay(x))) / 16, self.n_heads)
+        return (q * q.shape[-1] ** -0.5, k, v, g), F.silu(self.gate(x)), carry + x.shape[1]
+
+    def finish(self, o, gate):
+        return self.out(join_heads(rms_norm(o) * self.norm) * gate)
+
+
+class GateLoop(LinearMixer):
+    """[Ka23, eq. 6]: a complex decay for each channel from the token, g = logsigmoid(a) + i b, with heads of width 1:
+    one complex number of state a channel, which can rotate as well as fade. o = q Re(S), then a swish gate."""
+    forms = ("scan", "parallel", "recurrent")        # for a state of one number a chunk's matrix does not pay
+    state_dtype = torch.complex64
+
+    def __init__(self, d_model, n_heads=None):                   # n_heads is not used: each channel is one
+        super().__init__()
+        self.q, self.k, self.v, self.gate, self.out = (linear(d_model, d_model) for _ in range(5))
+        self.decay = linear(d_model, 2 * d_model, bias=True)
+        nn.init.uniform_(self.decay.bias[:d_model], 1, 5)  # |decay| from 0.73 to 0.993 at first
+        self.state_shape = (d_model, 1, 1)
+
+    def project(self, x, carry):
+        q, k, v = (f(x).mT[..., None] for f in (self.q, self.k, self.v))             # (b, c, t, 1)
+        size, turn = at_least_float32(self.decay(x)).mT.chunk(2, dim=1)
+        g = torch.complex(F.logsigmoid(size), turn)[..., None]
+        return (q, k, v, g), F.silu(self.gate(x)), carry + x.shape[1]
+
+    def mix(self, form, q, k, v, g, state):
+        o, S = super().mix(form, *(y.to(g.dtype) for y in (q, k, v)), g, state=state)
+        return o.real, S
+
+    def finish(self, o, gate):
+        return self.out(o[..., 0].mT * gate)
+
+    def matrix(self, x):
+        q, k, v, g, _ = self.inputs(x)
+        return weights(q.to(g.dtype), k.to(g.dtype), segment_sums(g)).real
+
+
+class ShortConv(nn.Module):
+    """A causal filter of `width` taps for each channel, then SiLU. x: (b, t, c) and the width - 1 inputs before it."""
+
+    def __init__(self, channels, width=4, bias=False):
+        super().__init__()
+        self.width = width
+        self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=bias)
+
+    def forward(self, x, past):
+        x = torch.cat([past.to(x.dtype), x], dim=1)
+        return F.silu(self.conv(x.mT).mT), x[:, -(self.width - 1):]
+
+    def init_carry(self, batch_size):
+        return self.conv.weight.new_zeros(batch_size, self.width - 1, self.conv.in_channels)
+
+
+def inverse_softplus(x):
+    return x + torch.log(-torch.expm1(-x))
+
+
+def time_steps(n):
+    """Biases whose softplus is log-uniform in [1e-3, 1e-1]."""
+    return inverse_softplus(torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1))))
+
+
+class Mamba2(LinearMixer):
+    """Mamba-2 [D24, section 7]: a scalar decay for each head, g = -dt e^{A_log}; C, B and x are q, k and v, with B
+    scaled by dt; a short convolution before, a skip D, a gate and a norm after. The chunked form is its SSD
+    algorithm. C and B are shared by the heads; the inner width is 2 c."""
+
+    def __init__(self, d_model, n_heads=4, n_state=64, expand=2):
+        super().__init__()
+        self.n_heads, self.n_state, self.d_inner = n_heads, n_state, expand * d_model
+        d_head = expand * head_dim(d_model, n_heads)
+        self.z, self.xbc = linear(d_model, self.d_inner), linear(d_model, self.d_inner + 2 * n_state)
+        self.dt, self.out = linear(d_model, n_heads), linear(self.d_inner, d_model)
+        self.conv = ShortConv(self.d_inner + 2 * n_state, bias=True)
+        self.dt_bias = nn.Parameter(time_steps(n_heads))
+        self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
+        self.skip = nn.Parameter(torch.ones(n_heads))
+        self.norm = nn.Parameter(torch.ones(self.d_inner))
+        own_settings(self.dt_bias, self.A_log, self.skip)
+        self.state_shape = (n_heads, n_state, d_head)
+
+    def project(self, x, carry):
+        xbc, carry = self.conv(self.xbc(x), carry)
+        v, k, q = xbc.split([self.d_inner, self.n_state, self.n_state], dim=-1)
+        dt = F.softplus(at_least_float32(self.dt(x)) + self.dt_bias).mT[..., None]   # (b, h, t, 1)
+        g = -dt * self.A_log.exp()[:, None, None]
+        return (q[:, None], k[:, None] * dt, split_heads(v, self.n_heads), g), F.silu(self.z(x)), carry
+
+    def mix(self, form, q, k, v, g, state):
+        return super().mix(form, q.expand_as(k), k, v, g, state=state)
+
+    def finish(self, o, z):
+        return self.out(rms_norm(join_heads(o) * z) * self.norm)
+
+    def init_carry(self, batch_size):
+        return self.conv.init_carry(batch_size)
+
+
+class DeltaNet(LinearMixer):
+    """The delta rule [Y24]: with keys of length 1 and beta = sigmoid(W x), writing under a key first takes out the
+    share beta of what is there. q, k, v pass a short convolution; a norm for each head after. gated: the state also
+    decays, g = -e^{A_log} softplus(W x + dt_bias), and a swish gate follows the norm [Y25]."""
+    functions = {"parallel": delta_parallel, "chunked": delta_chunked, "recurrent": delta_recurrent}
+    gated = False
+
+    def __init__(self, d_model, n_heads=4):
+        super().__init__()
+        self.n_heads, d = n_heads, head_dim(d_model, n_heads)
+        self.qkv, self.conv = linear(d_model, 3 * d_model), ShortConv(3 * d_model)
+        self.beta, self.out = linear(d_model, n_heads), linear(d_model, d_model)
+        self.norm = nn.Parameter(torch.ones(d))
+        self.state_shape = (n_heads, d, d)
+        if self.gated:
+            self.decay, self.gate = linear(d_model, n_heads), linear(d_model, d_model)
+            self.dt_bias = nn.Parameter(time_steps(n_heads))
+            self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
+            own_settings(self.dt_bias, self.A_log)
+
+    def project(self, x, carry):
+        qkv, carry = self.conv(self.qkv(x), carry)
+        q, k, v = split_heads(qkv, 3 * self.n_heads).chunk(3, dim=1)
+        q, k = F.normalize(q, dim=-1) * q.shape[-1] ** -0.5, F.normalize(k, dim=-1)
+        beta, g, gate = torch.sigmoid(at_least_float32(self.beta(x))).mT[..., None], None, None
+        if self.gated:
+            dt = F.softplus(at_least_float32(self.decay(x)) + self.dt_bias).mT[..., None]
+            g, gate = -dt * self.A_log.exp()[:, None, None], F.silu(self.gate(x))
+        return (q, k, v, g, beta), gate, carry
+
+    def finish(self, o, gate):
+        o = join_heads(rms_norm(o) * self.norm)
+        return self.out(o if gate is None else o * gate)
+
+    def init_carry(self, batch_size):
+        return self.conv.init_carry(batch_size)
+
+    def matrix(self, x):
+        """(Q K^T with decay) (1 + A)^{-1} diag(beta): the delta rule is a linear attention to corrected values."""
+        q, k, v, g, beta, _ = self.inputs(x)
+        system, G = delta_system(k, gates(g, q), beta)
+        beta = torch.diag_embed(beta[..., 0])
+        return weights(q, k, G) @ torch.linalg.solve_triangular(system, beta, upper=False, unitriangular=True)
+
+
+class GatedDeltaNet(DeltaNet):
+    """DeltaNet with a decay for each head and a swish gate [Y25]."""
+    gated = True
+
+
+def shifted(x, last):
+    """Token shift: the token before each, and the last one to carry on. x: (b, t, c), last: (b, 1, c)."""
+    return torch.cat([last.to(x.dtype), x[:, :-1]], dim=1), x[:, -1:]
+
+
+class RWKV6(LinearMixer):
+    """RWKV-6's time mixing [Pe24, section 4]: a vector decay from the token, g = -exp(w_0 + tanh(x A) B), and a bonus
+    u for the own token, which is read before it is written. Each of w, k, v, r, g sees its own, input-dependent mix
+    of the token and the one before it. RWKV-5 is this with A = 0 and fixed mixes. `depth`: place of the layer, 0 to
+    1, for the initial values."""
+
+    def __init__(self, d_model, n_heads=4, depth=0.5, rank=32, decay_rank=64):
+        super().__init__()
+        self.n_heads, d = n_heads, head_dim(d_model, n_heads)
+        i = torch.arange(d_model) / max(1, d_model - 1)
+        near, half = 1 - i ** (1 - depth), 1 - i ** ((1 - depth) / 2)
+        self.mix_all = nn.Parameter(near.clone())
+        self.mixes = nn.Parameter(torch.stack([near, near, near - 0.3 * depth, half, half]))       # of w, k, v, r, g
+        self.mix_down = nn.Parameter(torch.zeros(d_model, 5 * rank))
+        self.mix_up = nn.Parameter(torch.empty(5, rank, d_model).uniform_(-0.01, 0.01))
+        self.w = nn.Parameter(-6 + 5 * i ** (0.7 + 1.3 * depth))
+        self.w_down = nn.Parameter(torch.zeros(d_model, decay_rank))
+        self.w_up = nn.Parameter(torch.empty(decay_rank, d_model).uniform_(-0.01, 0.01))
+        zigzag = 0.1 * ((torch.arange(d_model) + 1) % 3 - 1)
+        self.bonus = nn.Parameter((depth * (1 - i) + zigzag).view(n_heads, 1, d))
+        self.r, self.k, self.v, self.gate, self.out = (linear(d_model, d_model) for _ in range(5))
+        for layer, gain in ((self.r, 1.0), (self.k, 0.1), (self.v, 1.0), (self.gate, 0.1)):
+            nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(self.out.weight)
+        self.norm = nn.GroupNorm(n_heads, d_model, eps=64e-5)
+        own_settings(self.mixes, self.mix_down, self.mix_up, self.w_down, self.w_up, self.bonus)
+        self.state_shape = (n_heads, d, d)
+
+    def project(self, x, carry):
+        before, carry = shifted(x, carry)
+        step = before - x
+        low = torch.tanh((x + step * self.mix_all) @ self.mix_down).unflatten(-1, (5, -1))         # (b, t, 5, rank)
+        mixes = self.mixes + torch.einsum("btnr,nrc->btnc", low, self.mix_up)
+        w, k, v, r, gate = (x[:, :, None] + step[:, :, None] * mixes).unbind(dim=2)
+        g = -torch.exp(at_least_float32(self.w + torch.tanh(w @ self.w_down) @ self.w_up))
+        inputs = (split_heads(y, self.n_heads) for y in (self.r(r), self.k(k), self.v(v), g))
+        return tuple(inputs), F.silu(self.gate(gate)), carry
+
+    def finish(self, o, gate):
+        o = join_heads(o)
+        return self.out(self.norm(o.flatten(0, 1)).view_as(o) * gate)
+
+    def init_carry(self, batch_size):
+        return self.out.weight.new_zeros(batch_size, 1, self.out.in_features)
+
+
+class RWKV4(LinearMixer):
+    """RWKV-4's time mixing [Pe23, eq. 14-18]: for each channel a weighted average of v with weights e^k that decay by
+    e^w a step, the own token at e^{u+k}; times sigmoid(r). Forms with a running maximum, as exponents k are free to
+    grow."""
+    forms = ("scan", "parallel", "recurrent")
+
+    def __init__(self, d_model, n_heads=None, depth=0.5):        # n_heads is not used: each channel is one
+        super().__init__()
+        i = torch.arange(d_model) / max(1, d_model - 1)
+        near = i ** (1 - depth)
+        self.mixes = nn.Parameter(torch.stack([near, near + 0.3 * depth, near ** 0.5]))              # of k, v, r
+        self.decay = nn.Parameter(-5 + 8 * i ** (0.7 + 1.3 * depth))                 # w = -exp(decay)
+        self.u = nn.Parameter(math.log(0.3) + 0.5 * ((torch.arange(d_model) + 1) % 3 - 1))
+        self.k, self.v, self.r, self.out = (linear(d_model, d_model) for _ in range(4))
+        for layer in (self.k, self.r, self.out):
+            nn.init.zeros_(layer.weight)
+        own_settings(self.mixes)
+        self.state_shape = (3, d_model)
+
+    def project(self, x, carry):
+        before, carry = shifted(x, carry)
+        k, v, r = (before + (x - before) * mix for mix in self.mixes)
+        k, v = self.k(k).mT, self.v(v).mT                                            # (b, c, t)
+        return (None, k, v, -self.decay.exp(), self.u), torch.sigmoid(self.r(r)), carry
+
+    def mix(self, form, _, k, v, w, u, state):
+        if form == "parallel":
+            return (rwkv_weights(k, w, u) @ v[..., None])[..., 0], state
+        return (rwkv_scan if form == "scan" else rwkv_recurrent)(k, v, w, u, state)
+
+    def finish(self, o, r):
+        return self.out(o.view(*o.shape[:2], -1).mT * r)
+
+    def init_state(self, batch_size):
+        carry, state = super().init_state(batch_size)
+        state[:, 2] = torch.finfo(state.dtype).min               # an empty sum, in units of e^-infinity as good as
+        return carry, state
+
+    def init_carry(self, batch_size):
+        return self.out.weight.new_zeros(batch_size, 1, self.out.in_features)
+
+    def values(self, x):
+        return super().values(x)[..., None]                                          # (b, c, s, 1)
+
+    def matrix(self, x):
+        _, k, _, w, u, _ = self.inputs(x)
+        return rwkv_weights(k, w, u)
+
+
+def rope(x, start=0, base=10000.0):
+    """Rotary positions (lesson 01): the pair (x_i, x_{i + d/2}) at position p turned by the angle p base^(-2i/d)."""
+    t, d = x.shape[-2:]
+    theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)           # (d/2,)
+    angle = torch.arange(start, start + t, device=x.device, dtype=torch.float64)[:, None] * theta
+    cos, sin = (f(angle).to(torch.promote_types(x.dtype, torch.float32)) for f in (torch.cos, torch.sin))
+    return (x * torch.cat([cos, cos], -1) + x.roll(d // 2, -1) * torch.cat([-sin, sin], -1)).to(x.dtype)
+
+
+def with_map(name, **settings):
+    """LinearAttention with another feature map, as a mixer of its own."""
+    return type(name, (LinearAttention,), {"feature_map": name, "__doc__": FEATURE_MAPS[name].__doc__} | settings)
+
+
+MIXERS = {"linear_attention": LinearAttention}
+MIXERS |= {name: with_map(name) for name in FEATURE_MAPS if name != "elu"}
+MIXERS |= {"gated_rfa": with_map("rfa", gated=True), "retnet": RetNet, "gla": GLA, "gateloop": GateLoop, "rwkv4": RWKV4,
+           "rwkv6": RWKV6, "mamba2": Mamba2, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet}
+TASKS = {}
+
+
+# --------------------------------------------------------------------------------------- how well is softmax mimicked?
+
+
+def normalise(W):
+    return W / W.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+
+
+def ranks(x):
+    return x.argsort(dim=-1).argsort(dim=-1).double()
+
+
+def mimicry(d=16, n_queries=256, n_keys=64, spread=2 ** 0.5):
+    """For softmax and every feature map, as they start: {name: (entropy of the weights in nats, their rank
+    correlation with q . k, q . k / sqrt(d), the weights)}. q, k ~ N(0, spread^2). [Z24, section 3]: softmax is spiky
+    and monotone."""
+    torch.manual_seed(0)
+    q, k = (spread * torch.randn(1, 1, n, d, dtype=torch.float64) for n in (n_queries, n_keys))
+    scores, result = q @ k.mT / d ** 0.5, {}
+    maps = {name: make(d, 1).double() for name, make in FEATURE_MAPS.items() if name != "taylor_full"}
+    for name, phi in [("softmax", None), *maps.items()]:
+        W = scores.softmax(dim=-1) if phi is None else normalise((phi(q) @ phi(k).mT).detach())
+        P = W.clamp(min=0)
+        entropy = -torch.xlogy(P, P).sum(dim=-1).mean().item()
+        a, b = (ranks(x) - (n_keys - 1) / 2 for x in (W, scores))
+        result[name] = entropy, ((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()).item(), scores, W
+    return result
+
+
+def distil(q, k, phi_q, phi_k, steps=300, lr=1e-2):
+    """Fit feature maps to the weights P of causal softmax attention, by their cross-entropy [Z24, eq. 7]:
+    L = -sum_s P_ts log (phi(q_t) . phi(k_s) / sum_r phi(q_t) . phi(k_r)). q, k: (b, h, t, d) of a trained layer.
+    Returns the divergence L - entropy(P) before each step and after the last, in nats for each target."""
+    t = q.shape[2]
+    causal = torch.ones(t, t, dtype=torch.bool, device=q.device).tril()
+    P = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~causal, -torch.inf).softmax(dim=-1).detach()
+    entropy = -torch.xlogy(P, P).sum(dim=-1).mean()
+    optimizer = torch.optim.Adam([*phi_q.parameters(), *phi_k.parameters()], lr=lr)
+    divergences = []
+    for step in range(steps + 1):
+        W = normalise((phi_q(q.detach()) @ phi_k(k.detach()).mT).masked_fill(~causal, 0))
+        loss = -(P * W.clamp(min=1e-30).log()).sum(dim=-1).mean()
+        divergences.append((loss - entropy).item())
+        if step < steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return divergences
+
+
+# ------------------------------------------------------------------------------------------------------ look and check
+
+
+def compare_forms(t=128, d_model=64, long=2048):
+    """Print how far the forms of every mixer are apart in float64, and the time of each form for `long` tokens in
+    float32."""
+    print(f"{'mixer':18}{'form':11}{f'time, t = {long}':>16}   largest difference from the forms above (t = {t})")
+    with torch.no_grad():
+        for name, make in MIXERS.items():
+            torch.manual_seed(0)
+            mixer, done = make(d_model), {}
+            for p in mixer.parameters():
+                p += 0.05 * torch.randn_like(p)              # some weights start at zero
+            x, x_long = torch.randn(2, t, d_model, dtype=torch.float64), torch.randn(1, long, d_model)
+            for form in mixer.forms:
+                too_large = name in ("gla", "rwkv4", "rwkv6", "gateloop") and form == "parallel"    # (t, t, d) numbers
+                y = mixer.double()(x, form)
+                start = time.perf_counter()
+                if not too_large:
+                    mixer.float()(x_long, form)
+                spent = "" if too_large else f"{1e3 * (time.perf_counter() - start):.0f} ms"
+                gaps = "   ".join(f"{other} {(y - z).abs().max():.0e}" for other, z in done.items())
+                print(f"{'' if done else name:18}{form:11}{spent:>16}   {gaps}", flush=True)
+                done[form] = y
+
+
+def print_mimicry():
+    print("\nfeature map   entropy of its weights (nats)   rank correlation of its weights with q . k")
+    for name, (entropy, monotone, _, _) in mimicry().items():
+        print(f"{name:14}{entropy:>12.2f}{monotone:>32.2f}")
+
+
+def plot(path, d_model=32, t=48):
+    """Above: weight against q . k for softmax and each feature map. Below: the mixing matrices of the decays."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    maps = mimicry()
+    shown = ["retnet", "mamba2", "gla", "rwkv6", "rwkv4", "gateloop", "deltanet", "gated_deltanet", "gated_rfa"]
+    figure, axes = plt.subplots(2, 9, figsize=(24, 6), constrained_layout=True)
+    for ax, (name, (entropy, monotone, scores, W)) in zip(axes[0], maps.items(), strict=True):
+        ax.scatter(scores[0, 0, :24], W[0, 0, :24], s=1)
+        ax.set_title(f"{name}\nentropy {entropy:.2f}, rank corr. {monotone:.2f}", fontsize=10)
+        ax.set_ylim(min(0, W.min().item()), 1.05 * W[0, 0, :24].max().item())
+        ax.set_xlabel("q . k / sqrt(d)", fontsize=8)
+    axes[0, 0].set_ylabel("weight")
+    torch.manual_seed(0)
+    x = torch.randn(1, t, d_model)
+    with torch.no_grad():
+        for ax, name in zip(axes[1], shown, strict=True):
+            M = MIXERS[name](d_model, n_heads=2).matrix(x)[0]
+            M = M[len(M) // 2]                                           # a head (or channel) from the middle
+            limit = M[M != 0].abs().quantile(0.95)
+            ax.imshow(M, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            ax.set_title(name, fontsize=10)
+            ax.set(xticks=[], yticks=[])
+    axes[1, 0].set_ylabel("target")
+    axes[1, 0].set_xlabel("source")
+    figure.suptitle("Above: the weight that each feature map gives a key, against q . k.   "
+                    "Below: mixing matrices at initialisation, red positive, blue negative")
+    figure.savefig(path, dpi=90)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Lesson 02: linear attention.")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw feature maps and mixing matrices instead")
+    args = parser.parse_args()
+    if args.plot:
+        plot(args.plot)
+    else:
+        compare_forms()
+        print_mimicry()
