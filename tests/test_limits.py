@@ -102,7 +102,8 @@ def test_rwkv4_without_a_bonus_is_a_normalised_linear_recurrence():
     M = (lag * w[:, None, None] + k[:, :, None, :]).exp().tril()                     # (b, c, t, s)
     close(loop, (M @ v[..., None])[..., 0] / M.sum(-1), 1e-12, "an average with decaying weights e^k")
     ek, v1 = k[..., None].exp(), torch.stack([v, torch.ones_like(v)], -1)
-    late, _ = linear.with_bonus(linear.chunked, torch.ones_like(ek), ek, v1, w[None, :, None, None], torch.ones(6, 1, 1))
+    g, u = w[None, :, None, None], torch.ones(6, 1, 1)
+    late, _ = linear.with_bonus(linear.chunked, torch.ones_like(ek), ek, v1, g, u)
     close(loop, late[..., 0] / late[..., 1], 1e-12, "the general form")
 
 

@@ -134,7 +134,7 @@ def test_only_the_naive_ratio_breaks_for_large_k():
 def test_performer_is_unbiased_and_improves_as_one_over_the_root_of_m():
     torch.manual_seed(0)
     d, draws = 8, 400
-    q, k = (torch.randn(1, 1, 16, d, dtype=torch.float64) for _ in range(2))
+    q, k = (0.6 * torch.randn(1, 1, 16, d, dtype=torch.float64) for _ in range(2))
     exact = (q @ k.mT / d ** 0.5).exp()
     spread = {}
     for m in (16, 64, 256):
@@ -149,8 +149,8 @@ def test_performer_is_unbiased_and_improves_as_one_over_the_root_of_m():
 
 def test_performer_follows_the_exponent_it_estimates():
     torch.manual_seed(0)
-    q, k = (torch.randn(1, 1, 64, 16, dtype=torch.float64) for _ in range(2))
-    phi = lesson.Performer(16, 1, 256).double()
+    q, k = (0.6 * torch.randn(1, 1, 64, 16, dtype=torch.float64) for _ in range(2))
+    phi = lesson.Performer(16, 1, 1024).double()
     estimate, exact = (phi(q) @ phi(k).mT).log().flatten(), (q @ k.mT / 4).flatten()
     assert torch.corrcoef(torch.stack([estimate, exact]))[0, 1] > 0.9
     rows = phi.w[:16] / phi.w[:16].norm(dim=1, keepdim=True)
@@ -227,7 +227,7 @@ def test_hedgehog_learns_a_trained_attention_layer():
     torch.manual_seed(0)
     maps = lesson.Hedgehog(32, 2), lesson.Hedgehog(32, 2)
     held_out_before = lesson.distil(*queries_and_keys(data.val), *maps, steps=0)[0]
-    divergences = lesson.distil(*queries_and_keys(data.train), *maps, steps=300)
+    divergences = lesson.distil(*queries_and_keys(data.train), *maps, steps=400, lr=0.02)
     held_out = lesson.distil(*queries_and_keys(data.val), *maps, steps=0)[0]
     assert divergences[-1] < divergences[0] / 10, divergences[::100]
     assert held_out < held_out_before / 5, (held_out_before, held_out)

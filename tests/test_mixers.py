@@ -79,3 +79,19 @@ def test_misuse_is_refused_by_name(name):
     if train.options_of(MIXERS[name])["n_heads"] is not None:        # None: heads are not for choosing
         with pytest.raises(ValueError, match="multiple|divide"):
             MIXERS[name](30, n_heads=4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", MIXERS)
+def test_on_a_gpu_every_form_is_the_cpus(name):
+    mixer = make(name, torch.float32)
+    x, extras = inputs(mixer, 130, dtype=torch.float32)
+    y = mixer(x, **extras).detach()
+    mixer, x, extras = mixer.cuda(), x.cuda(), {k: v.cuda() for k, v in extras.items()}
+    for form in mixer.forms:
+        assert (mixer(x, form, **extras).cpu() - y).abs().max() < 1e-3 * max(1, y.abs().max()), form
+    with torch.autocast("cuda", torch.bfloat16):
+        mixed = mixer(x, **extras)
+        mixed.sum().backward()
+    assert (mixed.float().cpu() - y).abs().max() < 0.05 * y.abs().max()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in mixer.parameters())

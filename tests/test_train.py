@@ -16,7 +16,7 @@ import torch
 import train
 
 SMALL = """--n_layers 1 --d_model 32 --n_heads 2 --context 32 --batch_size 8 --tokenizer byte --n_tokens 5
-           --warmup 5""".split()
+           --warmup 5 --device cpu""".split()
 
 
 @pytest.fixture(autouse=True)
@@ -326,3 +326,11 @@ def test_the_loss_and_its_gradient_are_torchs():
     theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 7)
     assert torch.allclose(ours, theirs, atol=1e-6)
     assert torch.allclose(grad, torch.autograd.grad((theirs * weight).sum(), logits)[0], atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [[], ["--compile"]])
+def test_trains_on_a_gpu(flags, text, tmp_path):
+    train.main([*SMALL, "--device", "cuda", "--data", text, "--steps", "60", "--lr", "0.01",
+                "--out", str(tmp_path / "r"), *flags])
+    assert np.mean(losses(tmp_path / "r")[-5:]) < 0.7 * losses(tmp_path / "r")[0]
