@@ -436,7 +436,8 @@ class Machine:
         if self.device.type == "cpu":
             keep_memory()
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            gpu = self.device.type == "cuda"
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=self.device if gpu else None)
 
     def autocast(self):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()

@@ -163,7 +163,7 @@ def test_resuming_is_exact(text, tmp_path):
             train.train(args)
     finally:
         train.save = real_save
-    train.main(["--resume", str(tmp_path / "stopped")])
+    train.main(["--resume", str(tmp_path / "stopped"), "--device", "cpu"])
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_exactly(tmp_path):
         time.sleep(random.random())
         process.send_signal(signal.SIGKILL)
     assert train.load_checkpoint(tmp_path / "killed")["step"] % 5 == 0
-    resumed = [*command[:2], "--resume", str(tmp_path / "killed")]
+    resumed = [*command[:2], "--resume", str(tmp_path / "killed"), "--device", "cpu"]
     subprocess.run(resumed, check=True, capture_output=True)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "killed")) == 40
 
@@ -200,7 +200,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     subprocess.run([sys.executable, train_py, *flags, "--accumulate", "2", "--out", str(tmp_path / "one")], check=True,
                    capture_output=True)
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-           "--rdzv_endpoint=localhost:0", train_py, *flags, "--device", "cpu", "--out", str(tmp_path / "two")]
+           "--rdzv_endpoint=localhost:0", train_py, *flags, "--out", str(tmp_path / "two")]
     done = subprocess.run(two, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=0, atol=1e-5)
