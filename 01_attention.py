@@ -227,7 +227,7 @@ class Attention(nn.Module):
 
     def __init__(self, d_model, n_heads=4, n_kv_heads=None, window=None, rope=True):
         super().__init__()
-        n_kv_heads = n_kv_heads or n_heads
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}")
         if n_kv_heads < 1 or n_heads % n_kv_heads:
@@ -249,8 +249,8 @@ class Attention(nn.Module):
         return q, k, v
 
     def forward(self, x, form=None, real=None):
-        short = form is None and x.shape[1] <= 256 and not x.is_cuda         # then one matrix is faster than its tiles
-        form = pick_form(self, x, "parallel" if short else form)
+        short = form is None and x.ndim == 3 and x.shape[1] <= 256 and not x.is_cuda
+        form = pick_form(self, x, "parallel" if short else form)         # one small matrix is faster than its tiles
         q, k, v = self.project(x)
         if form == "parallel":
             o = parallel_attention(q, k, v, self.window, real)

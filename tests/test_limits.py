@@ -130,3 +130,17 @@ def test_what_stands_in_two_lessons_is_the_same():
         assert inspect.getsource(getattr(one, name)) == inspect.getsource(getattr(two, name)), name
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     close(one.rope(x, 5), two.rope(x, 5), 0.0, "rope")
+
+
+def test_gated_rfa_averages():
+    """S_t = g S_{t-1} + (1 - g) phi(k) v^T, and the same for the normaliser [Peng et al. 2021, eq. 6]."""
+    mixer = make("gated_rfa")
+    x, _ = inputs(mixer, 20)
+    q, k, v = (linear.split_heads(f(x), 4) for f in (mixer.q, mixer.k, mixer.v))
+    q, k, g = mixer.phi_q(q), mixer.phi_k(k), mixer.gate(x).sigmoid().mT[..., None]
+    S, z, o = 0, 0, []
+    for t in range(20):
+        S = g[:, :, t, :, None] * S + (1 - g[:, :, t, :, None]) * k[:, :, t, :, None] * v[:, :, t, None, :]
+        z = g[:, :, t] * z + (1 - g[:, :, t]) * k[:, :, t]
+        o.append((q[:, :, t, None] @ S)[:, :, 0] / (q[:, :, t] * z).sum(-1, keepdim=True).clamp(min=1e-3))
+    close(mixer.output(torch.stack(o, 2), x), mixer(x), 1e-10, "gated RFA")

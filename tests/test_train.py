@@ -143,6 +143,15 @@ def test_recall_slice_by_hand(text):
 # ------------------------------------------------------------------------------------------------- resuming, processes
 
 
+def test_the_recall_slice_is_rare_and_seen(text):
+    data = train.Text(train.parse([*SMALL, "--data", text])[0])
+    data.bigrams = np.array([1 * 256 + 2, 3 * 256 + 4, 5 * 256 + 6]), np.array([train.RARE, train.RARE + 1, 1])
+    row = torch.tensor([[1, 2, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8, 7, 8]])
+    ids, targets = row[:, :-1], row[:, 1:]
+    got = {name: count for name, _, count in data.scores(ids, targets, {}, None, torch.zeros(1, 13), True)}
+    assert got["recall"] == 2 and got["recall_new"] == 1 and got["rest"] == 11      # 1 2 again, 7 8 again
+
+
 def test_resuming_is_exact(text, tmp_path):
     common = [*SMALL, "--data", text, "--eval_every", "6"]
     train.main([*common, "--steps", "18", "--out", str(tmp_path / "whole")])
@@ -227,7 +236,10 @@ def test_parameters_may_bring_their_own_learning_rate():
 @pytest.mark.parametrize("flags, message", [
     ("--data /no/such/file", "no such file"), ("--mixer atention", "did you mean attention"),
     ("--task indction", "did you mean induction"), ("--mixer window:windw=3", "no option 'windw'; it has .*window"),
-    ("--mixer window:window=0", "window 0 is below 1"),
+    ("--mixer window:window=0", "window must be at least 1"), ("--mixer window:window=2.5", "must be int"),
+    ("--mixer attention:rope=3", "must be bool"), ("--mixer cosformer:M=9", "M = 9"), ("--task text:length=3", "text"),
+    ("--lr nan", "--lr must be above 0"), ("--seed -1", "--seed"), ("--top_k -1", "--top_k"), ("--mlp -1", "--mlp"),
+    ("--device meta", "--device meta"), ("--task induction --data README.md", "makes its own data"),
     ("--d_model 30 --n_heads 4", "30 is not a multiple of n_heads 4"), ("--mixer linformer", "not causal"),
     ("--batch_size 7 --accumulate 2", "7 is not a multiple"), ("--steps 0", "--steps must be at least 1"),
     ("--steps many", "invalid int value"), ("--nonsense 3", "unrecognized arguments"), ("--device cuda:99", "cuda:99"),
@@ -252,6 +264,40 @@ def test_a_folder_without_text_is_refused(capsys, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "a.png").write_bytes(b"\x89PNG\0")
     assert "no text" in refusal([*SMALL, "--data", tmp_path / "pictures"], capsys)
+
+
+def test_options_are_read_as_what_they_are():
+    assert train.look_up("attention: rope = false", "mixer", train.from_lessons("MIXERS"))[1] == {"rope": False}
+    assert train.look_up("performer:m=8", "mixer", train.from_lessons("MIXERS"))[1] == {"m": 8}
+
+
+def test_no_seed_trains_on_what_is_held_out():
+    task = train.Task(train.parse(["--task", "induction"])[0])
+    held_out = next(iter(task.held_out(2)))[0]
+    for seed in (0, 1, 256):
+        for step in (0, 1, 2):
+            assert not torch.equal(task.batch(2, torch.Generator().manual_seed(seed * 2 ** 32 + step))[0], held_out)
+
+
+def test_a_run_goes_on_with_the_same_text_only(text, capsys, tmp_path):
+    bpe = [*SMALL, "--tokenizer", "bpe", "--vocab_size", "300"]
+    train.main([*bpe, "--data", text, "--steps", "2", "--out", str(tmp_path / "run")])
+    moved = tmp_path / "elsewhere.txt"
+    moved.write_text(open(text).read())
+    (tmp_path / "play.txt").write_text("another text " * 5000)
+    capsys.readouterr()
+    assert "not the text" in refusal(["--resume", tmp_path / "run", "--steps", "4"], capsys)
+    assert "lies behind" in refusal(["--resume", tmp_path / "run", "--steps", "1"], capsys)
+    assert "writes to" in refusal(["--resume", tmp_path / "run", "--out", tmp_path / "other"], capsys)
+    train.main(["--resume", str(tmp_path / "run"), "--data", str(moved), "--steps", "4", "--device", "cpu"])
+    assert len(losses(tmp_path / "run")) == 4
+    train.main(["--resume", str(tmp_path / "run" / "checkpoint.pt"), "--sample", "O", "--seed", "5", "--n_tokens", "3"])
+
+
+def test_sampling_stops_in_words_at_a_largest_length(text, tmp_path, capsys):
+    train.main([*SMALL, "--data", text, "--mixer", "cosformer:M=40", "--steps", "1", "--out", str(tmp_path / "run")])
+    train.main(["--resume", str(tmp_path / "run"), "--sample", "O", "--n_tokens", "60"])
+    assert "[stopped: position 41" in capsys.readouterr().out
 
 
 def test_a_run_is_not_written_over(text, capsys, tmp_path):
