@@ -107,8 +107,7 @@ def recurrent(q, k, v, g=None, state=None):
 
 
 def scan(a, b):
-    """h_t = a_t h_{t-1} + b_t along axis 2, by doubling [Hillis, Steele 1986]: after step j each h_t sums 2^j terms.
-    O(t log t)."""
+    """h_t = a_t h_{t-1} + b_t along axis 2 by doubling [Hillis, Steele 1986]: log t rounds, sums of 2^j terms."""
     n = 1
     while n < b.shape[2]:
         pad = (0, 0) * (b.ndim - 3) + (n, -n)

@@ -68,8 +68,7 @@ def toeplitz(K):
 
 
 def scan(a, b):
-    """h_t = a_t h_{t-1} + b_t along axis 2, by doubling [Hillis, Steele 1986]: step j makes sums of 2^j terms. O(t
-    log t)."""
+    """h_t = a_t h_{t-1} + b_t along axis 2 by doubling [Hillis, Steele 1986]: log t rounds, sums of 2^j terms."""
     n = 1
     while n < b.shape[2]:
         pad = (0, 0) * (b.ndim - 3) + (n, -n)
@@ -932,7 +931,8 @@ class MonarchMixer(ConvMixer):
         """Written out: H[(i1, i0), (j1, j0)] = (R_1 k)[i1 - j1, i0 - j0], times the block-diagonal R_2, plus D."""
         one = torch.eye(-(-t // self.m) * self.m, dtype=at_least_float32(self.k).dtype, device=self.k.device)
         k, u = self.grid(at_least_float32(self.k)[:, :t], self.R1), self.grid(one, self.R2).flatten(-2).mT
-        i1, i0 = grid_index(len(one), self.m)
+        i = torch.arange(len(one), device=k.device)
+        i1, i0 = i // self.m, i % self.m
         d1, d0 = i1[:, None] - i1, i0[:, None] - i0
         H = torch.where((d1 >= 0) & (d0 >= 0), k[:, d1.clamp(min=0), d0.clamp(min=0)], 0)
         return (H @ u)[:, :t, :t] + torch.diag_embed(at_least_float32(self.D)[:, None].expand(-1, t))
@@ -962,12 +962,6 @@ class MonarchMixer(ConvMixer):
 
     def init_carry(self, batch_size):
         return self.projections.short.init_carry(batch_size)
-
-
-def grid_index(n, m):
-    """Row and column of each of n positions in a grid of width m."""
-    i = torch.arange(n)
-    return i // m, i % m
 
 
 # ---------------------------------------------------------------------------------------------------- selective mixers

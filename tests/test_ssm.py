@@ -1,0 +1,276 @@
+"""Lesson 03: HiPPO against closed forms, S4's three kernels, discretisation, Monarch, long signals, limits."""
+import importlib
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import MIXERS, close, inputs, make
+
+lesson = importlib.import_module("03_ssm")
+double = torch.float64
+
+
+# ---------------------------------------------------------------------------------------------------------- primitives
+
+
+def test_fft_convolution_is_the_sum_and_torchs_conv1d():
+    u, K = torch.randn(2, 3, 50, dtype=double), torch.randn(3, 50, dtype=double)
+    direct = torch.stack([sum(K[:, t - s] * u[:, :, s] for s in range(t + 1)) for t in range(50)], dim=-1)
+    referee = F.conv1d(F.pad(u, (49, 0)), K.flip(-1)[:, None], groups=3)
+    for y in (lesson.fft_conv(u, K), (lesson.toeplitz(K) @ u[..., None])[..., 0]):
+        close(y, direct, 1e-12, "the sum")
+        close(y, referee, 1e-12, "torch's conv1d")
+
+
+@pytest.mark.parametrize("kind", [double, torch.complex128])
+def test_scan_is_the_loop(kind):
+    a, b = (torch.randn(2, 3, 37, 4, dtype=kind) for _ in range(2))
+    h = torch.randn(2, 3, 4, dtype=kind)
+    a = a / a.abs().clamp(min=1)
+    for how in (lesson.scan_from, lesson.chunks):
+        close(how(a, b, h), lesson.loop(a, b, h), 1e-12, how.__name__)
+        close(how(a, b), lesson.loop(a, b), 1e-12, how.__name__)
+
+
+def test_discretisations_agree_as_the_step_shrinks_and_zoh_is_exact():
+    A = torch.complex(torch.tensor([-0.5, -2.0], dtype=double), torch.tensor([3.0, -1.0], dtype=double))
+    errors = {}
+    for dt in (0.1, 0.01):
+        log_a, b = lesson.zoh(A, dt)
+        fine = torch.arange(20000, dtype=double)[:, None] * dt / 20000 + dt / 40000
+        close(log_a.exp(), (dt * A).exp(), 1e-14, "a")
+        close(b, (fine * A).exp().mean(0) * dt, 1e-9, "the integral of e^{sA} over a step")
+        errors[dt] = [((x[0].exp() - log_a.exp()).abs().max(), (x[1] - b).abs().max())
+                      for x in (lesson.bilinear(A, dt), lesson.euler(A, dt))]
+    for big, small in zip(errors[0.1], errors[0.01], strict=True):
+        assert small[0] <= big[0] / 500 + 1e-15 and small[1] < big[1] / 50
+
+
+# --------------------------------------------------------------------------------------------------------------- HiPPO
+
+
+def test_the_kernel_of_legs_is_legendre():
+    """e^{tA} B = sqrt(2n + 1) P_n(2 e^{-t} - 1) e^{-t}, exactly."""
+    A, B = lesson.hippo_legs(64)
+    for t in (0.1, 0.7, 3.0):
+        x = torch.tensor([math.exp(-t)], dtype=double)
+        close(torch.matrix_exp(t * A) @ B, lesson.legendre(64, x)[:, 0] * x, 1e-11, f"t = {t}")
+    nodes, weights = (torch.from_numpy(y) for y in np.polynomial.legendre.leggauss(100))
+    P = lesson.legendre(64, (nodes + 1) / 2)
+    close(P * weights / 2 @ P.mT, torch.eye(64, dtype=double), 1e-12, "orthonormal")
+
+
+@pytest.mark.parametrize("make_system, leak", [(lesson.hippo_legt, 0.03), (lesson.hippo_fout, 0.03)])
+def test_the_windows_of_legt_and_fout_are_one_long(make_system, leak):
+    """Inside the window of length 1 the kernel is the basis, of size 1 and more; a window later hardly anything is
+    left."""
+    A, B = make_system(64)
+    assert torch.linalg.eigvals(A).real.max() < 1e-9
+    inside = torch.stack([torch.matrix_exp(t * A) @ B for t in (0.2, 0.4, 0.6)])[:, :16].square().mean().sqrt()
+    after = torch.stack([torch.matrix_exp(t * A) @ B for t in (1.3, 1.6, 1.9)])[:, :16].square().mean().sqrt()
+    assert after < leak * inside, (after / inside)
+
+
+def test_hippo_remembers_a_smooth_signal_better_with_more_numbers():
+    errors = list(lesson.reconstruction_errors().values())
+    assert errors[0] < 0.5 and errors[3] < 0.02, errors
+    assert all(after < before / 2 for before, after in zip(errors, errors[1:], strict=False)), errors
+
+
+def test_s4d_legs_is_s4_legs_smoothed():
+    """[S4D, theorem 3] with the normal part of A and B halved the kernels tend to LegS's, but only weakly: the raw
+    difference stays, its average over 0.2 falls: 0.06, 0.013, 0.0016 for the first basis function."""
+    t, raw, smooth = torch.linspace(0, 5, 5001, dtype=double), [], []
+    for n in (16, 64, 256):
+        A, B = lesson.hippo_legs(n)
+        P = (torch.arange(n, dtype=double) + 0.5).sqrt()
+        w, V = torch.linalg.eigh(1j * (A + P[:, None] * P + 0.5 * torch.eye(n, dtype=double)))
+        K = (V[0] * (V.mH @ (B / 2).to(V.dtype))) @ torch.exp((-0.5 - 1j * w)[:, None] * t)
+        gap = K.real - torch.exp(-t)                             # LegS's first: P_0 = 1
+        raw.append(gap.square().mean().sqrt().item())
+        smooth.append(gap.unfold(0, 200, 1).mean(-1).square().mean().sqrt().item())
+        start = lesson.s4d_legs(n)
+        close(start.imag.sort().values.double(), w[w > 1e-9].sort().values, 1e-4 * n, "S4DLegS's first eigenvalues")
+    assert all(abs(r - 0.222) < 0.005 for r in raw)
+    assert all(abs(s - e) < 0.1 * e for s, e in zip(smooth, (0.06, 0.013, 0.0016), strict=True)), smooth
+
+
+# ------------------------------------------------------------------------------------------------------------------ S4
+
+
+@pytest.mark.parametrize("t", [1, 2, 7, 64, 100])
+def test_s4s_kernel_by_generating_function_by_powers_and_by_the_loop(t):
+    mixer = make("s4")
+    generating = mixer.kernel(t)
+    krylov = lesson.DenseMixer.kernel(mixer, t)
+    impulse = F.pad(torch.ones(1, mixer.channels, 1, dtype=double), (0, t - 1))
+    loop, _ = mixer.states(impulse, None)
+    close(generating, krylov, 1e-9, "generating function and powers")
+    close(krylov, loop[0], 1e-9, "powers and the loop")
+
+
+def test_s4_starts_as_hippo_legs():
+    torch.manual_seed(0)
+    mixer = lesson.S4(4, n_state=32)
+    Lambda, P, B, _, _ = mixer.system()
+    A, _ = lesson.hippo_legs(32)
+    eigenvalues = torch.linalg.eigvals(torch.diag(Lambda) - P[:, None] * P.conj()).to(torch.complex128)
+    assert abs(eigenvalues.sum() - torch.trace(A)) < 1e-4 * abs(torch.trace(A))
+    close(B.abs().square().sum().double(), (2 * torch.arange(32) + 1).sum().double(), 1e-4, "|B|^2")
+
+
+# ------------------------------------------------------------------------------------------------------------- Monarch
+
+
+def test_the_monarch_transform_is_the_fourier_transform():
+    for n1, n2 in ((8, 8), (4, 16), (32, 4), (1, 8)):
+        x = torch.randn(3, n1 * n2, dtype=double)
+        X = lesson.monarch_fft(x, n1)
+        close(torch.view_as_real(X.mT.flatten(-2)), torch.view_as_real(torch.fft.fft(x)), 1e-12, "frequency k1 + n1 k2")
+        close(lesson.monarch_ifft(X).real, x, 1e-12, "inverse")
+    u, K = torch.randn(2, 3, 32, dtype=double), torch.randn(3, 32, dtype=double)
+    U, V = (lesson.monarch_fft(F.pad(x, (0, 32)), 8) for x in (u, K))
+    close(lesson.monarch_ifft(U * V).real[..., :32], lesson.fft_conv(u, K), 1e-12, "convolution without a permutation")
+
+
+def test_the_monarch_mixer_is_exactly_causal_and_not_toeplitz():
+    mixer = make("monarch_mixer")
+    M = mixer.mixing_matrix(70)
+    assert M.triu(1).abs().max() == 0
+    assert (M[:, 40:60, 0:20] - M[:, 41:61, 1:21]).abs().max() > 1e-3
+    u = torch.randn(1, mixer.channels, 70, dtype=double)
+    later = u.clone()
+    later[..., 40:] += 10
+    assert (mixer.convolve("conv", u) - mixer.convolve("conv", later))[..., :40].abs().max() < 1e-11
+
+
+def test_without_the_degree_bound_causality_breaks():
+    """Products of degree above the transform's length wrap around to the start."""
+    u = torch.zeros(1, 1, 8, 8, dtype=double)
+    u[..., 6, 6] = 1
+    k = torch.randn(1, 8, 8, dtype=double)
+    wrapped = torch.fft.irfft2(torch.fft.rfft2(u) * torch.fft.rfft2(k), s=(8, 8))
+    assert wrapped[0, 0, 0, 0].abs() > 1e-3
+
+
+# -------------------------------------------------------------------------------------------------------- long signals
+
+
+@pytest.mark.parametrize("name", ["s4d", "dss", "lru", "ema", "modal", "h3", "gss"])
+def test_a_long_signal_passes_by_convolution_and_by_scan(name):
+    torch.manual_seed(0)
+    mixer = MIXERS[name](4, **({"n_state": 4} if name != "h3" else {"n_state": 4, "shift": 8}))
+    x = torch.randn(1, 16384, 4)
+    with torch.no_grad():
+        conv, scan = mixer(x, "conv"), mixer(x, "scan")
+    assert conv.isfinite().all()
+    close(scan, conv, 2e-3, "scan and convolution in float32")
+
+
+@pytest.mark.parametrize("name, options", [
+    ("mamba", {"n_state": 4}), ("rglru", {}), ("qrnn", {}), ("sru", {}), ("s5", {"n_state": 16}),
+    ("liquid_s4", {"n_state": 4}), ("sgconv", {"max_len": 16384}), ("hyena", {"max_len": 16384}),
+    ("monarch_mixer", {"max_len": 16384, "m": 128})])
+def test_a_long_signal_passes_by_the_form_meant_for_it(name, options):
+    torch.manual_seed(0)
+    mixer = MIXERS[name](4, **options)
+    with torch.no_grad():
+        assert mixer(3 * torch.randn(1, 16384, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sgconv", "hyena", "monarch_mixer", "monarch"])
+def test_a_largest_length_is_kept(name):
+    mixer = MIXERS[name](8, max_len=64)
+    with pytest.raises(ValueError, match="64"):
+        mixer(torch.randn(1, 65, 8))
+
+
+# -------------------------------------------------------------------------------------------------------------- limits
+
+
+def test_h3_with_unit_gates_is_the_diagonal_system_and_gates_make_the_rest():
+    mixer = make("h3")
+    x, _ = inputs(mixer, 40)
+    v, k, q, _ = mixer.project(x, mixer.init_carry(2))
+    close(mixer(x), mixer.finish(q * mixer.convolve("conv", k * v), x), 1e-11, "q * SSM(k * v)")
+    ungated = lesson.S4D(32).double()
+    system = {name: p for name, p in mixer.state_dict().items() if name in ungated.state_dict() and "out" not in name}
+    ungated.load_state_dict(system, strict=False)
+    mixer.project = lambda x, carry: (x.mT, torch.ones_like(x.mT), torch.ones_like(x.mT), carry)
+    o = mixer.run(x, mixer.init_carry(2), lambda u: (mixer.convolve("conv", u), None))[0]
+    close(o, mixer.out(ungated.convolve("conv", x.mT).mT), 1e-11, "unit gates")
+
+
+def test_h3_with_wide_heads_is_linear_attention_under_a_convolution():
+    torch.manual_seed(0)
+    mixer = lesson.H3(32, head_dim=8).double()
+    x, _ = inputs(mixer, 40)
+    q, k, v = mixer.qkv(x).chunk(3, dim=-1)
+    k, _ = mixer.shift(k, mixer.init_carry(2))
+    q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in (q, k, v))           # (b, h, t, d)
+    K = mixer.kernel(40)[::64]                                                       # one for each head
+    y = (q @ k.mT * lesson.toeplitz(K)) @ v
+    for form in mixer.forms:
+        close(mixer(x, form), mixer.out(y.transpose(1, 2).flatten(-2)), 1e-10, form)
+
+
+def test_s5_with_one_input_is_s4d():
+    """Diagonal state, the same A, dt, C and D, B = 1: a kernel for the one channel."""
+    torch.manual_seed(0)
+    s5, s4d = lesson.S5(1, n_state=16, blocks=1).double(), lesson.S4D(1, n_state=16).double()
+    with torch.no_grad():
+        s4d.log_A_real[0], s4d.A_imag[0] = s5.log_A_real, s5.A_imag
+        s5.log_dt.fill_(s4d.log_dt.item())
+        s5.B.copy_(torch.tensor([1.0, 0.0]))
+        s5.C.copy_(s4d.C)
+        s5.D.copy_(s4d.D)
+        s5.out.load_state_dict(s4d.out.state_dict())
+    x = torch.randn(2, 50, 1, dtype=double)
+    for form in s5.forms:
+        close(s5(x, form), s4d(x), 1e-11, form)
+
+
+def test_lru_with_real_decays_is_an_average():
+    torch.manual_seed(0)
+    ema, lru = lesson.EMA(8).double(), lesson.LRU(8).double()
+    log_a, b, C, D = ema.discrete()
+    with torch.no_grad():
+        lru.nu.copy_((-log_a).log())
+        lru.theta.fill_(-100.0)                                  # angle e^-100
+        gamma = torch.sqrt(-torch.expm1(2 * log_a))
+        lru.B.copy_(torch.stack([b / gamma, 0 * b], -1))
+        lru.C.copy_(torch.stack([C, 0 * C], -1))
+        lru.D.copy_(D)
+    close(lru.kernel(60), ema.kernel(60), 1e-10, "LRU with real decays and EMA")
+
+
+def test_mamba_with_constant_dt_b_c_is_s4d_under_euler():
+    torch.manual_seed(0)
+    mixer = lesson.Mamba(8, n_state=4).double()
+    u, dt = torch.randn(2, 16, 50, dtype=double), torch.rand(16, 1, dtype=double) + 0.1
+    A, B, C = -mixer.log_A.exp(), torch.randn(4, dtype=double), torch.randn(4, dtype=double)
+    g, k, q = (dt * A)[None, :, None], (dt * B)[None, :, None], C.expand(1, 1, 1, 4)
+    log_a, b = lesson.euler(A, dt)
+    K = torch.einsum("cn,cnl->cl", b * B * C, torch.exp(log_a[..., None] * torch.arange(50)))
+    K = K + F.pad(mixer.D[:, None], (0, 49))
+    for form in mixer.forms:
+        close(mixer.system(form, u, g.expand(2, -1, 50, -1), k, q, None)[0], lesson.fft_conv(u, K), 1e-11, form)
+
+
+def test_dss_prefixes_do_not_depend_on_the_length():
+    mixer = make("dss")
+    x, _ = inputs(mixer, 60)
+    close(mixer(x)[:, :20], mixer(x[:, :20]), 1e-11, "a prefix")
+    A = mixer.discrete()[0] / mixer.log_dt.exp()[:, None]
+    softmax = torch.exp(mixer.discrete()[0][..., None] * torch.arange(mixer.max_len))
+    softmax = softmax / softmax.sum(-1, keepdim=True)
+    K = torch.einsum("cn,cnl->cl", mixer.discrete()[2] / A, softmax).real
+    close(mixer.kernel(60)[:, 1:], K[:, 1:60], 1e-10, "w / Lambda softmax(Lambda dt l)")
+
+
+def test_state_space_parameters_are_marked_for_a_small_learning_rate():
+    mixer = make("s4d")
+    assert mixer.A_imag.optim == mixer.log_dt.optim == {"lr": 1e-3, "weight_decay": 0.0}
+    assert not hasattr(mixer.C, "optim")
