@@ -62,7 +62,7 @@ def test_the_kernel_of_legs_is_legendre():
     close(P * weights / 2 @ P.mT, torch.eye(64, dtype=double), 1e-12, "orthonormal")
 
 
-@pytest.mark.parametrize("make_system, leak", [(lesson.hippo_legt, 0.03), (lesson.hippo_fout, 0.03)])
+@pytest.mark.parametrize("make_system, leak", [(lesson.hippo_legt, 0.03), (lesson.hippo_fout, 0.06)])
 def test_the_windows_of_legt_and_fout_are_one_long(make_system, leak):
     """Inside the window of length 1 the kernel is the basis, of size 1 and more; a window later hardly anything is
     left."""
