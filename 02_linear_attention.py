@@ -643,7 +643,7 @@ class ShortConv(nn.Module):
 
     def forward(self, x, past):
         x = torch.cat([past.to(x.dtype), x], dim=1)
-        return F.silu(self.conv(x.mT).mT), x[:, -(self.width - 1):]
+        return F.silu(self.conv(x.mT).mT), x[:, x.shape[1] - self.width + 1:]
 
     def init_carry(self, batch_size):
         return self.conv.weight.new_zeros(batch_size, self.width - 1, self.conv.in_channels)

@@ -249,7 +249,7 @@ class ShortConv(nn.Module):
 
     def forward(self, x, past):
         x = torch.cat([past.to(x.dtype), x], dim=1)
-        return self.conv(x.mT).mT, x[:, -(self.width - 1):]
+        return self.conv(x.mT).mT, x[:, x.shape[1] - self.width + 1:]
 
     def init_carry(self, batch_size):
         return self.conv.weight.new_zeros(batch_size, self.width - 1, self.conv.in_channels)
@@ -1377,7 +1377,7 @@ def plot(path, t=64, d_model=16):
             ax.plot(u, lw=0.8, color="lightgray")
             ax.plot(reconstruct(hippo_online(u, n), 2000), lw=0.8)
             ax.set_title(f"HiPPO-LegS, n = {n}: RMSE {error:.3f}", fontsize=9)
-            ax.set_ylim(-3.5, 3.5)
+            ax.set_ylim(-0.5, 4)
     above.suptitle("Mixing matrices at initialisation")
     middle.suptitle("Kernels at initialisation, three channels each (without the first tap)")
     figure.savefig(path, dpi=80)

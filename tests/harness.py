@@ -33,7 +33,7 @@ def cut(extras, *where):
     return {name: value[(slice(None), *where)] for name, value in extras.items()}
 
 
-def close(a, b, tolerance, what):
+def check_close(a, b, tolerance, what):
     """Equal up to tolerance, relative to the size of b where that is above 1. NaN is never close."""
     assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
     gap = (a - b).abs().max().item() / max(1.0, b.abs().max().item())
@@ -60,7 +60,7 @@ def check_forms(mixer, t, tolerance=1e-9, dtype=torch.float64):
             one, other = results[a][what], results[b][what]
             if one is None or other is None:         # a parameter that this length does not use
                 one, other = (torch.zeros(1) if g is None else g.abs().max()[None] for g in (one, other))
-            close(one, other, tolerance, f"{type(mixer).__name__} t={t}: {what}, {a} and {b}")
+            check_close(one, other, tolerance, f"{type(mixer).__name__} t={t}: {what}, {a} and {b}")
 
 
 def check_split(mixer, t, s, u, tolerance=1e-9):
@@ -73,14 +73,14 @@ def check_split(mixer, t, s, u, tolerance=1e-9):
     for i in range(u, t):
         y_t, state = mixer.step(x[:, i], state, **cut(extras, i))
         parts.append(y_t[:, None])
-    close(torch.cat(parts, 1), y, tolerance, f"{type(mixer).__name__}: prefill {s}, prefill to {u}, steps to {t}")
+    check_close(torch.cat(parts, 1), y, tolerance, f"{type(mixer).__name__}: prefill {s}, prefill to {u}, steps to {t}")
     again, _ = mixer.prefill(x[:, s:u], s1, **cut(extras, slice(s, u)))
-    close(again, y2, 0.0, f"{type(mixer).__name__}: a state that was gone on from before")
+    check_close(again, y2, 0.0, f"{type(mixer).__name__}: a state that was gone on from before")
     state, steps = mixer.init_state(len(x)), []
     for i in range(t):
         y_t, state = mixer.step(x[:, i], state, **cut(extras, i))
         steps.append(y_t)
-    close(torch.stack(steps, 1), y, tolerance, f"{type(mixer).__name__}: steps from init_state")
+    check_close(torch.stack(steps, 1), y, tolerance, f"{type(mixer).__name__}: steps from init_state")
 
 
 def sees_future(mixer, form, t=70, at=40, tolerance=1e-12):
@@ -97,9 +97,9 @@ def check_matrix(mixer, t, tolerance=1e-9):
     M = mixer.matrix(x, **extras)
     assert M.shape[0] == len(x) and M.shape[-2:] == (t, t)
     y = mixer.output(M @ mixer.values(x, **extras), x)
-    close(y, mixer(x, **extras), tolerance, f"{type(mixer).__name__}: matrix, t={t}")
+    check_close(y, mixer(x, **extras), tolerance, f"{type(mixer).__name__}: matrix, t={t}")
     if mixer.causal:
-        close(M.triu(1), torch.zeros_like(M), 0.0, f"{type(mixer).__name__}: matrix above the diagonal")
+        check_close(M.triu(1), torch.zeros_like(M), 0.0, f"{type(mixer).__name__}: matrix above the diagonal")
 
 
 def floats_in(state):

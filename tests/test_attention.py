@@ -4,7 +4,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import close, inputs, run
+from harness import check_close, inputs, run
 
 lesson = importlib.import_module("01_attention")
 
@@ -27,11 +27,11 @@ def test_torch_is_the_referee(form, t, s, g, window):
     q, k, v = qkv(t, s, g=g)
     o = form(q, k, v, window)
     referee = F.scaled_dot_product_attention(q, k, v, attn_mask=band(t, s, window), enable_gqa=g < 4)
-    close(o, referee, 1e-12, "attention and torch's")
+    check_close(o, referee, 1e-12, "attention and torch's")
     weight = torch.randn_like(o)
     for a, b in zip(torch.autograd.grad((o * weight).sum(), (q, k, v)),
                     torch.autograd.grad((referee * weight).sum(), (q, k, v)), strict=True):
-        close(a, b, 1e-11, "gradient and torch's")
+        check_close(a, b, 1e-11, "gradient and torch's")
 
 
 def test_the_hand_written_gradient_is_the_derivative():
@@ -45,8 +45,8 @@ def test_padding_is_invisible_and_a_row_without_sources_is_zero(form):
     real = torch.ones(2, 40, dtype=torch.bool)
     real[0, :7] = False                                  # left padding: rows 0..6 see nothing
     o = form(q, k, v, real=real)
-    close(o[0, :, :7], torch.zeros_like(o[0, :, :7]), 0.0, "rows that see nothing")
-    close(o[:1, :, 7:], form(q[:1, :, 7:], k[:1, :, 7:], v[:1, :, 7:]), 1e-12, "what padding leaves")
+    check_close(o[0, :, :7], torch.zeros_like(o[0, :, :7]), 0.0, "rows that see nothing")
+    check_close(o[:1, :, 7:], form(q[:1, :, 7:], k[:1, :, 7:], v[:1, :, 7:]), 1e-12, "what padding leaves")
     grads = torch.autograd.grad(o.sum(), (q, k, v))
     assert all(g.isfinite().all() for g in grads) and not grads[1][0, :, :7].any() and not grads[2][0, :, :7].any()
 
@@ -64,7 +64,7 @@ def test_a_padded_batch_generates_as_each_sequence_alone(make):
         y_t, state = mixer.step(x[:, i], state)
         tail.append(y_t)
     alone = mixer(x[1:, 30:])                            # positions shift by 30, which rotary scores do not notice
-    close(torch.cat([y[1:, 30:], torch.stack(tail, 1)[1:]], 1), alone, 1e-11, "the padded sequence")
+    check_close(torch.cat([y[1:, 30:], torch.stack(tail, 1)[1:]], 1), alone, 1e-11, "the padded sequence")
 
 
 def test_online_softmax_keeps_scores_that_overflow_exp():
@@ -72,7 +72,7 @@ def test_online_softmax_keeps_scores_that_overflow_exp():
     o = lesson.chunked_attention(q * 300, k * 300, v, chunk=16)
     referee = F.scaled_dot_product_attention(q * 300, k * 300, v, is_causal=True)
     assert o.isfinite().all()
-    close(o, referee, 1e-9, "huge scores")
+    check_close(o, referee, 1e-9, "huge scores")
 
 
 def test_memory_of_the_chunked_form_does_not_grow_with_the_square():
@@ -87,7 +87,7 @@ def test_rope_depends_on_distance_only():
     q, k = (torch.randn(1, 1, 1, 16, dtype=torch.float64) for _ in range(2))
     scores = [(lesson.rope(q, i + 5) * lesson.rope(k, i)).sum() for i in (0, 3, 1000, 10 ** 6)]
     for s in scores[1:]:
-        close(s, scores[0], 1e-9, "a score five apart")
+        check_close(s, scores[0], 1e-9, "a score five apart")
     assert (scores[0] - (lesson.rope(q, 6) * lesson.rope(k, 0)).sum()).abs() > 1e-3
 
 
@@ -110,7 +110,7 @@ def test_linformer_with_identity_projections_is_full_attention():
         mixer.F.copy_(torch.eye(24))
     x, _ = inputs(mixer, 24)
     q, k, v = mixer.project(x)
-    close(mixer(x), mixer.output(F.scaled_dot_product_attention(q, k, v), x), 1e-12, "Linformer with E = F = 1")
+    check_close(mixer(x), mixer.output(F.scaled_dot_product_attention(q, k, v), x), 1e-12, "Linformer with E = F = 1")
 
 
 def test_linformers_sketch_of_the_values_improves_with_k():
@@ -144,7 +144,7 @@ def test_ngram_heads_read_equal_rows_as_equal_tokens():
     rows = torch.randn(3, 8)[ids]
     assert torch.equal(mixer.matrix(rows), mixer.matrix(rows, ids))
     for form in mixer.forms:
-        close(mixer(rows, form), mixer(rows, form, ids=ids), 0.0, form)
+        check_close(mixer(rows, form), mixer(rows, form, ids=ids), 0.0, form)
 
 
 @pytest.mark.parametrize("options, message", [
@@ -161,4 +161,4 @@ def test_grouped_heads_keep_a_smaller_cache():
     results = [run(mixer.double(), form, inputs(mixer, 65)[0], {}) for form in mixer.forms]
     for what in results[0]:
         for other in results[1:]:
-            close(results[0][what], other[what], 1e-9, what)
+            check_close(results[0][what], other[what], 1e-9, what)

@@ -3,7 +3,7 @@ import importlib
 import inspect
 
 import torch
-from harness import MIXERS, close, inputs, make
+from harness import MIXERS, check_close, inputs, make
 
 
 def same_weights(a, b):
@@ -17,7 +17,7 @@ def test_a_window_as_long_as_the_text_is_full_attention():
     window = same_weights(full, MIXERS["window"](32, window=50).double())
     x, _ = inputs(full, 50)
     for form in full.forms:
-        close(window(x, form), full(x, form), 1e-12, form)
+        check_close(window(x, form), full(x, form), 1e-12, form)
     assert (window(*inputs(full, 60)[:1]) - full(*inputs(full, 60)[:1])).abs().max() > 1e-3
 
 
@@ -37,7 +37,7 @@ def test_gla_with_a_constant_gate_is_retnets_core():
     for form in (linear.parallel, linear.chunked, linear.recurrent):
         vector, _ = form(q, k, v, gamma.expand(2, 2, 70, 8))
         scalar, _ = form(q, k, v, gamma)
-        close(vector, scalar, 1e-11, "a constant vector gate and RetNet's decay")
+        check_close(vector, scalar, 1e-11, "a constant vector gate and RetNet's decay")
 
 
 def test_retnet_is_the_decayed_sum_of_its_paper():
@@ -46,7 +46,7 @@ def test_retnet_is_the_decayed_sum_of_its_paper():
     lag = torch.arange(20)[:, None] - torch.arange(20)
     D = mixer.g.exp() ** lag * (lag >= 0)
     q, k, _, _, _ = mixer.inputs(x)
-    close(mixer.matrix(x), (q @ k.mT) * D, 1e-11, "(Q K^T) * D")
+    check_close(mixer.matrix(x), (q @ k.mT) * D, 1e-11, "(Q K^T) * D")
 
 
 def test_gateloop_with_real_gates_is_the_scalar_decay():
@@ -54,7 +54,7 @@ def test_gateloop_with_real_gates_is_the_scalar_decay():
     g = -torch.rand(2, 8, 70, 1, dtype=torch.float64)
     as_complex = [x.to(torch.complex128) for x in (q, k, v, g)]
     for form in (linear.parallel, linear.chunked, linear.recurrent, linear.scanned):
-        close(form(*as_complex)[0].real, form(q, k, v, g)[0], 1e-11, "real gates")
+        check_close(form(*as_complex)[0].real, form(q, k, v, g)[0], 1e-11, "real gates")
         assert form(*as_complex)[0].imag.abs().max() < 1e-12
 
 
@@ -70,7 +70,7 @@ def test_mamba2_is_a_scalar_decay_with_its_own_inputs():
     M = torch.einsum("btn,bsn,btsh,bsh->bhts", C, B, L, dt) + mixer.skip[:, None, None] * torch.eye(30)
     y = torch.einsum("bhts,bshe->bthe", M, v.unflatten(-1, (4, -1))).flatten(-2)
     z = torch.nn.functional.silu(mixer.z(x))
-    close(mixer.out(linear.rms_norm(y * z) * mixer.norm), mixer(x), 1e-11, "Mamba-2 written out")
+    check_close(mixer.out(linear.rms_norm(y * z) * mixer.norm), mixer(x), 1e-11, "Mamba-2 written out")
 
 
 def test_the_delta_rule_with_orthonormal_keys_and_beta_1_is_linear_attention():
@@ -79,14 +79,14 @@ def test_the_delta_rule_with_orthonormal_keys_and_beta_1_is_linear_attention():
     k = torch.linalg.qr(torch.randn(2, 2, t, t, dtype=torch.float64))[0]
     beta = torch.ones(2, 2, t, 1, dtype=torch.float64)
     for delta in (linear.delta_parallel, linear.delta_chunked, linear.delta_recurrent):
-        close(delta(q, k, v, None, beta)[0], linear.parallel(q, k, v)[0], 1e-11, "orthonormal keys")
+        check_close(delta(q, k, v, None, beta)[0], linear.parallel(q, k, v)[0], 1e-11, "orthonormal keys")
 
 
 def test_the_delta_rule_replaces_what_is_under_a_key():
     k = torch.nn.functional.normalize(torch.randn(1, 1, 1, 8, dtype=torch.float64), dim=-1).expand(-1, -1, 2, -1)
     v = torch.randn(1, 1, 2, 3, dtype=torch.float64)
     o, _ = linear.delta_chunked(k, k, v, None, torch.ones(1, 1, 2, 1, dtype=torch.float64))
-    close(o, v, 1e-12, "the value written last")             # linear attention would give v_1 + v_2
+    check_close(o, v, 1e-12, "the value written last")             # linear attention would give v_1 + v_2
 
 
 def test_rwkv4_without_a_bonus_is_a_normalised_linear_recurrence():
@@ -100,11 +100,11 @@ def test_rwkv4_without_a_bonus_is_a_normalised_linear_recurrence():
     loop, _ = linear.rwkv_recurrent(k, v, w, torch.zeros(6, dtype=torch.float64), state)
     lag = (torch.arange(50)[:, None] - torch.arange(50) - 1).clamp(min=0)
     M = (lag * w[:, None, None] + k[:, :, None, :]).exp().tril()                     # (b, c, t, s)
-    close(loop, (M @ v[..., None])[..., 0] / M.sum(-1), 1e-12, "an average with decaying weights e^k")
+    check_close(loop, (M @ v[..., None])[..., 0] / M.sum(-1), 1e-12, "an average with decaying weights e^k")
     ek, v1 = k[..., None].exp(), torch.stack([v, torch.ones_like(v)], -1)
     g, u = w[None, :, None, None], torch.ones(6, 1, 1)
     late, _ = linear.with_bonus(linear.chunked, torch.ones_like(ek), ek, v1, g, u)
-    close(loop, late[..., 0] / late[..., 1], 1e-12, "the general form")
+    check_close(loop, late[..., 0] / late[..., 1], 1e-12, "the general form")
 
 
 def test_feature_maps_in_linear_attention_are_the_normalised_kernel():
@@ -113,14 +113,14 @@ def test_feature_maps_in_linear_attention_are_the_normalised_kernel():
         x, _ = inputs(mixer, 40)
         q, k, v, *_ = mixer.inputs(x)
         A = (q @ k.mT).tril()
-        close(mixer(x), mixer.output(A @ v / A.sum(-1, keepdim=True), x), 1e-10, name)
+        check_close(mixer(x), mixer.output(A @ v / A.sum(-1, keepdim=True), x), 1e-10, name)
 
 
 def test_taylor_full_and_packed_are_one_mixer():
     packed = make("taylor")
     full = same_weights(packed, MIXERS["taylor_full"](32).double())
     x, _ = inputs(packed, 70)
-    close(full(x), packed(x), 1e-11, "Taylor, full and packed")
+    check_close(full(x), packed(x), 1e-11, "Taylor, full and packed")
     assert full.state_size(1) == 4 * 273 * 9 and packed.state_size(1) == 4 * 153 * 9
 
 
@@ -130,7 +130,7 @@ def test_what_stands_in_two_lessons_is_the_same():
     for name, copies in {"pick_form": (one, two, three), "join_heads": (one, two), "scan": (two, three)}.items():
         assert len({inspect.getsource(getattr(lesson, name)) for lesson in copies}) == 1, name
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
-    close(one.rope(x, 5), two.rope(x, 5), 0.0, "rope")
+    check_close(one.rope(x, 5), two.rope(x, 5), 0.0, "rope")
 
 
 def test_gated_rfa_averages():
@@ -144,4 +144,4 @@ def test_gated_rfa_averages():
         S = g[:, :, t, :, None] * S + (1 - g[:, :, t, :, None]) * k[:, :, t, :, None] * v[:, :, t, None, :]
         z = g[:, :, t] * z + (1 - g[:, :, t]) * k[:, :, t]
         o.append((q[:, :, t, None] @ S)[:, :, 0] / (q[:, :, t] * z).sum(-1, keepdim=True).clamp(min=1e-3))
-    close(mixer.output(torch.stack(o, 2), x), mixer(x), 1e-10, "gated RFA")
+    check_close(mixer.output(torch.stack(o, 2), x), mixer(x), 1e-10, "gated RFA")

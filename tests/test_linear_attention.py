@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import close
+from harness import check_close
 
 import train
 
@@ -54,10 +54,10 @@ def test_every_form_is_the_definition(gate, with_state):
     results = {form: lesson.LinearMixer.functions[form](q, k, v, g, state=state)
                for form in ("parallel", "chunked", "recurrent", "scan")}
     for form, (o, _) in results.items():
-        close(o[:, :, :20], referee, 1e-11, f"{form} and the definition")
+        check_close(o[:, :, :20], referee, 1e-11, f"{form} and the definition")
     for (a, (o1, s1)), (b, (o2, s2)) in itertools.combinations(results.items(), 2):
-        close(o1, o2, 1e-11, f"{a} and {b}")
-        close(s1, s2, 1e-11, f"states of {a} and {b}")
+        check_close(o1, o2, 1e-11, f"{a} and {b}")
+        check_close(s1, s2, 1e-11, f"states of {a} and {b}")
 
 
 @pytest.mark.parametrize("gate", ["none", "scalar", "vector"])
@@ -72,8 +72,8 @@ def test_a_bonus_is_read_before_writing(gate):
         S = decay[:, :, t, :, None].exp() * S + kv
     for form in (lesson.parallel, lesson.chunked, lesson.recurrent):
         ours, after = lesson.with_bonus(form, q, k, v, g, u, state)
-        close(ours, torch.stack(o, 2), 1e-11, "bonus")
-        close(after, S, 1e-11, "state after a bonus")
+        check_close(ours, torch.stack(o, 2), 1e-11, "bonus")
+        check_close(after, S, 1e-11, "state after a bonus")
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 30.0])
@@ -83,10 +83,10 @@ def test_long_sequences_and_strong_gates_stay_exact_in_float32(gate, strength):
     single, double = qkvg(gate, 8192, strength, torch.float32), qkvg(gate, 8192, strength)
     (o, S), (referee, S2) = lesson.chunked(*single), lesson.chunked(*double)
     assert o.isfinite().all()
-    close(o.double(), referee, 1e-4, "float32 and float64")
-    close(S.double(), S2, 1e-4, "states in float32 and float64")
+    check_close(o.double(), referee, 1e-4, "float32 and float64")
+    check_close(S.double(), S2, 1e-4, "states in float32 and float64")
     recurrent, _ = lesson.recurrent(*double)
-    close(referee, recurrent, 1e-9, "chunked and recurrent at t = 8192")
+    check_close(referee, recurrent, 1e-9, "chunked and recurrent at t = 8192")
 
 
 def test_small_gates_behind_large_ones_are_kept():
@@ -94,7 +94,7 @@ def test_small_gates_behind_large_ones_are_kept():
     g = torch.full((1, 1, 64, 1), -1e-3)
     g[:, :, :32] = -300.0
     exact = lesson.segment_sums(g.double())
-    close(lesson.segment_sums(g)[0, 0, 32:, 32:].double(), exact[0, 0, 32:, 32:], 1e-8, "segment sums")
+    check_close(lesson.segment_sums(g)[0, 0, 32:, 32:].double(), exact[0, 0, 32:, 32:], 1e-8, "segment sums")
     G = g.cumsum(2)
     by_difference = (G - G.mT)[0, 0, 32:, 32:].tril()
     assert (by_difference.double() - exact[0, 0, 32:, 32:, 0]).abs().max() > 1e-5
@@ -114,18 +114,18 @@ def rwkv(t=70, scale=1.0):
 def test_rwkv4_is_a_loop_a_softmax_a_scan_and_a_ratio_of_two_linear_recurrences():
     k, v, w, u, state = rwkv()
     loop, _ = lesson.rwkv_recurrent(k, v, w, u, state)
-    close((lesson.rwkv_weights(k, w, u) @ v[..., None])[..., 0], loop, 1e-12, "quadratic form")
-    close(lesson.rwkv_scan(k, v, w, u, state)[0], loop, 1e-12, "scan")
+    check_close((lesson.rwkv_weights(k, w, u) @ v[..., None])[..., 0], loop, 1e-12, "quadratic form")
+    check_close(lesson.rwkv_scan(k, v, w, u, state)[0], loop, 1e-12, "scan")
     for form in (lesson.parallel, lesson.chunked, lesson.recurrent):
-        close(lesson.rwkv_ratio(k, v, w, u, form), loop, 1e-12, "ratio of two recurrences")
+        check_close(lesson.rwkv_ratio(k, v, w, u, form), loop, 1e-12, "ratio of two recurrences")
 
 
 def test_only_the_naive_ratio_breaks_for_large_k():
     k, v, w, u, state = rwkv(scale=300.0)
     loop, _ = lesson.rwkv_recurrent(k, v, w, u, state)
     assert loop.isfinite().all() and lesson.rwkv_ratio(k, v, w, u).isnan().any()
-    close(lesson.rwkv_scan(k, v, w, u, state)[0], loop, 1e-12, "scan")
-    close((lesson.rwkv_weights(k, w, u) @ v[..., None])[..., 0], loop, 1e-12, "quadratic form")
+    check_close(lesson.rwkv_scan(k, v, w, u, state)[0], loop, 1e-12, "scan")
+    check_close((lesson.rwkv_weights(k, w, u) @ v[..., None])[..., 0], loop, 1e-12, "quadratic form")
 
 
 # -------------------------------------------------------------------------------------------------------- feature maps
@@ -154,7 +154,7 @@ def test_performer_follows_the_exponent_it_estimates():
     estimate, exact = (phi(q) @ phi(k).mT).log().flatten(), (q @ k.mT / 4).flatten()
     assert torch.corrcoef(torch.stack([estimate, exact]))[0, 1] > 0.9
     rows = phi.w[:16] / phi.w[:16].norm(dim=1, keepdim=True)
-    close(rows @ rows.mT, torch.eye(16, dtype=torch.float64), 1e-6, "orthogonal directions")
+    check_close(rows @ rows.mT, torch.eye(16, dtype=torch.float64), 1e-6, "orthogonal directions")
 
 
 def test_taylor_is_the_second_order_polynomial_full_and_packed():
@@ -163,7 +163,7 @@ def test_taylor_is_the_second_order_polynomial_full_and_packed():
     for name, features in (("taylor", 153), ("taylor_full", 273)):
         phi = lesson.FEATURE_MAPS[name](16, 1).double()
         assert phi(q).shape[-1] == phi.dim == features
-        close(phi(q) @ phi(k).mT, 1 + s + s.square() / 2, 1e-12, name)
+        check_close(phi(q) @ phi(k).mT, 1 + s + s.square() / 2, 1e-12, name)
     assert (1 + s + s.square() / 2).min() >= 0.5
 
 
@@ -171,8 +171,8 @@ def test_cosformer_weighs_by_the_cosine_of_the_distance_and_has_an_end():
     phi = lesson.CosFormer(4, 1, M=50)
     q, k = (torch.rand(1, 1, 50, 4, dtype=torch.float64) for _ in range(2))
     lag = torch.arange(50)[:, None] - torch.arange(50)
-    close(phi(q) @ phi(k).mT, (q @ k.mT) * torch.cos(math.pi / 100 * lag.double()), 1e-12, "cosFormer")
-    close(phi(q[:, :, 20:], start=20), phi(q)[:, :, 20:], 1e-12, "positions")
+    check_close(phi(q) @ phi(k).mT, (q @ k.mT) * torch.cos(math.pi / 100 * lag.double()), 1e-12, "cosFormer")
+    check_close(phi(q[:, :, 20:], start=20), phi(q)[:, :, 20:], 1e-12, "positions")
     with pytest.raises(ValueError, match="M = 50"):
         phi(q, start=1)
 
@@ -181,7 +181,7 @@ def test_rfa_is_a_gaussian_kernel_that_can_be_negative():
     torch.manual_seed(0)
     x, y = (F.normalize(torch.randn(1, 1, 30, 8, dtype=torch.float64), dim=-1) for _ in range(2))
     phi = lesson.RandomFourier(8, 1, m=20000).double()
-    close(phi(x) @ phi(y).mT, (x @ y.mT - 1).exp(), 0.05, "e^{x.y - 1}")
+    check_close(phi(x) @ phi(y).mT, (x @ y.mT - 1).exp(), 0.05, "e^{x.y - 1}")
     narrow = lesson.RandomFourier(8, 1, m=64, tau=0.5).double()
     assert 0.1 < ((narrow(x) @ narrow(y).mT) < 0).double().mean() < 0.5
 
@@ -189,7 +189,8 @@ def test_rfa_is_a_gaussian_kernel_that_can_be_negative():
 def test_rebased_is_the_square_of_normalised_q_and_k():
     q, k = (torch.randn(1, 1, 30, 16, dtype=torch.float64) for _ in range(2))
     phi = lesson.ReBased(16, 1).double()
-    close(phi(q) @ phi(k).mT, (F.layer_norm(q, (16,)) @ F.layer_norm(k, (16,)).mT).square() / 16, 1e-10, "ReBased")
+    exact = (F.layer_norm(q, (16,)) @ F.layer_norm(k, (16,)).mT).square() / 16
+    check_close(phi(q) @ phi(k).mT, exact, 1e-10, "ReBased")
 
 
 def test_unknown_feature_maps_are_named():
