@@ -671,7 +671,7 @@ def parse(argv):
     add("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR (or --out, or the newest)")
     add("--sample", metavar="TEXT", help="no training: write on from TEXT with such a run")
     add("--n_tokens", type=int, default=300, help="tokens to write (default %(default)s)")
-    add("--temperature", type=float, default=0.8, help="default %(default)s")
+    add("--temperature", type=float, default=0.6, help="default %(default)s")
     add("--top_k", type=int, default=50, help="draw from the k most likely tokens; 0 for all (default %(default)s)")
     add("--device", help="cuda, cpu, ... (default: a GPU if there is one)")
     add("--compile", action="store_true", help="torch.compile the model")
