@@ -282,3 +282,52 @@ def test_state_space_parameters_are_marked_for_a_small_learning_rate():
     mixer = make("s4d")
     assert mixer.A_imag.optim == mixer.log_dt.optim == {"lr": 1e-3, "weight_decay": 0.0}
     assert not hasattr(mixer.C, "optim")
+
+
+# ------------------------------------------------------------------------------------------------ the papers' own loops
+
+
+def test_rglru_is_its_papers_loop():
+    mixer = make("rglru")
+    x, _ = inputs(mixer, 20)
+    u, _ = mixer.short(mixer.x(x), mixer.init_carry(2))
+    r, i = (torch.sigmoid(u @ torch.block_diag(*W) + bias) for W, bias in zip(mixer.W, mixer.bias, strict=True))
+    a = torch.sigmoid(-mixer.Lambda) ** (8 * r)              # sigmoid(Lambda') ^ (c r) with Lambda' = -Lambda
+    h, y = torch.zeros(2, 32, dtype=double), []
+    for t in range(20):
+        h = a[:, t] * h + torch.sqrt(1 - a[:, t] ** 2) * (i[:, t] * u[:, t])
+        y.append(h)
+    check_close(mixer.out(torch.stack(y, 1) * F.gelu(mixer.gate(x))), mixer(x), 1e-10, "RG-LRU")
+
+
+def test_qrnn_and_sru_are_their_papers_loops():
+    mixer = make("qrnn")
+    x, _ = inputs(mixer, 20)
+    before = F.pad(x, (0, 0, 1, -1))
+    z, f, o = (mixer.now(x) + mixer.before(before)).chunk(3, dim=-1)
+    z, f, o = z.tanh(), f.sigmoid(), o.sigmoid()
+    c, y = torch.zeros(2, 32, dtype=double), []
+    for t in range(20):
+        c = f[:, t] * c + (1 - f[:, t]) * z[:, t]
+        y.append(o[:, t] * c)
+    check_close(mixer.out(torch.stack(y, 1)), mixer(x), 1e-11, "QRNN")
+    mixer = make("sru")
+    f, r = mixer.gates(x).sigmoid().chunk(2, dim=-1)
+    c, y = torch.zeros(2, 32, dtype=double), []
+    for t in range(20):
+        c = f[:, t] * c + (1 - f[:, t]) * mixer.z(x[:, t])
+        y.append(r[:, t] * c + (1 - r[:, t]) * x[:, t])
+    check_close(mixer.out(torch.stack(y, 1)), mixer(x), 1e-11, "SRU")
+
+
+def test_mamba_is_algorithm_2():
+    mixer = make("mamba")
+    x, _ = inputs(mixer, 20)
+    u = F.silu(mixer.short(mixer.x(x), mixer.init_carry(2))[0])
+    low, B, C = mixer.dt_B_C(u).split([mixer.rank, 16, 16], dim=-1)
+    dt, A = F.softplus(mixer.dt(low)), -mixer.log_A.exp()
+    h, y = torch.zeros(2, 64, 16, dtype=double), []
+    for t in range(20):
+        h = torch.exp(dt[:, t, :, None] * A) * h + dt[:, t, :, None] * B[:, t, None] * u[:, t, :, None]
+        y.append((h * C[:, t, None]).sum(-1) + mixer.D * u[:, t])
+    check_close(mixer.out(torch.stack(y, 1) * F.silu(mixer.gate(x))), mixer(x), 1e-11, "Mamba")
