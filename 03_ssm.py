@@ -140,7 +140,7 @@ def hippo_legt(n):
 
 def hippo_fout(n):
     """HiPPO-FouT [Gu et al. 2022, How to train your HiPPO, arXiv:2206.12037, theorem 7]: a sliding window of length 1
-    in the Fourier basis 1, sqrt2 sin 2 pi x, sqrt2 cos 2 pi x, sqrt2 sin 4 pi x, ...: A, B for n odd or even."""
+    in the Fourier basis 1, sqrt2 sin 2 pi x, sqrt2 cos 2 pi x, sqrt2 sin 4 pi x, ...: A, B."""
     B = torch.full((n,), 2.0, dtype=torch.float64)               # cosines weigh 2, sines 0, the constant sqrt 2
     B[1::2], B[0] = 0.0, 2 ** 0.5
     A = -B[:, None] * B
@@ -552,7 +552,8 @@ class DenseMixer(ConvMixer):
 
 class LSSL(DenseMixer):
     """The first of them [G21]: a dense A = HiPPO-LegS, bilinear, its kernel by Krylov's powers: n^2 t. Everything
-    after it is about not paying that. random_A: the same with a random A, which learns far worse."""
+    after it is about not paying that. random_A: the same with a random A, with which the paper finds it
+    to learn far worse (not measured here)."""
 
     def __init__(self, d_model, n_heads=None, n_state=16, random_A=False):
         super().__init__()
@@ -596,8 +597,9 @@ def dplr_discrete(Lambda, P, B, dt):
 
 
 class S4(DenseMixer):
-    """S4 [G22]: A = V (diag(Lambda) - P P^*) V^* with HiPPO-LegS's eigenvalues, so that the kernel costs (n + t) log
-    t in place of n^2 t. One system for all channels, with a C for each (the authors: a system for each channel)."""
+    """S4 [G22]: A = V (diag(Lambda) - P P^*) V^* of HiPPO-LegS, so that the kernel costs n t + t log t in place of
+    n^2 t, once a^t is there (n^3 log t here). One system for all channels, with a C for each (the authors: a system
+    for each channel)."""
 
     def __init__(self, d_model, n_heads=None, n_state=16):
         super().__init__()
@@ -678,19 +680,6 @@ class GSS(S4D):
         return self.out(self.up(y.mT) * F.gelu(self.gate(x)))
 
 
-class GatedProjections(nn.Module):
-    """q, k, v: three projections with a short filter each, shared by H3, Hyena and the modal filter."""
-
-    def __init__(self, d_model, width):
-        super().__init__()
-        self.qkv, self.short = linear(d_model, 3 * d_model), ShortConv(3 * d_model, width)
-
-    def forward(self, x, carry):
-        qkv, carry = self.short(self.qkv(x), carry)
-        q, k, v = qkv.mT.chunk(3, dim=1)
-        return v, k, q, carry
-
-
 class H3(S4D):
     """H3 [F23, section 3]: q * SSM_diag(SSM_shift(k) * v). The shift system with B = e_1 is a short filter, here of
     64 taps on k. With the first gate it writes v where k is, with the second it reads: made for recall. head_dim d >
@@ -725,18 +714,38 @@ class H3(S4D):
         return self.shift.init_carry(batch_size)
 
 
-class Modal(S4D):
+class HyenaGates:
+    """q * (K * (k * v)) as Hyena has it [P23, section 3]: three projections, a short filter on each, no activation.
+    For the mixers that differ in K only."""
+
+    def make_gates(self, d_model):
+        self.qkv, self.short = linear(d_model, 3 * d_model), ShortConv(3 * d_model, 3)
+        self.out = linear(d_model, d_model)
+
+    def project(self, x, carry):
+        qkv, carry = self.short(self.qkv(x), carry)
+        q, k, v = qkv.mT.chunk(3, dim=1)
+        return v, k, q, carry
+
+    def finish(self, y, x):
+        return self.out(y.mT)
+
+    def init_carry(self, batch_size):
+        return self.short.init_carry(batch_size)
+
+
+class Modal(HyenaGates, DiagonalMixer):
     """The modal filter of StripedHyena [M23, section 3]: K_l = Re sum_n R_n lambda_n^l, between Hyena's gates:
     Hyena's filter family with a finite state, so that it also recurs. |lambda| starts between 0.8 and 0.999."""
 
     def __init__(self, d_model, n_heads=None, n_state=16):
-        nn.Module.__init__(self)
+        super().__init__()
         self.channels = d_model
         radius = 0.8 + 0.199 * torch.rand(d_model, n_state)
         self.log_decay = nn.Parameter((-radius.log()).log())
         self.angle = nn.Parameter(math.pi * torch.rand(d_model, n_state))
         self.R, self.D = nn.Parameter(torch.randn(d_model, n_state, 2) / n_state), nn.Parameter(torch.ones(d_model))
-        self.projections, self.out = GatedProjections(d_model, 3), linear(d_model, d_model)
+        self.make_gates(d_model)
         slow(self.log_decay, self.angle)
 
     def discrete(self):
@@ -744,17 +753,8 @@ class Modal(S4D):
         log_a = torch.complex(-decay.exp(), angle)
         return log_a, torch.ones_like(log_a), torch.view_as_complex(R), D
 
-    def project(self, x, carry):
-        return self.projections(x, carry)
 
-    def finish(self, y, x):
-        return self.out(y.mT)
-
-    def init_carry(self, batch_size):
-        return self.projections.short.init_carry(batch_size)
-
-
-class Hyena(ConvMixer):
+class Hyena(HyenaGates, ConvMixer):
     """Hyena of order 2 [P23, section 3]: q * (K * (k * v)), K an MLP with sine activations of the position, times an
     exponential window whose speed differs from channel to channel. No system stands behind K; positions go up to
     max_len."""
@@ -762,7 +762,7 @@ class Hyena(ConvMixer):
     def __init__(self, d_model, n_heads=None, max_len=1024, d_filter=64, n_bands=8, frequency=14.0):
         super().__init__()
         self.channels, self.max_len, self.n_bands = d_model, max_len, n_bands
-        self.projections, self.out = GatedProjections(d_model, 3), linear(d_model, d_model)
+        self.make_gates(d_model)
         widths = [2 * n_bands + 1, d_filter, d_filter, d_filter]
         self.layers = nn.ModuleList(linear(a, b, bias=True) for a, b in zip(widths, widths[1:], strict=False))
         self.last, self.frequency = linear(d_filter, d_model), nn.Parameter(frequency * torch.ones(d_filter))
@@ -782,15 +782,6 @@ class Hyena(ConvMixer):
             z = torch.sin(at_least_float32(self.frequency) * F.linear(z, *float32(layer)))
         K = F.linear(z, *float32(self.last)).mT * torch.exp(-self.delta[:, None] * place.to(z.dtype))     # (c, t)
         return K + F.pad(at_least_float32(self.D)[:, None], (0, t - 1))
-
-    def project(self, x, carry):
-        return self.projections(x, carry)
-
-    def finish(self, y, x):
-        return self.out(y.mT)
-
-    def init_carry(self, batch_size):
-        return self.projections.short.init_carry(batch_size)
 
 
 class BiGS(nn.Module):
@@ -894,7 +885,7 @@ class Monarch(nn.Module):
         return 0
 
 
-class MonarchMixer(ConvMixer):
+class MonarchMixer(HyenaGates, ConvMixer):
     """The causal gated Monarch mixer [T23, section 4]: M_0^{-1}(M_1 k * M_2 u), products of polynomials in two
     variables. Position j1 m + j0 is X^{j1} times a learned polynomial of Y of degree j0 and more, below m; both
     degrees are kept below half of the transform, so that products do not wrap around, and no term of lower degree
@@ -908,7 +899,7 @@ class MonarchMixer(ConvMixer):
         self.k = nn.Parameter(0.1 * fade * torch.randn(d_model, self.n_blocks * m))
         self.R1, self.R2 = (nn.Parameter(0.1 * torch.randn(self.n_blocks, m, m) / m ** 0.5) for _ in range(2))
         self.D = nn.Parameter(torch.ones(d_model))
-        self.projections, self.out = GatedProjections(d_model, 3), linear(d_model, d_model)
+        self.make_gates(d_model)
 
     def grid(self, x, R):
         """The polynomials of a sequence (..., t): (..., blocks, m), by a block-diagonal product."""
@@ -937,15 +928,6 @@ class MonarchMixer(ConvMixer):
         H = torch.where((d1 >= 0) & (d0 >= 0), k[:, d1.clamp(min=0), d0.clamp(min=0)], 0)
         return (H @ u)[:, :t, :t] + torch.diag_embed(at_least_float32(self.D)[:, None].expand(-1, t))
 
-    def prefill(self, x, state=None):
-        carry, past = self.init_state(len(x)) if state is None else state
-
-        def inner(u):
-            both = torch.cat([past.to(u.dtype), u], dim=-1)
-            return self.convolve("conv", both)[..., past.shape[-1]:], both
-        pick_form(self, x)
-        return self.run(x, carry, inner)
-
     def step(self, x_t, state):
         y, state = self.prefill(x_t[:, None], state)
         return y[:, 0], state
@@ -953,15 +935,6 @@ class MonarchMixer(ConvMixer):
     def matrix(self, x):
         _, pre, post, _ = self.project(x, self.init_carry(len(x)))
         return post[..., None] * self.mixing_matrix(x.shape[1]) * pre[:, :, None, :]
-
-    def project(self, x, carry):
-        return self.projections(x, carry)
-
-    def finish(self, y, x):
-        return self.out(y.mT)
-
-    def init_carry(self, batch_size):
-        return self.projections.short.init_carry(batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------- selective mixers
