@@ -10,7 +10,8 @@
 Mixers and tasks are what the lessons list in MIXERS and TASKS; nothing here knows one of them by name. A mixer has
 forward(x), prefill(x, state) and step(x_t, state), and lists in `reads` what else it wants (token ids, say). A task is
 a function of batch_size, generator and its options; it returns ids, targets (-100: not asked) and possibly a dict: the
-"weights" of the loss, the "valid" answers, and anything that a mixer reads.
+"weights" of the loss, the "valid" answers, and anything that a mixer reads. A task with a parameter `progress` is told
+the share of the training that is done.
 """
 import argparse
 import ast
@@ -68,7 +69,7 @@ def options_of(entry):
     """What may stand behind NAME: with its default. A class also takes the options that it hands to its base class."""
     functions = [c.__init__ for c in entry.__mro__] if inspect.isclass(entry) else [entry]
     parameters = [p for f in functions for p in inspect.signature(f).parameters.values() if p.default is not p.empty]
-    options = {p.name: p.default for p in reversed(parameters) if p.name not in ("batch_size", "generator")}
+    options = {p.name: p.default for p in reversed(parameters) if p.name not in ("batch_size", "generator", "progress")}
     return options | getattr(entry, "more_options", {})
 
 
@@ -150,12 +151,13 @@ class Model(nn.Module):
     def head(self, x):
         return F.linear(self.norm(x), self.embed.weight)
 
-    def forward(self, ids, extras=None):
+    def forward(self, ids, extras=None, asked=None):
+        """asked: (n,) places in the flattened ids. Then logits for these only, (n, v)."""
         extras = {"ids": ids} | (extras or {})
         x = self.embed(ids)                                                                  # (b, t, c)
         for block in self.blocks:
             x = block(x, extras)
-        return self.head(x)                                                                  # (b, t, v)
+        return self.head(x if asked is None else x.flatten(0, 1).index_select(0, asked))
 
     def prefill(self, ids, states=None, extras=None):
         """The logits after each of ids: (b, t), and one state a block to go on from."""
@@ -346,7 +348,7 @@ class Text:
         rows = torch.from_numpy(np.stack([tokens[s:s + self.context + 1] for s in starts]).astype(np.int64))
         return rows[:, :-1], rows[:, 1:], {"weights": torch.ones(len(starts), self.context)}
 
-    def batch(self, batch_size, generator):
+    def batch(self, batch_size, generator, progress=1.0):
         starts = torch.randint(len(self.train) - self.context, (batch_size,), generator=generator)
         return self.windows(self.train, starts.tolist())
 
@@ -357,12 +359,14 @@ class Text:
         for i in range(0, len(starts), batch_size):
             yield self.windows(self.val, starts[i:i + batch_size])
 
-    def scores(self, ids, targets, extras, logits, nats, everything):
-        """(name, sum, count) of what is to be averaged. Associative recall [Zoology, arXiv:2312.04927] is tested by the
-        tokens whose bigram occurred earlier in the context, where it can be looked up, and is too rare to be known."""
+    def scores(self, batch, logits, nats, everything):
+        """(name, sum, count) of what is to be averaged; nats: (n,), one for each token. Associative recall [Zoology,
+        arXiv:2312.04927] is tested by the tokens whose bigram occurred earlier in the context, where it can be looked
+        up, and is too rare to be known."""
+        ids, targets, _ = batch
         yield "bits_per_byte", nats.sum() / math.log(2), self.token_bytes[targets].sum()
         if everything:
-            seen, count = self.bigram_statistics(ids, targets)
+            seen, count = (x.flatten() for x in self.bigram_statistics(ids, targets))
             recall, new = seen & (count <= RARE), seen & (count == 0)
             for name, where in {"recall": recall, "recall_new": new, "rest": ~recall}.items():
                 yield name, nats[where].sum(), where.sum()
@@ -408,19 +412,22 @@ class Task:
         except (ValueError, TypeError) as e:
             raise BadInput(f"task {args.task!r}: {e}") from e
 
-    def batch(self, batch_size, generator):
-        ids, targets, *extras = self.function(batch_size, generator=generator, **self.options)
+    def batch(self, batch_size, generator, progress=1.0):
+        """progress: the share of the training that is done, for a task that goes from easy to hard."""
+        more = {"progress": progress} if "progress" in inspect.signature(self.function).parameters else {}
+        ids, targets, *extras = self.function(batch_size, generator=generator, **self.options | more)
         return ids, targets, {"weights": (targets != -100).float()} | (extras[0] if extras else {})
 
     def held_out(self, batch_size, n_batches=None):
         for i in range(n_batches or 32):
             yield self.batch(batch_size, torch.Generator().manual_seed(-1 - i))       # no seed of training is negative
 
-    def scores(self, ids, targets, extras, logits, nats, everything):
+    def scores(self, batch, logits, nats, everything):
         """Accuracy where something is asked: the likeliest token is the target, or "valid" if the task says what is."""
+        _, targets, extras = batch
         asked, answer = targets != -100, logits.argmax(dim=-1)
-        right = extras["valid"].gather(2, answer[..., None])[..., 0] if "valid" in extras else answer == targets
-        yield "accuracy", right[asked].sum(), asked.sum()
+        right = extras["valid"][asked].gather(1, answer[:, None]) if "valid" in extras else answer == targets[asked]
+        yield "accuracy", right.sum(), asked.sum()
 
     def report(self, scores):
         return f"held out: accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f} nats"
@@ -511,10 +518,14 @@ class CrossEntropy(torch.autograd.Function):
         return p.mul_(grad[:, None]).to(ctx.dtype), None
 
 
-def cross_entropy(logits, targets):
-    """Nats for each position (b, t); 0 where nothing is asked."""
-    nats = CrossEntropy.apply(logits.flatten(0, 1), targets.flatten().clamp(min=0)).view(targets.shape)
-    return nats.masked_fill(targets == -100, 0.0)
+def ask(model, batch, machine, part=slice(None)):
+    """For the n tokens that are asked in these rows of a batch: nats, their weights: (n,), and the logits: (n, v)."""
+    asked = (batch[1][part].flatten() != -100).nonzero()[:, 0]        # on the CPU: a GPU would have to be waited for
+    ids, targets, extras = machine.move(batch, part)
+    asked = asked.to(ids.device, non_blocking=True)
+    with machine.autocast():
+        logits = model(ids, extras, asked)
+    return CrossEntropy.apply(logits, targets.flatten()[asked]), extras["weights"].flatten()[asked], logits
 
 
 def train_step(model, optimizer, batch, args, machine):
@@ -523,11 +534,10 @@ def train_step(model, optimizer, batch, args, machine):
     size = len(batch[0]) // (machine.world * args.accumulate)
     for i in range(args.accumulate):
         start = (i * machine.world + machine.rank) * size
-        ids, targets, extras = machine.move(batch, slice(start, start + size))
         waits = machine.world > 1 and i < args.accumulate - 1          # gradients are averaged after the last part
         with model.no_sync() if waits else nullcontext():
-            with machine.autocast():
-                part = (cross_entropy(model(ids, extras), targets) * extras["weights"]).sum() / total
+            nats, weights, _ = ask(model, batch, machine, slice(start, start + size))
+            part = (nats * weights).sum() / total
             (part * machine.world).backward()                          # times world: DistributedDataParallel averages
         loss = loss + part.detach()
     nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
@@ -544,13 +554,10 @@ def evaluate(model, data, args, machine, n_batches=None):
     model.eval()
     sums, counts = {}, {}
     for batch in data.held_out(max(1, args.batch_size // (machine.world * args.accumulate)), n_batches):
-        ids, _, extras = machine.move(batch)
-        with machine.autocast():
-            logits = model(ids, extras).cpu()
-        ids, targets, extras = batch
-        nats = cross_entropy(logits, targets).double()
-        own = data.scores(ids, targets, extras, logits, nats, n_batches is None)
-        for name, value, count in [("loss", (nats * extras["weights"]).sum(), extras["weights"].sum()), *own]:
+        nats, weights, logits = (x.cpu() for x in ask(model, batch, machine))
+        nats = nats.double()
+        own = data.scores(batch, logits, nats, n_batches is None)
+        for name, value, count in [("loss", (nats * weights).sum(), weights.sum()), *own]:
             sums[name], counts[name] = sums.get(name, 0.0) + float(value), counts.get(name, 0.0) + float(count)
     model.train()
     return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
@@ -649,7 +656,7 @@ def parse(argv):
     """Arguments and, for --resume and --sample, the checkpoint; what was not given then is as in the checkpoint."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--mixer", default="attention", help="a mixer or a pattern a,b,c for the layers; NAME:key=value sets options")
+    add("--mixer", default="short_conv,based", help="a mixer or a pattern a,b,c for the layers; NAME:key=value sets options")
     add("--task", default="text", help="text, or a task of the lessons; NAME:key=value sets options")
     add("--data", help="a text file, or a folder of them (default: Shakespeare's plays)")
     add("--tokenizer", default="bpe", choices=["byte", "bpe", "gpt2"], help="default %(default)s")
@@ -780,7 +787,8 @@ def train(args, checkpoint=None, say=print):
     losses, mark, said, tokens, done = [], time.perf_counter(), time.perf_counter(), 0, 0
     while step < args.steps:
         step += 1
-        batch = data.batch(args.batch_size, torch.Generator().manual_seed(args.seed * 2 ** 32 + step))
+        generator = torch.Generator().manual_seed(args.seed * 2 ** 32 + step)
+        batch = data.batch(args.batch_size, generator, step / args.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * schedule(step, args)
         losses.append(train_step(runner, optimizer, batch, args, machine))

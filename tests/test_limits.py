@@ -21,6 +21,30 @@ def test_a_window_as_long_as_the_text_is_full_attention():
     assert (window(*inputs(full, 60)[:1]) - full(*inputs(full, 60)[:1])).abs().max() > 1e-3
 
 
+def test_based_is_lesson_02_and_lesson_01():
+    """Its linear part alone is linear attention with the Taylor map, its window alone softmax attention."""
+    linear_part, window_part = (MIXERS["based"](32, **{other: None}).double() for other in ("window", "feature_dim"))
+    taylor, window = MIXERS["taylor"](32).double(), MIXERS["window"](32, window=64).double()
+    q, k = linear_part.qk["linear"].weight.detach().chunk(2)
+    taylor.load_state_dict({"q.weight": q, "k.weight": k, "v.weight": linear_part.v.weight,
+                            "out.weight": linear_part.out.weight})
+    window.load_state_dict({"qkv.weight": torch.cat([window_part.qk["window"].weight, window_part.v.weight]),
+                            "out.weight": window_part.out.weight})
+    full = same_weights(window, MIXERS["attention"](32).double())
+    for t in (60, 130):
+        x, _ = inputs(taylor, t)
+        for form in ("parallel", "chunked", "recurrent"):
+            check_close(linear_part(x, form), taylor(x, form), 1e-11, "Based without its window is lesson 02's Taylor")
+            check_close(window_part(x, form), window(x, form), 1e-11, "Based without its linear part is the window")
+        assert ((window_part(x) - full(x)).abs().max() < 1e-11) == (t <= 64)
+    both = MIXERS["based"](32).double()
+    weights = linear_part.state_dict() | window_part.state_dict() | {n: linear_part.state_dict()[n] for n in
+                                                                     ("v.weight", "out.weight")}
+    both.load_state_dict(weights)
+    window_part.load_state_dict({n: weights[n] for n in window_part.state_dict()})
+    check_close(both(x), linear_part(x) + window_part(x), 1e-11, "Based is the sum of its parts")
+
+
 # ---------------------------------------------------------------------------------------------------- within lesson 02
 
 linear = importlib.import_module("02_linear_attention")
@@ -126,11 +150,21 @@ def test_taylor_full_and_packed_are_one_mixer():
 
 def test_what_stands_in_two_lessons_is_the_same():
     one, two = importlib.import_module("01_attention"), linear
-    three = importlib.import_module("03_ssm")
-    for name, copies in {"pick_form": (one, two, three), "join_heads": (one, two), "scan": (two, three)}.items():
-        assert len({inspect.getsource(getattr(lesson, name)) for lesson in copies}) == 1, name
+    three, four = importlib.import_module("03_ssm"), importlib.import_module("04_based")
+    copies = {"pick_form": (one, two, three, four), "join_heads": (one, two, four), "scan": (two, three),
+              "fft_conv": (three, four), "toeplitz": (three, four), "products": (two, four), "rope": (two, four),
+              "hash_rows": (one, four), "head_dim": (two, four)}
+    for name, lessons in copies.items():
+        assert len({inspect.getsource(getattr(lesson, name)) for lesson in lessons}) == 1, name
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
     check_close(one.rope(x, 5), two.rope(x, 5), 0.0, "rope")
+    torch.manual_seed(0)
+    w = four.orthogonal_gaussian(20, 8)
+    torch.manual_seed(0)
+    performer = two.Performer(8, 1, m=20).double()
+    check_close(four.favor(x, w), performer(x), 1e-6, "FAVOR+")
+    check_close(four.taylor(x), two.Taylor(8, 1)(x), 0.0, "Taylor")
+    check_close(four.taylor_full(x), two.TaylorFull(8, 1)(x), 0.0, "Taylor, all products")
 
 
 def test_gated_rfa_averages():

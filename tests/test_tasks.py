@@ -67,8 +67,18 @@ def listops(ids):
     return answer
 
 
+def recall(ids):
+    """Where did this token stand the first time? What stood behind it then?"""
+    answer = torch.zeros_like(ids)
+    for b, row in enumerate(ids.tolist()):
+        for i, token in enumerate(row):
+            answer[b, i] = row[row.index(token) + 1] if row.index(token) + 1 < len(row) else 0
+    return answer
+
+
 SOLVERS = {"induction": induction, "icll": icll, "h3_recall": h3_recall, "h3_induction": h3_induction,
-           "listops": listops}
+           "listops": listops, "associative_recall": recall}
+SOLVERS |= {name: recall for name in TASKS if name.startswith("mqar")}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -117,6 +127,28 @@ def test_bad_sizes_are_named():
         batch("induction", length=600, vocab_size=256)
     with pytest.raises(ValueError, match="vocab_size 4"):
         batch("icll", vocab_size=4)
+    for wrong in ({"length": 65}, {"length": 64, "n_pairs": 17}, {"vocab_size": 8}):
+        with pytest.raises(ValueError, match="mqar needs an even length"):
+            batch("mqar", **wrong)
+    with pytest.raises(ValueError, match="odd length"):
+        batch("associative_recall", length=64)
+
+
+def test_mqar_is_zoologys():
+    """Pairs first, all different, keys low and values high; queries at even distances, early ones far more likely."""
+    based = importlib.import_module("04_based")
+    ids, targets = based.mqar(2000, torch.Generator().manual_seed(0), length=64, n_pairs=4, vocab_size=64)
+    keys, values = ids[:, 0:8:2], ids[:, 1:8:2]
+    assert 1 <= keys.min() and keys.max() == 31 and values.min() == 32 and values.max() == 63
+    assert all((x.sort(dim=1).values.diff(dim=1) > 0).all() for x in (keys, values))
+    asked = targets != -100
+    assert (asked.sum(dim=1) == 4).all() and not asked[:, :8].any() and not asked[:, 1::2].any()
+    assert torch.equal(ids[:, 8:] != 0, asked[:, 8:])                                # the rest is token 0
+    p = torch.arange(1, 29) ** -0.99
+    first = asked[:, 8::2].float().mean(dim=0)                   # without replacement: flatter than p, and falling
+    assert first[0] > 0.6 and first[0] > 3 * first[5] > 3 * first[20] > 0 and first[0] < 4 * p[0] / p.sum()
+    filled, _ = based.mqar(20, torch.Generator().manual_seed(0), filler=True, vocab_size=64)
+    assert (filled == 0).float().mean() < 0.1
 
 
 def test_listops_of_the_slide():

@@ -148,7 +148,7 @@ def test_the_recall_slice_is_rare_and_seen(text):
     data.bigrams = np.array([1 * 256 + 2, 3 * 256 + 4, 5 * 256 + 6]), np.array([train.RARE, train.RARE + 1, 1])
     row = torch.tensor([[1, 2, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8, 7, 8]])
     ids, targets = row[:, :-1], row[:, 1:]
-    got = {name: count for name, _, count in data.scores(ids, targets, {}, None, torch.zeros(1, 13), True)}
+    got = {name: count for name, _, count in data.scores((ids, targets, {}), None, torch.zeros(13), True)}
     assert got["recall"] == 2 and got["recall_new"] == 1 and got["rest"] == 11      # 1 2 again, 7 8 again
 
 
@@ -363,15 +363,34 @@ def test_the_exit_code_of_the_script_is_2():
 
 
 def test_the_loss_and_its_gradient_are_torchs():
+    """ask() gives nats, weights and logits where something is asked, and nowhere else."""
     torch.manual_seed(0)
     logits = (5 * torch.randn(3, 7, 11)).requires_grad_()
-    targets = torch.randint(0, 11, (3, 7)).masked_fill(torch.rand(3, 7) < 0.3, -100)
-    weight = torch.rand(3, 7)
-    ours = train.cross_entropy(logits, targets)
-    grad, = torch.autograd.grad((ours * weight).sum(), logits)
+    ids, targets = torch.zeros(3, 7).long(), torch.randint(0, 11, (3, 7)).masked_fill(torch.rand(3, 7) < 0.3, -100)
+    weights = torch.rand(3, 7)
+    machine = train.Machine("cpu")
+    nats, w, _ = train.ask(lambda ids, extras, asked: logits.flatten(0, 1)[asked], (ids, targets, {"weights": weights}),
+                           machine)
+    assert len(nats) == (targets != -100).sum() and torch.equal(w, weights[targets != -100])
+    grad, = torch.autograd.grad((nats * w).sum(), logits)
     theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 7)
-    assert torch.allclose(ours, theirs, atol=1e-6)
-    assert torch.allclose(grad, torch.autograd.grad((theirs * weight).sum(), logits)[0], atol=1e-6)
+    assert torch.allclose(nats, theirs[targets != -100], atol=1e-6)
+    assert torch.allclose(grad, torch.autograd.grad((theirs * weights).sum(), logits)[0], atol=1e-6)
+
+
+def test_a_model_asked_somewhere_answers_as_everywhere():
+    args, _ = train.parse(["--d_model", "16", "--n_layers", "1"])
+    model, ids = train.build_model(args, 50), torch.randint(0, 50, (2, 9))
+    asked = torch.tensor([0, 5, 17])
+    assert torch.allclose(model(ids, None, asked), model(ids).flatten(0, 1)[asked], atol=1e-6)
+
+
+def test_a_task_is_told_how_far_the_training_is():
+    args, _ = train.parse(["--task", "mqar:length=32:n_pairs=8:vocab_size=64:easy=0.25"])
+    data, seed = train.Task(args), torch.Generator()
+    asked = [(data.batch(4, seed.manual_seed(0), progress)[1] != -100).sum() for progress in (0.1, 0.9)]
+    assert asked == [8, 32]
+    assert all((batch[1] != -100).sum() == 16 for batch in data.held_out(2, 3))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
