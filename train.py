@@ -1,6 +1,6 @@
 """Train any mixer of the lessons on text or on any of their tasks: one script for a laptop, one GPU, or torchrun.
 
-    python train.py                                           a small language model of Shakespeare, in two minutes
+    python train.py                                           Based on Shakespeare's plays, in two to three minutes
     python train.py --mixer window,attention --data notes/    a pattern of mixers over the layers, on your own text
     python train.py --task induction:length=64                a task from a lesson; NAME:option=value:... sets options
     python train.py --resume                                  goes on with the newest run, bit for bit on a CPU
@@ -656,7 +656,8 @@ def parse(argv):
     """Arguments and, for --resume and --sample, the checkpoint; what was not given then is as in the checkpoint."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--mixer", default="short_conv,based", help="a mixer or a pattern a,b,c for the layers; NAME:key=value sets options")
+    add("--mixer", default="short_conv,based", help="a mixer, or a pattern a,b,c of the layers, or the name of one;"
+        " NAME:key=value sets options (default %(default)s)")
     add("--task", default="text", help="text, or a task of the lessons; NAME:key=value sets options")
     add("--data", help="a text file, or a folder of them (default: Shakespeare's plays)")
     add("--tokenizer", default="bpe", choices=["byte", "bpe", "gpt2"], help="default %(default)s")
@@ -698,10 +699,13 @@ def parse(argv):
                 raise BadInput(f"the run in {folder} has --{name} {value}: it cannot go on with {getattr(args, name)}")
         if args.steps < checkpoint["step"]:
             raise BadInput(f"the run in {folder} is at step {checkpoint['step']}: --steps {args.steps} lies behind it")
-    args.n_layers = max(2, len(pattern(args.mixer))) if args.n_layers is None else args.n_layers
+    length = len(pattern(args.mixer))
+    args.n_layers = max(2, length) if args.n_layers is None else args.n_layers
     for name in ("context", "n_layers", "d_model", "n_heads", "steps", "batch_size", "accumulate", "eval_every"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.n_layers < length:
+        raise BadInput(f"--n_layers {args.n_layers} cuts --mixer {args.mixer} off: it is a pattern of {length} layers")
     for name in ("seed", "warmup", "weight_decay", "mlp", "n_tokens", "temperature", "top_k"):
         if not 0 <= getattr(args, name) < 2 ** 31:
             raise BadInput(f"--{name} must be at least 0 and below 2^31, not {getattr(args, name)}")

@@ -86,9 +86,10 @@ def measure(flags, rounds=40):
                      "ratio_keeping_memory": round(speeds["train_py"] / speeds["plain_gpt_keeping_memory"], 2)} | sizes
 
 
-SETTINGS = {"default of train.py": "",
-            "4 x 192, context 256": "--n_layers 4 --d_model 192 --context 256",
-            "nanoGPT's CPU example": "--n_layers 4 --context 64 --batch_size 12 --tokenizer byte"}
+SETTINGS = {"default size of train.py": "--mixer attention",
+            "4 x 192, context 256": "--mixer attention --n_layers 4 --d_model 192 --context 256",
+            "nanoGPT's CPU example": "--mixer attention --n_layers 4 --context 64 --batch_size 12 "
+                                     "--tokenizer byte"}
 
 if __name__ == "__main__":
     where = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "torch": torch.__version__}

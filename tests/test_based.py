@@ -46,6 +46,16 @@ def test_baseconv_is_its_equation_and_with_a_delta_a_gate():
     check_close(gate(x), x * x, 1e-12, "x gated by itself")
 
 
+def test_baseds_short_convolution_is_its_equation():
+    """W_o (silu(h conv W_1 x) * W_2 x)"""
+    mixer = make("short_conv")
+    x, _ = inputs(mixer, 20)
+    u = x @ mixer.W1.weight.mT
+    conv = sum(mixer.h[:, k] * torch.nn.functional.pad(u, (0, 0, k, 0))[:, :20] for k in range(3))
+    y = (torch.nn.functional.silu(conv) * (x @ mixer.gate.weight.mT)) @ mixer.out.weight.mT
+    check_close(mixer(x), y, 1e-12, "short_conv")
+
+
 def test_a_filter_shorter_than_the_text_sees_its_taps():
     mixer = MIXERS["baseconv"](32, taps=40).double()
     check_forms(mixer, 130)

@@ -213,8 +213,8 @@ def test_softmax_is_spiky_and_monotone_and_the_early_maps_are_neither():
 
 def test_hedgehog_learns_a_trained_attention_layer():
     """[Z24]: distillation brings the weights ten times nearer to softmax's; on other text, at least three times."""
-    args, _ = train.parse("""--n_layers 1 --d_model 64 --n_heads 2 --context 64 --batch_size 16 --steps 200 --lr 1e-2
-                             --tokenizer byte""".split())
+    args, _ = train.parse("""--mixer attention --n_layers 1 --d_model 64 --n_heads 2 --context 64 --batch_size 16
+                             --steps 200 --lr 1e-2 --tokenizer byte""".split())
     machine, data = train.Machine("cpu"), train.Text(args)
     model = train.build_model(args, data.vocab_size)
     optimizer = train.optimizer_for(model, args)

@@ -15,7 +15,7 @@ import torch
 
 import train
 
-SMALL = """--n_layers 1 --d_model 32 --n_heads 2 --context 32 --batch_size 8 --tokenizer byte --n_tokens 5
+SMALL = """--d_model 32 --n_heads 2 --context 32 --batch_size 8 --tokenizer byte --n_tokens 5
            --warmup 5 --device cpu""".split()
 
 
@@ -94,7 +94,7 @@ def test_sample_writes_on_from_a_checkpoint_alone(text, tmp_path, capsys):
     capsys.readouterr()
     train.main(["--sample", "O Romeo", "--n_tokens", "7"])
     first = capsys.readouterr().out
-    train.main(["--sample", "O Romeo", "--n_tokens", "7", "--resume", str(tmp_path / "runs" / "text-attention")])
+    train.main(["--sample", "O Romeo", "--n_tokens", "7", "--resume", str(tmp_path / "runs" / "text-short_conv+based")])
     assert first.startswith("O Romeo") and len(first) > 9 and capsys.readouterr().out == first
 
 
@@ -241,6 +241,7 @@ def test_parameters_may_bring_their_own_learning_rate():
     ("--lr nan", "--lr must be above 0"), ("--seed -1", "--seed"), ("--top_k -1", "--top_k"), ("--mlp -1", "--mlp"),
     ("--device meta", "--device meta"), ("--task induction --data README.md", "makes its own data"),
     ("--d_model 30 --n_heads 4", "30 is not a multiple of n_heads 4"), ("--mixer linformer", "not causal"),
+    ("--n_layers 1", "pattern of 2 layers"), ("--mixer jamba --n_layers 4", "pattern of 8 layers"),
     ("--batch_size 7 --accumulate 2", "7 is not a multiple"), ("--steps 0", "--steps must be at least 1"),
     ("--steps many", "invalid int value"), ("--nonsense 3", "unrecognized arguments"), ("--device cuda:99", "cuda:99"),
     ("--task induction:length=3", "length"), ("--vocab_size 100", "257"), ("--resume /no/run", "has no checkpoint"),
@@ -310,7 +311,7 @@ def test_a_run_is_not_written_over(text, capsys, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     train.main([str(f) for f in flags[:-2]])             # without --out each run gets a folder of its own
     train.main([str(f) for f in flags[:-2]])
-    assert sorted(p.name for p in train.RUNS.iterdir()) == ["text-attention", "text-attention-2"]
+    assert sorted(p.name for p in train.RUNS.iterdir()) == ["text-short_conv+based", "text-short_conv+based-2"]
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b"not a checkpoint" * 99])
@@ -379,7 +380,7 @@ def test_the_loss_and_its_gradient_are_torchs():
 
 
 def test_a_model_asked_somewhere_answers_as_everywhere():
-    args, _ = train.parse(["--d_model", "16", "--n_layers", "1"])
+    args, _ = train.parse(["--d_model", "16"])
     model, ids = train.build_model(args, 50), torch.randint(0, 50, (2, 9))
     asked = torch.tensor([0, 5, 17])
     assert torch.allclose(model(ids, None, asked), model(ids).flatten(0, 1)[asked], atol=1e-6)
