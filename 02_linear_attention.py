@@ -331,7 +331,8 @@ class Hedgehog(nn.Module):
 def products(x):
     """The d (d + 1) / 2 different products x_i x_j, so weighted that products(x) . products(y) = (x . y)^2."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-    return x[..., i] * x[..., j] * x.new_full(i.shape, 2 ** 0.5).masked_fill(i == j, 1.0)
+    pick = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)        # products with 0 and 1: faster than indexing
+    return (x @ pick[:, i]) * (x @ pick[:, j]) * x.new_full(i.shape, 2 ** 0.5).masked_fill(i == j, 1.0)
 
 
 class Taylor(nn.Module):

@@ -118,7 +118,8 @@ def normalised(o):
 def products(x):
     """The d (d + 1) / 2 different products x_i x_j, so weighted that products(x) . products(y) = (x . y)^2."""
     i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-    return x[..., i] * x[..., j] * x.new_full(i.shape, 2 ** 0.5).masked_fill(i == j, 1.0)
+    pick = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)        # products with 0 and 1: faster than indexing
+    return (x @ pick[:, i]) * (x @ pick[:, j]) * x.new_full(i.shape, 2 ** 0.5).masked_fill(i == j, 1.0)
 
 
 def taylor(x):
@@ -441,7 +442,7 @@ class LookBack(nn.Module):
         return self.output(o.to(v.dtype), x), after
 
     def forward(self, x, form=None):
-        short = form is None and x.ndim == 3 and x.shape[1] <= 256 and not x.is_cuda
+        short = form is None and x.ndim == 3 and x.shape[1] <= (1024 if x.is_cuda else 256)
         return self.run(x, None, pick_form(self, x, "parallel" if short else form))[0]
 
     def init_state(self, batch_size):

@@ -5,6 +5,7 @@
     python train.py --task induction:length=64                a task from a lesson; NAME:option=value:... sets options
     python train.py --resume                                  goes on with the newest run, bit for bit on a CPU
     python train.py --sample "ROMEO"                          writes on from the newest run; trains nothing
+    python train.py --mixer short_conv,jrt --transform prefix_lm:prefix=64        a batch made into another (lesson 05)
     torchrun --nproc_per_node=2 train.py                      the same losses from two processes
 
 Mixers and tasks are what the lessons list in MIXERS and TASKS; nothing here knows one of them by name. A mixer has
@@ -58,7 +59,7 @@ class BadInput(Exception):
 
 
 def from_lessons(table):
-    """All entries of MIXERS, TASKS or PATTERNS of all lessons, by name."""
+    """All entries of MIXERS, TASKS, TRANSFORMS or PATTERNS of all lessons, by name."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     lessons = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("0*_*.py"))]
@@ -195,9 +196,9 @@ def build_model(args, vocab_size):
 
 
 @torch.no_grad()
-def generate(model, ids, n_tokens, temperature=1.0, top_k=None, generator=None):
+def generate(model, ids, n_tokens, temperature=1.0, top_k=None, generator=None, extras=None):
     """Yield n_tokens tokens that follow ids: (1, t): one prefill, then one step a token."""
-    logits, states = model.prefill(ids)
+    logits, states = model.prefill(ids, extras=extras)
     logits = logits[:, -1]
     for _ in range(n_tokens):
         logits = logits.float().cpu() / max(temperature, 1e-6)
@@ -343,6 +344,7 @@ class Text:
         self.train, self.val = (np.memmap(folder / f"{part}.bin", np.uint16, mode="r") for part in ("train", "val"))
         lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
         self.token_bytes, self.n_tokens = torch.tensor(lengths), [len(self.train), len(self.val)]
+        self.transform = transform_of(args)
 
     def windows(self, tokens, starts):
         rows = torch.from_numpy(np.stack([tokens[s:s + self.context + 1] for s in starts]).astype(np.int64))
@@ -350,23 +352,25 @@ class Text:
 
     def batch(self, batch_size, generator, progress=1.0):
         starts = torch.randint(len(self.train) - self.context, (batch_size,), generator=generator)
-        return self.windows(self.train, starts.tolist())
+        return self.transform(self.windows(self.train, starts.tolist()), generator)
 
     def held_out(self, batch_size, n_batches=None):
         """The held-out text from its start, in windows that do not overlap."""
         starts = range(0, len(self.val) - self.context, self.context)
         starts = starts[:batch_size * n_batches] if n_batches else starts
         for i in range(0, len(starts), batch_size):
-            yield self.windows(self.val, starts[i:i + batch_size])
+            yield self.transform(self.windows(self.val, starts[i:i + batch_size]))
 
     def scores(self, batch, logits, nats, everything):
         """(name, sum, count) of what is to be averaged; nats: (n,), one for each token. Associative recall [Zoology,
         arXiv:2312.04927] is tested by the tokens whose bigram occurred earlier in the context, where it can be looked
         up, and is too rare to be known."""
         ids, targets, _ = batch
-        yield "bits_per_byte", nats.sum() / math.log(2), self.token_bytes[targets].sum()
+        asked = targets != -100
+        yield "bits_per_byte", nats.sum() / math.log(2), self.token_bytes[targets[asked]].sum()
         if everything:
-            seen, count = (x.flatten() for x in self.bigram_statistics(ids, targets))
+            following = torch.cat([ids[:, 1:], targets[:, -1:]], dim=1)
+            seen, count = (x[asked] for x in self.bigram_statistics(ids, following))
             recall, new = seen & (count <= RARE), seen & (count == 0)
             for name, where in {"recall": recall, "recall_new": new, "rest": ~recall}.items():
                 yield name, nats[where].sum(), where.sum()
@@ -398,6 +402,20 @@ class Text:
         return "\n".join(lines)
 
 
+def transform_of(args):
+    """What --transform makes of a batch: f(batch, generator); without a generator, for a test. By default nothing."""
+    if not args.transform:
+        return lambda batch, generator=None: batch
+    function, options = look_up(args.transform, "transform", from_lessons("TRANSFORMS"))
+
+    def transform(batch, generator=None):
+        try:
+            return function(batch, generator, **options)
+        except ValueError as e:
+            raise BadInput(f"--transform {args.transform}: {e}") from e
+    return transform
+
+
 class Task:
     """A task of the lessons: fresh examples to train on, and others, always the same, held out."""
     tokenizer = n_tokens = None
@@ -407,6 +425,7 @@ class Task:
             raise BadInput(f"--data is for --task text: the task {args.task} makes its own data")
         self.function, self.options = look_up(args.task, "task", from_lessons("TASKS"))
         self.vocab_size = (options_of(self.function) | self.options)["vocab_size"]
+        self.transform = transform_of(args)
         try:
             self.batch(1, torch.Generator().manual_seed(0))
         except (ValueError, TypeError) as e:
@@ -415,12 +434,16 @@ class Task:
     def batch(self, batch_size, generator, progress=1.0):
         """progress: the share of the training that is done, for a task that goes from easy to hard."""
         more = {"progress": progress} if "progress" in inspect.signature(self.function).parameters else {}
+        return self.transform(self.examples(batch_size, generator, **more), generator)
+
+    def examples(self, batch_size, generator, **more):
         ids, targets, *extras = self.function(batch_size, generator=generator, **self.options | more)
         return ids, targets, {"weights": (targets != -100).float()} | (extras[0] if extras else {})
 
     def held_out(self, batch_size, n_batches=None):
         for i in range(n_batches or 32):
-            yield self.batch(batch_size, torch.Generator().manual_seed(-1 - i))       # no seed of training is negative
+            generator = torch.Generator().manual_seed(-1 - i)                          # no seed of training is negative
+            yield self.transform(self.examples(batch_size, generator))
 
     def scores(self, batch, logits, nats, everything):
         """Accuracy where something is asked: the likeliest token is the target, or "valid" if the task says what is."""
@@ -659,6 +682,7 @@ def parse(argv):
     add("--mixer", default="short_conv,based", help="a mixer, or a pattern a,b,c of the layers, or the name of one;"
         " NAME:key=value sets options (default %(default)s)")
     add("--task", default="text", help="text, or a task of the lessons; NAME:key=value sets options")
+    add("--transform", help="a transform of the lessons, of every batch: NAME:key=value (jrt_prompt, prefix_lm)")
     add("--data", help="a text file, or a folder of them (default: Shakespeare's plays)")
     add("--tokenizer", default="bpe", choices=["byte", "bpe", "gpt2"], help="default %(default)s")
     add("--vocab_size", type=int, default=4096, help="tokens of --tokenizer bpe (default %(default)s)")
@@ -719,10 +743,12 @@ def parse(argv):
 def write_on(model, tokenizer, args, device):
     """What the model makes of --sample, or of an empty line."""
     prompt = args.sample or "\n\n"
-    ids = torch.tensor([tokenizer.encode_ordinary(prompt)], device=device)
+    ids = torch.tensor([tokenizer.encode_ordinary(prompt)])
+    ids, _, extras = transform_of(args)((ids, torch.full_like(ids, -100), {}))       # a prefix is read as in training
     generator, tokens = torch.Generator().manual_seed(args.seed), []
+    settings = args.n_tokens, args.temperature, args.top_k, generator, extras
     try:
-        for token in generate(model.eval(), ids, args.n_tokens, args.temperature, args.top_k, generator):
+        for token in generate(model.eval(), ids.to(device), *settings):
             tokens.append(token)
     except ValueError as e:                  # a mixer with a largest length
         return f"{prompt}{tokenizer.decode(tokens, errors='replace')}\n[stopped: {e}]"
@@ -739,9 +765,9 @@ def sample(args, checkpoint, say=print):
     say(write_on(model, tokenizer, args, machine.device))
 
 
-def check_fit(model, data, machine):
+def check_fit(model, data, machine, args):
     """A mixer that sees the future must not be asked for it; one with a largest length must not be given more."""
-    batch = data.batch(4, torch.Generator().manual_seed(0))
+    batch = next(iter(data.held_out(4, 1)))
     ids, _, extras = machine.move(batch, slice(0, 1))
     try:
         with torch.no_grad():
@@ -750,6 +776,8 @@ def check_fit(model, data, machine):
         raise BadInput(str(e)) from e
     ids, targets, _ = batch
     asked = targets[:, :-1] != -100
+    if not (targets != -100).any():
+        raise BadInput(f"nothing is asked for: --transform {args.transform} leaves no target")
     if asked.any() and (targets[:, :-1] == ids[:, 1:])[asked].all():
         for block in model.blocks:
             if not block.mixer.causal:
@@ -767,7 +795,7 @@ def set_up(args, checkpoint, machine):
     if machine.world > 1 and machine.rank == 0:
         dist.barrier()
     model = build_model(args, data.vocab_size).to(machine.device)
-    check_fit(model, data, machine)
+    check_fit(model, data, machine, args)
     optimizer = optimizer_for(model, args)
     if checkpoint:
         tokenizer = data.tokenizer and save_tokenizer(data.tokenizer)

@@ -45,6 +45,20 @@ def test_based_is_lesson_02_and_lesson_01():
     check_close(both(x), linear_part(x) + window_part(x), 1e-11, "Based is the sum of its parts")
 
 
+def test_jrt_with_an_empty_prefix_is_baseds_linear_part_and_lesson_02():
+    jrt, based = make("jrt"), MIXERS["based"](32, window=None).double()
+    based.load_state_dict({"qk.linear.weight": jrt.qk.weight, "v.weight": jrt.v.weight, "out.weight": jrt.out.weight})
+    x, _ = inputs(jrt, 130)
+    for form in jrt.forms:
+        check_close(jrt(x, form), based(x, form), 1e-11, form)
+        check_close(jrt(x, form, prefix=0), based(x, form), 1e-11, form)
+    elu, linear_attention = MIXERS["jrt"](32, feature_dim=8, feature_map="elu").double(), make("linear_attention")
+    q, k = elu.qk.weight.detach().chunk(2)
+    linear_attention.load_state_dict({"q.weight": q, "k.weight": k, "v.weight": elu.v.weight,
+                                      "out.weight": elu.out.weight})
+    check_close(elu(x), linear_attention(x), 1e-11, "with elu + 1 it is lesson 02's first mixer")
+
+
 # ---------------------------------------------------------------------------------------------------- within lesson 02
 
 linear = importlib.import_module("02_linear_attention")
@@ -151,9 +165,11 @@ def test_taylor_full_and_packed_are_one_mixer():
 def test_what_stands_in_two_lessons_is_the_same():
     one, two = importlib.import_module("01_attention"), linear
     three, four = importlib.import_module("03_ssm"), importlib.import_module("04_based")
-    copies = {"pick_form": (one, two, three, four), "join_heads": (one, two, four), "scan": (two, three),
-              "fft_conv": (three, four), "toeplitz": (three, four), "products": (two, four), "rope": (two, four),
-              "hash_rows": (one, four), "head_dim": (two, four)}
+    five = importlib.import_module("05_jrt")
+    copies = {"pick_form": (one, two, three, four, five), "join_heads": (one, two, four, five), "scan": (two, three),
+              "fft_conv": (three, four), "toeplitz": (three, four), "products": (two, four, five), "rope": (two, four),
+              "hash_rows": (one, four), "head_dim": (two, four, five), "taylor": (four, five),
+              "linear": (two, three, four, five), "with_one": (four, five), "normalised": (four, five)}
     for name, lessons in copies.items():
         assert len({inspect.getsource(getattr(lesson, name)) for lesson in lessons}) == 1, name
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)

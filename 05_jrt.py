@@ -1,0 +1,443 @@
+"""Lesson 05. Just read twice: a state of fixed size must choose what to keep before it knows the question.
+
+    [A: 4 names] [B: 256 names]  who is in both?      keep A, then look up each of B as it comes: 4 names to remember
+    [A: 256 names] [B: 4 names]  who is in both?      keep A: 256 names, although 4 would have been enough
+
+A causal recurrent model must remember the first set, however large; one that has seen everything before it reads needs
+only the smaller: min(|A|, |B|). Two ways to get there. JRT-prompt: show the text twice, to any model as it is. JRT-RNN:
+let the prefix (the prompt) be read without causality by keys and values of its own, then go on causally,
+
+    y_t = phi(q_t) . (sum_{s<=t} phi(k_s) v_s^T + sum_{s<M} phi(k'_s) v'_s^T) / (the same with v = v' = 1)
+
+for a prefix of M tokens. Generation starts from the two sums added up: a state of the same size, a step of the same
+cost. With M = 0 it is Based's linear attention, causal; with the second sum alone over everything, bidirectional.
+
+Papers  [A24b] Arora et al. 2024, Just read twice        arXiv:2407.05483
+        [A24]  Arora et al. 2024, Based                  arXiv:2402.18668
+        [K20]  Katharopoulos et al. 2020                 arXiv:2006.16236
+
+Axes    b batch, t time (target), s source, h head, d key dim, D features, e value dim, c model width, M prefix length.
+
+mixer          forms                       training cost   state per sequence
+jrt            chunked parallel recurrent  t D, prefix 2x  h D (e + 1); f = 16: D = 153
+bidirectional  chunked parallel            t D             none: not causal, so it cannot generate
+
+    python 05_jrt.py                  forms compared, for prefixes from nothing to everything; the order effect
+    python 05_jrt.py --plot FILE.png  the mixing matrix with its dense prefix; accuracy against state, for both orders
+"""
+import argparse
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------ prefix linear attention
+#
+# phi(q), phi(k), and the encoder's phi(k'): (b, h, t, D); v, v': (b, h, t, e). `inside`: (b, 1, t, 1), 1 in the prefix,
+# 0 after it. A state S = sum phi(k) [v, 1]^T: (b, h, D, e + 1), with the normaliser in its last column.
+
+
+def with_one(v):
+    """v with a column of ones: its sum is the normaliser."""
+    return F.pad(v, (0, 1), value=1.0)
+
+
+def normalised(o):
+    return o[..., :-1] / o[..., -1:].clamp(min=1e-6)
+
+
+def matrices(q, k, k_enc, inside):
+    """The mixing matrix in two parts, for v and for v': causal, and dense over the prefix. Their rows sum to 1
+    together."""
+    decoder, encoder = (q @ k.mT).tril(), q @ (k_enc * inside).mT                            # (b, h, t, s)
+    total = (decoder.sum(dim=-1, keepdim=True) + encoder.sum(dim=-1, keepdim=True)).clamp(min=1e-6)
+    return decoder / total, encoder / total
+
+
+def parallel(q, k, v, k_enc, v_enc, inside, S):
+    """The definition. It starts from no state, and leaves none."""
+    decoder, encoder = matrices(q, k, k_enc, inside)
+    return decoder @ v + encoder @ v_enc, None
+
+
+def encode(k_enc, v_enc, inside):
+    """The prefix in one pass: sum_{s<M} phi(k'_s) [v'_s, 1]^T"""
+    return (k_enc * inside).mT @ with_one(v_enc)
+
+
+def chunked(q, k, v, k_enc, v_enc, inside, S, chunk=64):
+    """The encoder's state first; then causal linear attention goes on from it, in chunks."""
+    S, o = S + encode(k_enc, v_enc, inside), []
+    for i in range(0, q.shape[2], chunk):
+        q_i, k_i, v_i = (x[:, :, i:i + chunk] for x in (q, k, with_one(v)))
+        o.append(normalised((q_i @ k_i.mT).tril() @ v_i + q_i @ S))
+        S = S + k_i.mT @ v_i
+    return torch.cat(o, dim=2), S
+
+
+def recurrent(q, k, v, k_enc, v_enc, inside, S):
+    """Two loops, one after the other: just read twice."""
+    v, v_enc, o = with_one(v), with_one(v_enc), []
+    for s in range(q.shape[2]):
+        S = S + inside[:, :, s, :, None] * k_enc[:, :, s, :, None] * v_enc[:, :, s, None, :]
+    for t in range(q.shape[2]):
+        S = S + k[:, :, t, :, None] * v[:, :, t, None, :]
+        o.append(normalised(q[:, :, t, None] @ S))
+    return torch.cat(o, dim=2), S
+
+
+# -------------------------------------------------------------------------------------------------------- feature maps
+
+
+def products(x):
+    """The d (d + 1) / 2 different products x_i x_j, so weighted that products(x) . products(y) = (x . y)^2."""
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    pick = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)        # products with 0 and 1: faster than indexing
+    return (x @ pick[:, i]) * (x @ pick[:, j]) * x.new_full(i.shape, 2 ** 0.5).masked_fill(i == j, 1.0)
+
+
+def taylor(x):
+    """phi(x) = [1, x / f^{1/4}, x x^T / sqrt(2 f)] [A24, eq. 2], each product once: 1 + f + f (f + 1) / 2 features.
+    phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(f), which is at least 1/2."""
+    x = x * x.shape[-1] ** -0.25
+    return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5 ** 0.5], dim=-1)
+
+
+def elu(x):
+    """[K20, eq. 7]"""
+    return F.elu(x) + 1
+
+
+FEATURE_MAPS = {"taylor": taylor, "elu": elu, "relu": F.relu}
+
+
+# -------------------------------------------------------------------------------------------------------------- mixers
+
+
+def pick_form(mixer, x, form=None):
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, or if
+    x is not (b, t, c) with t >= 1."""
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
+    if form is None:
+        return "triton" if x.is_cuda and "triton" in mixer.forms else mixer.forms[0]
+    if form not in mixer.forms:
+        raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    return form
+
+
+def split_heads(x, n):
+    """(b, t, n d) -> (b, n, t, d)"""
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+
+
+def join_heads(x):
+    """(b, n, t, d) -> (b, t, n d)"""
+    return x.transpose(1, 2).flatten(-2)
+
+
+def head_dim(d_model, n_heads):
+    if n_heads < 1 or d_model % n_heads:
+        raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}")
+    return d_model // n_heads
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def linear(d_in, d_out, bias=False):
+    return nn.Linear(d_in, d_out, bias=bias)
+
+
+class JRT(nn.Module):
+    """Prefix linear attention, the mixer of JRT-RNN [A24b, section 4].
+
+    prefix, an argument more of forward, prefill and matrix: how many of these tokens, from the first, are the prefix
+    that all tokens see, a number or (b,) of them; 0, the default, leaves a causal mixer. A model hands it on from the
+    batch, as `reads` says. A prefix must come whole with the first tokens: ValueError for one that is longer than the
+    text, or behind a state. feature_map: a name in FEATURE_MAPS, of q and k of feature_dim numbers."""
+    forms = ("chunked", "parallel", "recurrent")
+    functions = {"chunked": chunked, "parallel": parallel, "recurrent": recurrent}
+    causal = True                                                # with an empty prefix
+    reads = ("prefix",)
+
+    def __init__(self, d_model, n_heads=4, feature_dim=16, feature_map="taylor"):
+        super().__init__()
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"unknown feature_map {feature_map!r}; there are {', '.join(FEATURE_MAPS)}")
+        self.n_heads, self.e, self.phi = n_heads, head_dim(d_model, n_heads), FEATURE_MAPS[feature_map]
+        self.qk, self.v = linear(d_model, 2 * n_heads * feature_dim), linear(d_model, d_model)
+        self.k_enc, self.v_enc = linear(d_model, n_heads * feature_dim), linear(d_model, d_model)
+        self.out = linear(d_model, d_model)
+        self.n_features = self.phi(torch.zeros(feature_dim)).numel()
+
+    def inputs(self, x, prefix=0):
+        """phi(q), phi(k), v, phi(k'), v', inside."""
+        prefix = torch.as_tensor(prefix, device=x.device)
+        if prefix.is_floating_point() or prefix.numel() not in (1, len(x)):
+            raise ValueError(f"prefix must be a whole number, or {len(x)}, one a sequence; not {prefix.tolist()}")
+        inside = torch.arange(x.shape[1], device=x.device) < prefix.view(-1, 1)              # (1 or b, t)
+        q, k = split_heads(self.qk(x), 2 * self.n_heads).chunk(2, dim=1)
+        k_enc, v, v_enc = (split_heads(f(x), self.n_heads) for f in (self.k_enc, self.v, self.v_enc))
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, v, k_enc, v_enc = (at_least_float32(y) for y in (q, k, v, k_enc, v_enc))
+            return self.phi(q), self.phi(k), v, self.phi(k_enc), v_enc, inside.to(v.dtype)[:, None, :, None]
+
+    def run(self, x, S, form, prefix):
+        longest = int(torch.as_tensor(prefix).max())
+        if not 0 <= longest <= x.shape[1]:
+            raise ValueError(f"a prefix of {longest} tokens does not fit {x.shape[1]} tokens: it must come whole")
+        inputs = self.inputs(x, prefix)
+        with torch.autocast(x.device.type, enabled=False):
+            o, S = self.functions[form](*inputs, S)
+        return self.out(join_heads(o.to(x.dtype))), S
+
+    def forward(self, x, form=None, prefix=0):
+        short = form is None and x.ndim == 3 and x.shape[1] <= (1024 if x.is_cuda else 256)
+        return self.run(x, self.init_state(len(x)), pick_form(self, x, "parallel" if short else form), prefix)[0]
+
+    def init_state(self, batch_size):
+        return at_least_float32(self.v.weight).new_zeros(batch_size, self.n_heads, self.n_features, self.e + 1)
+
+    def prefill(self, x, state=None, prefix=0):
+        """With a prefix: the state to generate from is the encoder's sum plus the decoder's."""
+        if state is not None and torch.as_tensor(prefix).max() > 0:
+            raise ValueError("the prefix comes first: prefill with a state goes on causally, without a prefix")
+        return self.run(x, self.init_state(len(x)) if state is None else state, pick_form(self, x), prefix)
+
+    def step(self, x_t, state):
+        y, state = self.run(x_t[:, None], state, "recurrent", 0)
+        return y[:, 0], state
+
+    def values(self, x):
+        """Decoder and encoder values as twice as many heads: (b, 2h, s, e)"""
+        return torch.cat([split_heads(f(x), self.n_heads) for f in (self.v, self.v_enc)], dim=1)
+
+    def output(self, o, x):
+        """The sum of what came from decoder and encoder values."""
+        return self.out(join_heads(sum(o.chunk(2, dim=1))))
+
+    def matrix(self, x, prefix=0):
+        q, k, _, k_enc, _, inside = self.inputs(x, prefix)
+        return torch.cat(matrices(q, k, k_enc, inside), dim=1)                               # (b, 2h, t, s)
+
+    def state_size(self, t):
+        return self.n_heads * self.n_features * (self.e + 1)
+
+
+class Bidirectional(nn.Module):
+    """Linear attention that sees everything, y_t = phi(q_t) . sum_s phi(k_s) v_s^T / (the same with v = 1): what JRT's
+    encoder would be alone. It knows the question while it reads the text, but can only fill in, not generate."""
+    forms = ("chunked", "parallel")
+    causal = False
+
+    def __init__(self, d_model, n_heads=4, feature_dim=16, feature_map="taylor"):
+        super().__init__()
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"unknown feature_map {feature_map!r}; there are {', '.join(FEATURE_MAPS)}")
+        head_dim(d_model, n_heads)
+        self.n_heads, self.phi = n_heads, FEATURE_MAPS[feature_map]
+        self.qk = linear(d_model, 2 * n_heads * feature_dim)
+        self.v, self.out = linear(d_model, d_model), linear(d_model, d_model)
+
+    def features(self, x):
+        qk = split_heads(self.qk(x), 2 * self.n_heads)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.phi(at_least_float32(qk)).chunk(2, dim=1)
+
+    def forward(self, x, form=None):
+        form, v = pick_form(self, x, form), self.values(x)
+        if form == "parallel":
+            return self.output(self.matrix(x).to(v.dtype) @ v, x)
+        q, k = self.features(x)
+        with torch.autocast(x.device.type, enabled=False):
+            o = normalised(q @ (k.mT @ with_one(at_least_float32(v))))           # one sum, then a look-up for each
+        return self.output(o.to(v.dtype), x)
+
+    def values(self, x):
+        return split_heads(self.v(x), self.n_heads)
+
+    def output(self, o, x):
+        return self.out(join_heads(o))
+
+    def matrix(self, x):
+        q, k = self.features(x)
+        M = q @ k.mT
+        return M / M.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+
+    def state_size(self, t):
+        return 0      # it keeps nothing, because it cannot go on
+
+
+# ------------------------------------------------------------------------------------------------ task and transforms
+
+
+def set_disjointness(batch_size=32, generator=None, first=16, second=64, vocab_size=2048, prompt=True,
+                     easy=0.0, progress=1.0):
+    """[1] A [2] B [3] and then the one token that is in both sets [A24b, section 3 and code]: A has `first` tokens, B
+    has `second`, all different but for the answer, in random places. Loss on the answer alone. prompt: also
+    return {"prefix": t}, all of it is prompt, for a mixer that reads a prefix; without it that mixer is causal, too.
+    easy: while progress, the share of the training that is done, is below it, the sets grow from a sixteenth to their
+    sizes (the authors mix sizes; from large sets alone little is learned in a few thousand steps).
+    Returns ids and targets, (b, first + second + 3) int64; -100 where nothing is asked."""
+    if min(first, second) < 1 or first + second + 4 > vocab_size:
+        raise ValueError(f"set_disjointness needs sets of 1 token or more, and vocab_size above their sum + 3; not "
+                         f"first {first}, second {second}, vocab_size {vocab_size}")
+    if progress < easy:
+        first, second = (max(1, round(size * 16 ** (progress / easy - 1))) for size in (first, second))
+    tokens = 4 + torch.rand(batch_size, vocab_size - 4, generator=generator).topk(first + second, dim=1).indices
+    A, B = tokens.split([first, second], dim=1)
+    answer = A.gather(1, torch.randint(first, (batch_size, 1), generator=generator))
+    B = B.scatter(1, torch.randint(second, (batch_size, 1), generator=generator), answer)
+    one, two, three = (torch.full((batch_size, 1), i) for i in (1, 2, 3))
+    ids = torch.cat([one, A, two, B, three], dim=1)
+    targets = torch.full_like(ids, -100)
+    targets[:, -1:] = answer
+    return ids, targets, {"prefix": ids.shape[1]} if prompt else {}
+
+
+# A transform takes the batch of any task, (ids, targets, extras), to another one. It is given a generator in training
+# and None when it is to prepare a test.
+
+
+def jrt_prompt(batch, generator=None):
+    """JRT-prompt [A24b, section 5]: the text, then the text again; what is asked is asked in the second reading. For
+    any causal model. ValueError where the first reading would give the answer away, as in predicting the next token."""
+    ids, targets, extras = batch
+    asked = targets[:, :-1] != -100
+    if asked.any() and (targets[:, :-1] == ids[:, 1:])[asked].all():
+        raise ValueError("jrt_prompt shows the text twice: where the next token is asked, the answer would be in it")
+
+    def twice(name, x):
+        if name == "prefix":
+            return x + ids.shape[1]
+        return torch.cat([torch.zeros_like(x), x], dim=1) if torch.is_tensor(x) and x.ndim > 1 else x
+    nothing = torch.full_like(targets, -100)
+    return ids.repeat(1, 2), torch.cat([nothing, targets], dim=1), {name: twice(name, x) for name, x in extras.items()}
+
+
+def prefix_lm(batch, generator=None, prefix=64, masked=0.15, weight=0.25, mask=0):
+    """JRT-RNN's training loss [A24b, section 4]: the next token, but only behind the first `prefix` tokens, which are
+    seen without causality; plus, times `weight`, the original of each prefix token that is hidden: a share `masked`
+    of them, replaced by the token `mask` (0 is the NUL byte, which no text has; with gpt2's tokens that is 188). A test
+    hides nothing, and asks what comes after the prefix."""
+    ids, targets, extras = batch
+    if not 0 <= masked < 1 or weight < 0:
+        raise ValueError(f"prefix_lm needs 0 <= masked < 1 and weight >= 0, not {masked} and {weight}")
+    prefix = min(prefix, ids.shape[1])
+    inside = torch.arange(ids.shape[1]) < prefix
+    hidden = torch.zeros_like(ids, dtype=torch.bool)
+    if generator is not None:
+        hidden = inside & (torch.rand(ids.shape, generator=generator) < masked)
+    weights = extras.get("weights", (targets != -100).float())
+    return (ids.masked_fill(hidden, mask), torch.where(hidden, ids, targets.masked_fill(inside, -100)),
+            extras | {"weights": torch.where(hidden, weight, weights.masked_fill(inside, 0.0)), "prefix": prefix})
+
+
+MIXERS = {"jrt": JRT, "bidirectional": Bidirectional}
+TASKS = {"set_disjointness": set_disjointness}
+TRANSFORMS = {"jrt_prompt": jrt_prompt, "prefix_lm": prefix_lm}
+PATTERNS = {"jrt_layers": "short_conv,jrt,window,short_conv,short_conv"}         # Based's layers [A24b, appendix]
+
+
+# -------------------------------------------------------------------------------------- the order effect, untrained
+
+
+def order_effect(first, second, f=16, readings=1, trials=1000):
+    """How often a Taylor state finds the token that two sets share. Tokens are random keys of f numbers and length
+    sqrt(f). A is stored, S = sum_{a in A} phi(a); then that b of B is named for which phi(b) . S is largest. Who reads
+    twice stores the smaller set, and asks for each of the other. Returns the accuracy, and its place between chance, 0,
+    and 1: (accuracy - 1/n) / (1 - 1/n) for n candidates."""
+    generator = torch.Generator().manual_seed(0)
+    stored, asked = (first, second) if readings == 1 else (min(first, second), max(first, second))
+    right = 0
+    for start in range(0, trials, 200):
+        n = min(200, trials - start)
+        A, B = (torch.randn(n, size, f, generator=generator) for size in (stored, asked))
+        A, B = (f ** 0.5 * F.normalize(tokens, dim=-1) for tokens in (A, B))
+        B[:, 0] = A[:, 0]                                                        # the shared token
+        S = taylor(A).sum(dim=1, keepdim=True)                                   # (n, 1, D)
+        right += ((taylor(B) * S).sum(dim=-1).argmax(dim=-1) == 0).sum().item()
+    accuracy = right / trials
+    return accuracy, (accuracy - 1 / asked) / (1 - 1 / asked) if asked > 1 else accuracy
+
+
+# ------------------------------------------------------------------------------------------------------ look and check
+
+
+def compare_forms(t=256, d_model=64):
+    """Print the time of every form, and the largest difference between every two, for prefixes of several lengths."""
+    torch.manual_seed(0)
+    x = torch.randn(2, t, d_model, dtype=torch.float64)
+    cases = [("jrt", {"prefix": n}) for n in (0, 1, t // 2, t)] + [("bidirectional", {})]
+    print(f"{'mixer':15}{'prefix':8}{'form':11}{'time':>10}   largest difference from the forms above (t = {t})")
+    with torch.no_grad():
+        for name, reads in cases:
+            mixer, done = MIXERS[name](d_model).double(), {}
+            for form in mixer.forms:
+                start = time.perf_counter()
+                y = mixer(x, form, **reads)
+                ms = 1e3 * (time.perf_counter() - start)
+                gaps = "   ".join(f"{other} {(y - z).abs().max():.0e}" for other, z in done.items())
+                head = "" if done else f"{name:15}{reads.get('prefix', ''):<8}"
+                print(f"{head:23}{form:11}{ms:>7.1f} ms   {gaps}", flush=True)
+                done[form] = y
+
+
+def print_order_effect():
+    print("\nA set in a Taylor state (f = 16, nothing trained): which of the other is in it? Accuracy (above chance)")
+    print(f"    {'|A|':>4} {'|B|':>4}   {'A read, then B':>18}   {'read twice':>18}")
+    for sizes in ((4, 64), (64, 4), (4, 256), (256, 4)):
+        results = [order_effect(*sizes, readings=readings) for readings in (1, 2)]
+        columns = "".join(f"{accuracy:12.3f} ({above:.3f})" for accuracy, above in results)
+        print(f"    {sizes[0]:4} {sizes[1]:4}{columns}", flush=True)
+
+
+def plot(path, t=40, prefix=16):
+    """Left: the mixing matrix, decoder and encoder part. Right: what a state of given size recalls, in both orders."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    torch.manual_seed(0)
+    mixer, x = JRT(32, n_heads=1), torch.randn(1, t, 32)
+    figure, axes = plt.subplots(1, 4, figsize=(19, 4.6), constrained_layout=True, width_ratios=(1, 1, 1, 1.25))
+    with torch.no_grad():
+        for layer in (mixer.qk, mixer.k_enc):
+            layer.weight *= 2
+        decoder, encoder = mixer.matrix(x, prefix)[0]
+    both = decoder + encoder
+    shown = {"decoder: causal, all tokens": decoder, f"encoder: dense, the prefix of {prefix}": encoder,
+             "prefix linear attention: both": both}
+    for ax, (title, M) in zip(axes, shown.items(), strict=False):
+        ax.imshow(M, cmap="Reds", vmin=0, vmax=both.quantile(0.97))
+        ax.axvline(prefix - 0.5, color="gray", lw=0.8, ls=":")
+        ax.set(title=title, xlabel="source", xticks=[0, prefix, t - 1], yticks=[0, prefix, t - 1])
+    axes[0].set_ylabel("target")
+    dims = (4, 6, 8, 12, 16, 24)
+    sizes = [1 + f + f * (f + 1) // 2 for f in dims]
+    for sizes_, readings, style in (((4, 256), 1, "o-"), ((256, 4), 1, "o-"), ((256, 4), 2, "s:")):
+        above = [order_effect(*sizes_, f, readings, trials=400)[1] for f in dims]
+        label = f"set of {sizes_[0]}, then set of {sizes_[1]}{', read twice' if readings == 2 else ''}"
+        axes[3].plot(sizes, above, style, label=label)
+    axes[3].set_xscale("log")
+    axes[3].set_xticks(sizes, [f"{n}\nf = {f}" for n, f in zip(sizes, dims, strict=True)])
+    axes[3].minorticks_off()
+    axes[3].set(xlabel="size of the state, features", ylabel="accuracy above chance", ylim=(0, 1.02),
+                title="Which token is in both sets? Nothing trained")
+    axes[3].legend(fontsize=9)
+    axes[3].grid(alpha=0.3)
+    figure.savefig(path, dpi=80)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Lesson 05: just read twice.")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the mixing matrix and the order effect instead")
+    args = parser.parse_args()
+    if args.plot:
+        plot(args.plot)
+    else:
+        compare_forms()
+        print_order_effect()
