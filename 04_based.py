@@ -9,8 +9,9 @@ length instead. Some growth is a law: who is to answer for k pairs must keep k l
     o_t = sum_{s<=t} (1 + q_t.k_s + (q_t.k_s)^2 / 2) v_s / (the same with v = 1)     e^x to second order, to all tokens
         + sum_{t-w<s<=t} softmax_s(q_t . k_s) v_s                                    softmax itself, to the last w
 
-by the feature dimension f of q and k above (a state of f^2 / 2 features) and the window w (a state of w tokens). Far
-away it finds a token roughly, nearby it compares exactly.
+by the feature dimension f of q and k above (a state of f^2 / 2 features) and the window w (a state of w tokens); the
+scores q.k are divided by the square root of their dimension, as always. Far away it finds a token roughly, nearby it
+compares exactly.
 
 Papers  [A23]  Arora et al. 2023, Zoology: MQAR, BaseConv           arXiv:2312.04927
         [A24]  Arora et al. 2024, Based                             arXiv:2402.18668
@@ -507,8 +508,8 @@ class Scatterbrain(LookBack):
 
     def __init__(self, d_model, n_heads=4, window=64, top=None, m=64):
         for name, size in (("window", window), ("top", 1 if top is None else top), ("m", m)):
-            if size < 1:
-                raise ValueError(f"{name} {size} is below 1")
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a whole number from 1 on, not {size!r}")
         super().__init__(d_model, n_heads, {"both": head_dim(d_model, n_heads)})
         self.window, self.top = window, top
         self.register_buffer("W", orthogonal_gaussian(m, self.e))

@@ -3,20 +3,22 @@
     [A: 4 names] [B: 256 names]  who is in both?      keep A, then look up each of B as it comes: 4 names to remember
     [A: 256 names] [B: 4 names]  who is in both?      keep A: 256 names, although 4 would have been enough
 
-A causal recurrent model must remember the first set, however large; one that has seen everything before it reads needs
+A causal recurrent model must remember the first set, however large; one that knows everything before it decides needs
 only the smaller: min(|A|, |B|). Two ways to get there. JRT-prompt: show the text twice, to any model as it is. JRT-RNN:
 let the prefix (the prompt) be read without causality by keys and values of its own, then go on causally,
 
     y_t = phi(q_t) . (sum_{s<=t} phi(k_s) v_s^T + sum_{s<M} phi(k'_s) v'_s^T) / (the same with v = v' = 1)
 
 for a prefix of M tokens. Generation starts from the two sums added up: a state of the same size, a step of the same
-cost. With M = 0 it is Based's linear attention, causal; with the second sum alone over everything, bidirectional.
+cost. With M = 0 it is Based's linear attention, causal; with the second sum alone over everything, bidirectional. (One
+such layer adds up what it sees, chooses nothing: the keys of the next layer, which know the whole prefix, can choose.)
 
 Papers  [A24b] Arora et al. 2024, Just read twice        arXiv:2407.05483
         [A24]  Arora et al. 2024, Based                  arXiv:2402.18668
         [K20]  Katharopoulos et al. 2020                 arXiv:2006.16236
 
-Axes    b batch, t time (target), s source, h head, d key dim, D features, e value dim, c model width, M prefix length.
+Axes    b batch, t time (target), s source, h head, f width of q and k, D features (by Taylor 1 + f + f (f + 1) / 2),
+        e value dim, c model width, M prefix length.
 
 mixer          forms                       training cost   state per sequence
 jrt            chunked parallel recurrent  t D, prefix 2x  h D (e + 1); f = 16: D = 153
@@ -26,6 +28,7 @@ bidirectional  chunked parallel            t D             none: not causal, so 
     python 05_jrt.py --plot FILE.png  the mixing matrix with its dense prefix; accuracy against state, for both orders
 """
 import argparse
+import math
 import time
 
 import torch
@@ -49,7 +52,7 @@ def normalised(o):
 
 def matrices(q, k, k_enc, inside):
     """The mixing matrix in two parts, for v and for v': causal, and dense over the prefix. Their rows sum to 1
-    together."""
+    together (to 0 where all weights are 0)."""
     decoder, encoder = (q @ k.mT).tril(), q @ (k_enc * inside).mT                            # (b, h, t, s)
     total = (decoder.sum(dim=-1, keepdim=True) + encoder.sum(dim=-1, keepdim=True)).clamp(min=1e-6)
     return decoder / total, encoder / total
@@ -151,13 +154,21 @@ def linear(d_in, d_out, bias=False):
     return nn.Linear(d_in, d_out, bias=bias)
 
 
+def find_map(name, feature_dim):
+    if name not in list(FEATURE_MAPS):
+        raise ValueError(f"unknown feature_map {name!r}; there are {', '.join(FEATURE_MAPS)}")
+    if feature_dim < 1:
+        raise ValueError(f"feature_dim {feature_dim} is below 1")
+    return FEATURE_MAPS[name]
+
+
 class JRT(nn.Module):
     """Prefix linear attention, the mixer of JRT-RNN [A24b, section 4].
 
     prefix, an argument more of forward, prefill and matrix: how many of these tokens, from the first, are the prefix
     that all tokens see, a number or (b,) of them; 0, the default, leaves a causal mixer. A model hands it on from the
-    batch, as `reads` says. A prefix must come whole with the first tokens: ValueError for one that is longer than the
-    text, or behind a state. feature_map: a name in FEATURE_MAPS, of q and k of feature_dim numbers."""
+    batch, as `reads` says. The prefix lies within the first call: ValueError for one below 0 or longer than x, and for
+    one behind a state, be it a fresh one. feature_map: a name in FEATURE_MAPS, of q and k of feature_dim numbers."""
     forms = ("chunked", "parallel", "recurrent")
     functions = {"chunked": chunked, "parallel": parallel, "recurrent": recurrent}
     causal = True                                                # with an empty prefix
@@ -165,9 +176,7 @@ class JRT(nn.Module):
 
     def __init__(self, d_model, n_heads=4, feature_dim=16, feature_map="taylor"):
         super().__init__()
-        if feature_map not in FEATURE_MAPS:
-            raise ValueError(f"unknown feature_map {feature_map!r}; there are {', '.join(FEATURE_MAPS)}")
-        self.n_heads, self.e, self.phi = n_heads, head_dim(d_model, n_heads), FEATURE_MAPS[feature_map]
+        self.n_heads, self.e, self.phi = n_heads, head_dim(d_model, n_heads), find_map(feature_map, feature_dim)
         self.qk, self.v = linear(d_model, 2 * n_heads * feature_dim), linear(d_model, d_model)
         self.k_enc, self.v_enc = linear(d_model, n_heads * feature_dim), linear(d_model, d_model)
         self.out = linear(d_model, d_model)
@@ -175,10 +184,13 @@ class JRT(nn.Module):
 
     def inputs(self, x, prefix=0):
         """phi(q), phi(k), v, phi(k'), v', inside."""
-        prefix = torch.as_tensor(prefix, device=x.device)
+        prefix = torch.as_tensor(prefix)                 # a number stays on the CPU: a GPU would have to be waited for
         if prefix.is_floating_point() or prefix.numel() not in (1, len(x)):
             raise ValueError(f"prefix must be a whole number, or {len(x)}, one a sequence; not {prefix.tolist()}")
-        inside = torch.arange(x.shape[1], device=x.device) < prefix.view(-1, 1)              # (1 or b, t)
+        for n in (int(prefix.min()), int(prefix.max())):
+            if not 0 <= n <= x.shape[1]:
+                raise ValueError(f"a prefix of {n} tokens does not fit {x.shape[1]} tokens: it must come whole")
+        inside = torch.arange(x.shape[1], device=x.device) < prefix.to(x.device).view(-1, 1)     # (1 or b, t)
         q, k = split_heads(self.qk(x), 2 * self.n_heads).chunk(2, dim=1)
         k_enc, v, v_enc = (split_heads(f(x), self.n_heads) for f in (self.k_enc, self.v, self.v_enc))
         with torch.autocast(x.device.type, enabled=False):
@@ -186,9 +198,6 @@ class JRT(nn.Module):
             return self.phi(q), self.phi(k), v, self.phi(k_enc), v_enc, inside.to(v.dtype)[:, None, :, None]
 
     def run(self, x, S, form, prefix):
-        longest = int(torch.as_tensor(prefix).max())
-        if not 0 <= longest <= x.shape[1]:
-            raise ValueError(f"a prefix of {longest} tokens does not fit {x.shape[1]} tokens: it must come whole")
         inputs = self.inputs(x, prefix)
         with torch.autocast(x.device.type, enabled=False):
             o, S = self.functions[form](*inputs, S)
@@ -235,10 +244,8 @@ class Bidirectional(nn.Module):
 
     def __init__(self, d_model, n_heads=4, feature_dim=16, feature_map="taylor"):
         super().__init__()
-        if feature_map not in FEATURE_MAPS:
-            raise ValueError(f"unknown feature_map {feature_map!r}; there are {', '.join(FEATURE_MAPS)}")
         head_dim(d_model, n_heads)
-        self.n_heads, self.phi = n_heads, FEATURE_MAPS[feature_map]
+        self.n_heads, self.phi = n_heads, find_map(feature_map, feature_dim)
         self.qk = linear(d_model, 2 * n_heads * feature_dim)
         self.v, self.out = linear(d_model, d_model), linear(d_model, d_model)
 
@@ -303,11 +310,11 @@ def set_disjointness(batch_size=32, generator=None, first=16, second=64, vocab_s
 
 
 def jrt_prompt(batch, generator=None):
-    """JRT-prompt [A24b, section 5]: the text, then the text again; what is asked is asked in the second reading. For
-    any causal model. ValueError where the first reading would give the answer away, as in predicting the next token."""
+    """JRT-prompt [A24b, section 5]: the text, then the text again; the loss counts only in the second copy. For any
+    causal model. ValueError where the first copy would give the answers away, as in predicting the next token."""
     ids, targets, extras = batch
     asked = targets[:, :-1] != -100
-    if asked.any() and (targets[:, :-1] == ids[:, 1:])[asked].all():
+    if asked.sum() >= 16 and (targets[:, :-1] == ids[:, 1:])[asked].all():
         raise ValueError("jrt_prompt shows the text twice: where the next token is asked, the answer would be in it")
 
     def twice(name, x):
@@ -319,21 +326,22 @@ def jrt_prompt(batch, generator=None):
 
 
 def prefix_lm(batch, generator=None, prefix=64, masked=0.15, weight=0.25, mask=0):
-    """JRT-RNN's training loss [A24b, section 4]: the next token, but only behind the first `prefix` tokens, which are
-    seen without causality; plus, times `weight`, the original of each prefix token that is hidden: a share `masked`
-    of them, replaced by the token `mask` (0 is the NUL byte, which no text has; with gpt2's tokens that is 188). A test
-    hides nothing, and asks what comes after the prefix."""
+    """JRT-RNN's training loss [A24b, section 4 and code]: the first `prefix` tokens are seen without causality, so the
+    next token is asked from the prefix's last one on; plus `weight` times another mean, over prefix tokens that are
+    hidden, a share `masked` of them, whose original is asked. `mask` is put in their place: 0 is the NUL byte, which no
+    text has (with gpt2's tokenizer say mask=188). A test hides nothing."""
     ids, targets, extras = batch
-    if not 0 <= masked < 1 or weight < 0:
-        raise ValueError(f"prefix_lm needs 0 <= masked < 1 and weight >= 0, not {masked} and {weight}")
-    prefix = min(prefix, ids.shape[1])
-    inside = torch.arange(ids.shape[1]) < prefix
+    if not 0 <= masked < 1 or not 0 <= weight < math.inf:
+        raise ValueError(f"prefix_lm needs 0 <= masked < 1 and a finite weight >= 0, not {masked} and {weight}")
+    prefix, i = min(prefix, ids.shape[1]), torch.arange(ids.shape[1])
     hidden = torch.zeros_like(ids, dtype=torch.bool)
     if generator is not None:
-        hidden = inside & (torch.rand(ids.shape, generator=generator) < masked)
-    weights = extras.get("weights", (targets != -100).float())
-    return (ids.masked_fill(hidden, mask), torch.where(hidden, ids, targets.masked_fill(inside, -100)),
-            extras | {"weights": torch.where(hidden, weight, weights.masked_fill(inside, 0.0)), "prefix": prefix})
+        hidden = (i < prefix) & (torch.rand(ids.shape, generator=generator) < masked)
+    unasked = (i < prefix - 1) | hidden
+    weights = extras.get("weights", (targets != -100).float()).masked_fill(unasked, 0.0)
+    share = weight * weights.sum() / hidden.sum().clamp(min=1)           # so that it is a mean next to a mean
+    return (ids.masked_fill(hidden, mask), torch.where(hidden, ids, targets.masked_fill(unasked, -100)),
+            extras | {"weights": torch.where(hidden, share, weights), "prefix": prefix})
 
 
 MIXERS = {"jrt": JRT, "bidirectional": Bidirectional}
@@ -347,9 +355,9 @@ PATTERNS = {"jrt_layers": "short_conv,jrt,window,short_conv,short_conv"}        
 
 def order_effect(first, second, f=16, readings=1, trials=1000):
     """How often a Taylor state finds the token that two sets share. Tokens are random keys of f numbers and length
-    sqrt(f). A is stored, S = sum_{a in A} phi(a); then that b of B is named for which phi(b) . S is largest. Who reads
-    twice stores the smaller set, and asks for each of the other. Returns the accuracy, and its place between chance, 0,
-    and 1: (accuracy - 1/n) / (1 - 1/n) for n candidates."""
+    sqrt(f). A is stored, S = sum_{a in A} phi(a); then that b of B is named for which phi(b) . S is largest. readings=2
+    is an ideal second reader, who stores the smaller set, whichever it is, and looks up each token of the other.
+    Returns the accuracy, and the same rescaled so that guessing is 0: (accuracy - 1/n) / (1 - 1/n), n candidates."""
     generator = torch.Generator().manual_seed(0)
     stored, asked = (first, second) if readings == 1 else (min(first, second), max(first, second))
     right = 0

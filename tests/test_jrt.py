@@ -86,7 +86,13 @@ def test_misplaced_prefixes_are_refused():
             mixer(x, prefix=prefix)
     _, state = mixer.prefill(x, prefix=4)
     with pytest.raises(ValueError, match="prefix comes first"):
-        mixer.prefill(x, state, prefix=4)
+        mixer.prefill(x, state, prefix=1)
+    with pytest.raises(ValueError, match="prefix of 50 tokens"):
+        mixer.matrix(x, prefix=50)
+    with pytest.raises(ValueError, match="prefix of -3 tokens"):
+        mixer(x, prefix=torch.tensor([-3, 5]))
+    with pytest.raises(ValueError, match="feature_dim 0"):
+        MIXERS["jrt"](32, feature_dim=0)
     for wrong in (2.5, torch.tensor([1, 2, 3])):
         with pytest.raises(ValueError, match="whole number"):
             mixer(x, prefix=wrong)
@@ -101,11 +107,12 @@ def test_jrt_prompt_asks_in_the_second_reading_only():
     based = importlib.import_module("04_based")
     ids, targets = based.mqar(8, torch.Generator().manual_seed(0), vocab_size=64)
     valid = torch.rand(8, 64, 64) < 0.5
-    extras = {"weights": (targets != -100).float(), "prefix": 64, "valid": valid}
+    extras = {"weights": (targets != -100).float(), "prefix": 64, "valid": valid, "each": torch.arange(8)}
     twice, asked, more = lesson.jrt_prompt((ids, targets, extras))
     assert torch.equal(twice, torch.cat([ids, ids], 1)) and (asked[:, :64] == -100).all()
     assert torch.equal(asked[:, 64:], targets) and more["prefix"] == 128
-    assert not more["weights"][:, :64].any() and torch.equal(more["weights"][:, 64:], extras["weights"])
+    assert torch.equal(more["each"], torch.arange(8)) and not more["weights"][:, :64].any()
+    assert torch.equal(more["weights"][:, 64:], extras["weights"])
     assert more["valid"].shape == (8, 128, 64) and torch.equal(more["valid"][:, 64:], valid)
     with pytest.raises(ValueError, match="the answer would be in it"):
         lesson.jrt_prompt((ids[:, :-1], ids[:, 1:], {}))
@@ -120,17 +127,30 @@ def test_jrt_prompt_does_not_need_the_order():
 
 
 def test_prefix_lm_asks_for_hidden_tokens_and_for_the_next_behind_the_prefix():
+    """Two means, as in the authors' code: the next token's, plus a quarter of that over the hidden tokens."""
     row = torch.arange(1, 42).repeat(500, 1)
-    ids, targets, extras = lesson.prefix_lm((row[:, :-1], row[:, 1:], {}), torch.Generator().manual_seed(0), prefix=30)
-    hidden = ids == 0
+    given = {"weights": torch.linspace(0.5, 2, 40).repeat(500, 1)}
+    generator = torch.Generator().manual_seed(0)
+    ids, targets, extras = lesson.prefix_lm((row[:, :-1], row[:, 1:], given), generator, prefix=30)
+    hidden, w = ids == 0, extras["weights"]
     assert 0.13 < hidden[:, :30].float().mean() < 0.17 and not hidden[:, 30:].any()
-    assert torch.equal(targets[hidden], row[:, :-1][hidden]) and (targets[:, :30][~hidden[:, :30]] == -100).all()
-    assert torch.equal(targets[:, 30:], row[:, 31:]) and extras["prefix"] == 30
-    assert (extras["weights"][hidden] == 0.25).all() and (extras["weights"][:, 30:] == 1).all()
-    assert not extras["weights"][:, :30][~hidden[:, :30]].any()
+    assert torch.equal(targets[hidden], row[:, :-1][hidden]) and (targets[:, :29][~hidden[:, :29]] == -100).all()
+    asked = ~hidden[:, 29:]                                       # the prefix's last token has not seen what follows
+    assert torch.equal(targets[:, 29:][asked], row[:, 30:][asked]) and extras["prefix"] == 30
+    assert torch.equal(w[:, 29:][asked], given["weights"][:, 29:][asked]) and not w[:, :29][~hidden[:, :29]].any()
+    assert w[hidden].sum().item() == pytest.approx(0.25 * w[~hidden].sum().item(), rel=1e-4)
     ids, targets, extras = lesson.prefix_lm((row[:, :-1], row[:, 1:], {}), prefix=30)        # a test
-    assert torch.equal(ids, row[:, :-1]) and (targets[:, :30] == -100).all()
-    assert not extras["weights"][:, :30].any() and (extras["weights"][:, 30:] == 1).all()
+    assert torch.equal(ids, row[:, :-1]) and (targets[:, :29] == -100).all() and (targets[:, 29:] != -100).all()
+    assert not extras["weights"][:, :29].any() and (extras["weights"][:, 29:] == 1).all()
+    assert lesson.prefix_lm((row[:, :5], row[:, 1:6], {}), prefix=30)[2]["prefix"] == 5      # a short prompt
+
+
+def test_set_disjointness_puts_the_answer_anywhere():
+    ids, targets, extras = lesson.set_disjointness(200, torch.Generator().manual_seed(0), first=5, second=7)
+    place = (ids == targets[:, -1:]).int()
+    assert place[:, 1:6].sum() == place[:, 7:14].sum() == 200 == extras["prefix"] + 185
+    assert (place[:, 1:6].sum(dim=0) > 20).all() and (place[:, 7:14].sum(dim=0) > 10).all()
+    assert lesson.set_disjointness(2, prompt=False)[2] == {}
 
 
 def test_sets_grow_in_training():
@@ -170,12 +190,47 @@ TINY = """--d_model 16 --n_heads 2 --batch_size 4 --steps 3 --tokenizer byte --c
           --device cpu""".split()
 
 
-def test_jrt_trains_on_text_with_its_loss_and_writes(text, tmp_path):
+def test_jrt_trains_on_text_with_its_loss_and_writes(text, tmp_path, capsys):
     scores = train.main([*TINY, "--mixer", "short_conv,jrt", "--transform", "prefix_lm:prefix=20", "--data", text,
                          "--out", str(tmp_path / "run")])
     assert 7 < scores["bits_per_byte"] < 9 and scores["rest_share"] + scores["recall_share"] == 1
-    train.main(["--sample", "read, and", "--resume", str(tmp_path / "run")])
+    capsys.readouterr()
+    for prompt in ("read, and", "read, and read again, and again"):              # shorter and longer than the prefix
+        train.main(["--sample", prompt, "--resume", str(tmp_path / "run")])
+    assert "[stopped" not in capsys.readouterr().out
     train.main(["--resume", str(tmp_path / "run"), "--steps", "4", "--data", text])
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(tmp_path / "run"), "--steps", "5", "--transform", "prefix_lm:prefix=9"])
+    assert "has --transform prefix_lm:prefix=20" in capsys.readouterr().err
+
+
+def test_a_prompt_is_read_as_a_prefix(monkeypatch):
+    """What is drawn first comes from the logits that the whole prompt, read without causality, gives."""
+    args, _ = train.parse([*TINY, "--mixer", "jrt,jrt", "--transform", "prefix_lm:prefix=20", "--n_tokens", "1"])
+    tokenizer = train.make_tokenizer("byte", 256, [])
+    model, args.sample = train.build_model(args, 256), "a prompt"
+    ids = torch.tensor([tokenizer.encode(args.sample)])
+    with torch.no_grad():
+        logits = [model(ids, {"prefix": n})[0, -1] for n in (8, 0)]
+    assert (logits[0] - logits[1]).abs().max() > 1e-5
+    seen = []
+    monkeypatch.setattr(train.torch, "multinomial", lambda p, *_, **__: seen.append(p) or p.argmax(-1, keepdim=True))
+    train.write_on(model, tokenizer, args, "cpu")
+    assert seen[0].argmax() == logits[0].argmax()
+
+
+def test_transforms_hide_in_training_and_never_in_tests(text):
+    for more in (["--data", text], ["--task", "set_disjointness:first=20:second=30:vocab_size=90"]):
+        args, _ = train.parse([*TINY, "--mixer", "jrt", "--transform", "prefix_lm:prefix=30:masked=0.5", *more])
+        data = train.Text(args) if args.task == "text" else train.Task(args)
+        assert (data.batch(4, torch.Generator().manual_seed(0))[0] == 0).any()
+        assert not any((ids == 0).any() for ids, *_ in data.held_out(4, 3))
+
+
+def test_a_prefix_for_each_sequence_is_cut_with_the_batch():
+    machine = train.Machine("cpu")
+    batch = torch.zeros(4, 9).long(), torch.zeros(4, 9).long(), {"prefix": torch.arange(4), "n": 7}
+    assert machine.move(batch, slice(2, 4))[2]["prefix"].tolist() == [2, 3] and machine.move(batch)[2]["n"] == 7
 
 
 def test_the_recall_slice_knows_the_prefix():
@@ -185,8 +240,8 @@ def test_the_recall_slice_knows_the_prefix():
     data.bigrams = torch.tensor([0]).numpy(), torch.tensor([0]).numpy()
     row = torch.tensor([[1, 2, 3, 4, 5, 1, 2, 9, 9]])
     batch = data.transform((row[:, :-1], row[:, 1:], {"weights": torch.ones(1, 8)}))
-    got = {name: count for name, _, count in data.scores(batch, None, torch.zeros(4), True)}
-    assert got["recall"] == 1 and got["rest"] == 3 and got["bits_per_byte"] == 4
+    got = {name: count for name, _, count in data.scores(batch, None, torch.zeros(5), True)}
+    assert got["recall"] == 1 and got["rest"] == 4 and got["bits_per_byte"] == 5
 
 
 @pytest.mark.parametrize("mixer, transform", [("short_conv,jrt", 0), ("bidirectional", 0), ("taylor", "jrt_prompt")])
@@ -198,7 +253,10 @@ def test_set_disjointness_trains(mixer, transform, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ("--transform jrt_prompt", "answer would be in it"), ("--transform jrt_promt", "did you mean jrt_prompt"),
-    ("--transform prefix_lm:prefix=32", "nothing is asked"), ("--transform prefix_lm:prefix=x", "must be int"),
+    ("--transform prefix_lm:prefix=0", "at least 1"), ("--transform prefix_lm:prefix=x", "must be int"),
+    ("--transform prefix_lm:prefix=8:mask=300", "beyond the vocabulary of 256"),
+    ("--mixer scatterbrain:top=2.5", "top must be a whole number"),
+    ("--transform prefix_lm:weight=1e999", "finite weight"), ("--mixer jrt:feature_map=[1]", "unknown feature_map"),
     ("--transform prefix_lm:prefix=8 --mixer bidirectional", "not causal"),
     ("--transform prefix_lm:masked=1.5", "0 <= masked < 1"), ("--mixer bidirectional", "not causal")])
 def test_bad_transforms_are_refused(flags, message, text, tmp_path, capsys):

@@ -1,0 +1,48 @@
+"""Zoology's Figure 2: accuracy on MQAR against model width, at four lengths. Attention needs a constant width, gated
+convolutions a width that grows with the length.
+
+    python experiments/mqar_width.py [--jobs 8] [--quick]
+
+Two layers of one mixer without MLP, Zoology's generator and settings (length 64 to 512, vocabulary 8192), each learning
+rate and seed; the picture takes the best learning rate's mean over the seeds. Writes mqar_width.csv and .png.
+"""
+import lab
+
+LAYERS = {"attention": "attention", "BaseConv": "baseconv", "H3": "h3", "Hyena": "hyena", "RWKV-4": "rwkv4",
+          "Based": "short_conv,based:feature_dim=16:window=64"}
+
+
+def measure(cell):
+    return {"accuracy": lab.trained({name: value for name, value in cell.items() if name != "layers"})["accuracy"]}
+
+
+def cells(quick):
+    common = {"mlp": 0, "warmup": 100, "n_heads": 1}
+    if quick:
+        return [common | {"layers": name, "mixer": LAYERS[name], "task": "mqar:length=32:vocab_size=64", "d_model": d,
+                          "lr": 1e-2, "seed": 0, "steps": 400, "batch_size": 64}
+                for name in ("attention", "BaseConv") for d in (16, 32)]
+    return [common | {"layers": name, "mixer": LAYERS[name], "task": f"mqar_{n}:easy=0.25", "d_model": d, "lr": lr,
+                      "seed": seed, "steps": 10000, "batch_size": 256}
+            for seed in (0, 1, 2) for n in (64, 128, 256, 512) for d in (64, 128, 256, 512)
+            for lr in (1e-3, 3e-3, 1e-2) for name in LAYERS]
+
+
+if __name__ == "__main__":
+    args = lab.options(__doc__)
+    rows = lab.sweep(args, "mqar_width", cells(args.quick), measure)
+    results = lab.best(rows, ("task", "layers", "d_model"), "accuracy")
+    tasks = list(dict.fromkeys(task for task, *_ in results))
+    fig, axes = lab.figure(4.2 * len(tasks), 3.8, columns=len(tasks), squeeze=False, sharey=True)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for name in LAYERS:
+            points = sorted((d, *y) for (t, layers, d), y in results.items() if (t, layers) == (task, name))
+            if points:
+                d, mean, low, high = zip(*points, strict=True)
+                ax.plot(d, mean, "o-", ms=4, label=name)
+                ax.fill_between(d, low, high, alpha=0.15)
+        ax.set(xscale="log", xlabel="model width", title=task, ylim=(-0.02, 1.02))
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("accuracy")
+    axes[0, 0].legend(fontsize=8)
+    lab.save(fig, args.out / "mqar_width.png")

@@ -1,0 +1,58 @@
+"""Based's Figure 2: recall against the bytes of state that a mixer really keeps.
+
+    python experiments/recall_vs_state.py [--jobs 8] [--quick]
+
+MQAR with random filler, [short convolution, mixer] without MLP, state sizes dialled by feature dimension, window, state
+dimension or width; each learning rate and seed, the best learning rate's mean. Also what Based is without its parts.
+Writes recall_vs_state.csv and .png.
+"""
+import lab
+
+FAMILIES = {
+    "attention": ["attention"],
+    "window": [f"window:window={w}" for w in (8, 16, 32, 64, 128)],
+    "Based": [f"based:feature_dim={f}:window={w}" for f, w in ((4, 16), (8, 16), (16, 16), (16, 64), (24, 64))],
+    "Taylor": [f"taylor:feature_dim={f}" for f in (4, 8, 12, 16, 24)],
+    "elu + 1": [f"linear_attention:feature_dim={f}" for f in (16, 45, 153)],
+    "Mamba": [f"mamba:n_state={n}" for n in (8, 16, 64)],
+    "Mamba-2": [f"mamba2:n_state={n}" for n in (16, 64, 128)],
+    "GLA": ["gla"], "DeltaNet": ["deltanet"], "H3": [f"h3:n_state={n}" for n in (16, 64)], "Hyena": ["hyena"],
+}
+
+
+def measure(cell):
+    flags = {name: value for name, value in cell.items() if name not in ("family", "t")}
+    return {"state_bytes": lab.state_bytes(flags, cell["t"]), "accuracy": lab.trained(flags)["accuracy"]}
+
+
+def cells(quick):
+    common = {"mlp": 0, "warmup": 100, "n_heads": 1}
+    if quick:
+        common |= {"task": "mqar:length=32:n_pairs=8:vocab_size=64:filler=true", "t": 32, "d_model": 32, "steps": 400,
+                   "batch_size": 64}
+        return [common | {"family": family, "mixer": f"short_conv,{mixer}", "lr": 1e-2, "seed": 0}
+                for family, mixer in (("Based", "based:feature_dim=8:window=4"), ("window", "window:window=4"),
+                                      ("attention", "attention"), ("Taylor", "taylor:feature_dim=8"))]
+    common |= {"task": "mqar_based_256:easy=0.25", "t": 256, "steps": 10000, "batch_size": 256}
+    sweep = [common | {"family": family, "mixer": f"short_conv,{mixer}", "d_model": 64, "lr": lr, "seed": seed}
+             for seed in (0, 1, 2) for lr in (1e-3, 3e-3, 1e-2) for family, mixers in FAMILIES.items()
+             for mixer in mixers]
+    return sweep + [common | {"family": "Taylor without convolution", "mixer": "taylor,taylor", "d_model": 64, "lr": lr,
+                              "seed": seed} for seed in (0, 1, 2) for lr in (1e-3, 3e-3, 1e-2)]
+
+
+if __name__ == "__main__":
+    args = lab.options(__doc__)
+    rows = lab.sweep(args, "recall_vs_state", cells(args.quick), measure)
+    results = lab.best(rows, ("family", "mixer", "state_bytes"), "accuracy")
+    fig, ax = lab.figure(8, 5.5)
+    for family in dict.fromkeys(family for family, *_ in results):
+        points = sorted((size, *y) for (f, _, size), y in results.items() if f == family)
+        size, mean, low, high = zip(*points, strict=True)
+        spread = [[m - lo for m, lo in zip(mean, low, strict=True)], [h - m for m, h in zip(mean, high, strict=True)]]
+        ax.errorbar(size, mean, spread, fmt="o-", ms=5, capsize=2, label=family)
+    ax.set(xscale="log", xlabel="state for each sequence, bytes", ylabel="accuracy", ylim=(-0.02, 1.02),
+           title=f"Recall against state: {rows[0]['task']}")
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    lab.save(fig, args.out / "recall_vs_state.png")

@@ -1,0 +1,66 @@
+"""Prefill and generation against length: attention with its cache against mixers whose state does not grow.
+
+    python experiments/throughput.py [--quick]
+
+Tokens per second of a whole model: one prefill of `length` tokens, then steps behind it; and the bytes of state. The
+crossover is the length from which on a mixer generates faster than attention. Writes throughput.csv and .png.
+"""
+import time
+
+import lab
+import torch
+from lab import train
+
+MIXERS = ("attention", "window:window=64", "linear_attention", "short_conv,based", "short_conv,jrt", "mamba", "rwkv4")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def now():
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def measure(cell):
+    flags = {name: value for name, value in cell.items() if name not in ("length", "batch", "new_tokens")}
+    args = lab.parsed(flags)
+    model = train.build_model(args, args.vocab_size).to(DEVICE).eval()
+    ids = torch.randint(0, args.vocab_size, (cell["batch"], cell["length"]), device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+        model.prefill(ids[:, :64])                               # warm up
+        start = now()
+        _, states = model.prefill(ids)
+        prefill = now() - start
+        start = now()
+        for _ in range(cell["new_tokens"]):
+            _, states = model.step(ids[:, 0], states)
+        steps = now() - start
+    return {"prefill_tokens_per_s": round(ids.numel() / prefill),
+            "generated_tokens_per_s": round(cell["batch"] * cell["new_tokens"] / steps),
+            "state_bytes": lab.state_bytes(flags, cell["length"])}
+
+
+if __name__ == "__main__":
+    args = lab.options(__doc__)
+    common = {"n_layers": 2, "d_model": 64} if args.quick else {"n_layers": 6, "d_model": 384, "n_heads": 6}
+    lengths = (64, 256) if args.quick else (512, 1024, 2048, 4096, 8192, 16384, 32768)
+    size = {"batch": 2, "new_tokens": 8} if args.quick else {"batch": 16, "new_tokens": 64}
+    cells = [common | {"mixer": mixer} | {"length": t} | size for mixer in MIXERS for t in lengths]
+    rows = lab.sweep(args, "throughput", cells, measure)
+    columns = {"prefill_tokens_per_s": "prefill, tokens/s", "generated_tokens_per_s": "generation, tokens/s",
+               "state_bytes": "state, bytes a sequence"}
+    fig, axes = lab.figure(15, 4.5, columns=3)
+    for ax, (column, title) in zip(axes, columns.items(), strict=True):
+        for mixer in dict.fromkeys(row["mixer"] for row in rows):
+            points = sorted((row["length"], row[column]) for row in rows if row["mixer"] == mixer)
+            ax.plot(*zip(*points, strict=True), "o-", ms=4, label=mixer)
+        ax.set(xscale="log", yscale="log", xlabel="length of the prompt", title=title)
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    speed = {(row["mixer"], row["length"]): row["generated_tokens_per_s"] for row in rows}
+    for mixer in dict.fromkeys(row["mixer"] for row in rows):
+        ahead = [t for t in lengths if speed.get((mixer, t), 0) > speed.get(("attention", t), float("inf"))]
+        where = f"from {min(ahead)} tokens on" if ahead else "at no length here"
+        print(f"{mixer:20} generates faster than attention {where}")
+    lab.save(fig, args.out / "throughput.png")

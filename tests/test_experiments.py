@@ -1,0 +1,44 @@
+"""Every experiment runs, small; a sweep goes on where it stopped; the best learning rate is that of the best mean."""
+import runpy
+import sys
+
+import pytest
+
+import train
+
+FOLDER = train.ROOT / "experiments"
+SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("lab", "cpu_speed", "mixers_table"))
+sys.path.insert(0, str(FOLDER))
+import lab  # noqa: E402
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_runs_and_draws(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--quick", "--steps", "2", "--cells", "1", "--out", str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert (tmp_path / f"{script.stem}.png").read_bytes().startswith(b"\x89PNG")
+    if script.stem != "mixing_matrices":
+        row, = lab.read(tmp_path / f"{script.stem}.csv")
+        assert row["machine"] and row["torch"] and script.stem in row["command"]
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
+    def measure(cell):
+        asked.append(cell["a"])
+        if cell["a"] == 3:
+            raise KeyboardInterrupt
+        return {"square": cell["a"] ** 2}
+
+    asked, args = [], lab.options("", ["--out", str(tmp_path)])
+    cells = lab.grid(a=[1, 2, 3], b=["x"])
+    with pytest.raises(KeyboardInterrupt):
+        lab.sweep(args, "table", cells, measure)
+    rows = lab.sweep(args, "table", cells[:2] + [{"a": 4, "b": "x"}], measure)
+    assert asked == [1, 2, 3, 4] and [row["square"] for row in rows] == [1, 4, 16]
+    assert all(row["torch"] and row["machine"] for row in rows)
+
+
+def test_the_best_setting_is_that_of_the_best_mean():
+    rows = [{"m": "a", "lr": lr, "s": s} for lr, scores in ((1, (0.9, 0.1)), (2, (0.6, 0.7))) for s in scores]
+    assert lab.best(rows, ("m",), "s") == {("a",): (pytest.approx(0.65), 0.6, 0.7)}
+    assert lab.best(rows, ("m",), "-s") == {("a",): (pytest.approx(0.5), 0.1, 0.9)}
