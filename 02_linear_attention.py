@@ -906,7 +906,8 @@ def distil(q, k, phi_q, phi_k, steps=300, lr=1e-2):
     optimizer = torch.optim.Adam([*phi_q.parameters(), *phi_k.parameters()], lr=lr)
     divergences = []
     for step in range(steps + 1):
-        W = normalise((phi_q(q.detach()) @ phi_k(k.detach()).mT).masked_fill(~causal, 0))
+        W = phi_q(q.detach()) @ phi_k(k.detach()).mT
+        W = normalise(W.clamp(min=0).masked_fill(~causal, 0))                # RFA's can be negative: that is no share
         loss = -(P * W.clamp(min=1e-30).log()).sum(dim=-1).mean()
         divergences.append((loss - entropy).item())
         if step < steps:

@@ -49,7 +49,7 @@ if __name__ == "__main__":
     for column, name in enumerate(names, 2):
         for row, (K, when) in enumerate(zip(kernels(name, args.steps or (5 if args.quick else 500)),
                                             ("at first", "trained"), strict=True)):
-            axes[row, column].plot(K.T, lw=0.8)
+            axes[row, column].plot(K.T.numpy(), lw=0.8)
             axes[row, column].set_title(f"{name}, {when}", fontsize=9)
             axes[row, column].tick_params(labelsize=6)
         print(f"kernels of {name}", flush=True)

@@ -121,16 +121,16 @@ def sweep(args, name, cells, measure):
     return [row for row in read(path) if key(row) in wanted]
 
 
-def best(rows, by, score, over="lr"):
-    """{values of `by`: (mean, smallest, largest) of score over the seeds}, at the value of `over` with the best mean. A
-    score that starts with - is better when smaller."""
-    sign, score = (-1, score[1:]) if score[0] == "-" else (1, score)
-    groups = {}
+def best(rows, by, score, over="lr", judge=None):
+    """{values of `by`: (mean, smallest, largest) of score over the seeds}, at the value of `over` with the best mean of
+    judge (default: score). A judge that starts with - is better when smaller."""
+    judge, groups, result = judge or score, {}, {}
+    sign, judge = (-1, judge[1:]) if judge[0] == "-" else (1, judge)
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in by), {}).setdefault(row[over], []).append(row[score])
-    result = {}
+        groups.setdefault(tuple(row[name] for name in by), {}).setdefault(row[over], []).append(row)
     for name, settings in groups.items():
-        scores = max(settings.values(), key=lambda s: sign * statistics.mean(s))
+        chosen = max(settings.values(), key=lambda seeds: sign * statistics.mean(row[judge] for row in seeds))
+        scores = [row[score] for row in chosen]
         result[name] = statistics.mean(scores), min(scores), max(scores)
     return result
 

@@ -41,8 +41,8 @@ if __name__ == "__main__":
     for ax, (name, make) in zip(axes.flat, mixers.items(), strict=False):
         M = matrix(name, make, ids)
         others = (M - torch.diag(M.diagonal())).abs()                    # a skip connection would outshine the rest
-        limit = others[others > 0].quantile(0.97)
-        ax.imshow(M, cmap="RdBu_r", vmin=-limit, vmax=limit)
+        limit = others[others > 0].quantile(0.97).item()
+        ax.imshow(M.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
         ax.set_title(name if train.from_lessons("MIXERS")[name].causal else f"{name} (not causal)", fontsize=10)
     fig.suptitle("Y = M V: what each token (row) takes from each other (column). Tokens 30 to 39 repeat tokens 4 to 13",
                  fontsize=14)

@@ -49,12 +49,10 @@ def cells(quick):
 if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = lab.sweep(args, "perplexity_slices", cells(args.quick), measure)
-    lr = {}                                                       # of each model, the one with the lowest mean loss
-    for row in rows:
-        lr.setdefault(row["name"], {}).setdefault(row["lr"], []).append(row["loss"])
-    lr = {name: min(losses, key=lambda v: sum(losses[v]) / len(losses[v])) for name, losses in lr.items()}
-    mean = {name: {key: sum(r[key] for r in chosen) / len(chosen) for key in ("loss", "recall", "recall_share", "rest")}
-            for name in lr for chosen in [[r for r in rows if r["name"] == name and r["lr"] == lr[name]]]}
+    mean = {}
+    for key in ("loss", "recall", "recall_share", "rest"):
+        for (name,), (value, *_) in lab.best(rows, ("name",), key, judge="-loss").items():
+            mean.setdefault(name, {})[key] = value
     base = mean["attention"]
     print(f"{'model':18}{'overall':>9}{'recall':>9}{'rest':>9}{'% of the gap':>14}")
     for name, m in sorted(mean.items(), key=lambda item: item[1]["loss"]):

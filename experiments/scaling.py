@@ -71,5 +71,6 @@ if __name__ == "__main__":
     left.legend(fontsize=8)
     right.legend(fontsize=8)
     for row in rows:
-        print(f"{row['mixer']:18}{row['form']:11}t^{row['exponent']:.2f}")
+        exponent = "too slow for two lengths" if math.isnan(row["exponent"]) else f"t^{row['exponent']:.2f}"
+        print(f"{row['mixer']:18}{row['form']:11}{exponent}")
     lab.save(fig, args.out / "scaling.png")

@@ -41,4 +41,4 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
 def test_the_best_setting_is_that_of_the_best_mean():
     rows = [{"m": "a", "lr": lr, "s": s} for lr, scores in ((1, (0.9, 0.1)), (2, (0.6, 0.7))) for s in scores]
     assert lab.best(rows, ("m",), "s") == {("a",): (pytest.approx(0.65), 0.6, 0.7)}
-    assert lab.best(rows, ("m",), "-s") == {("a",): (pytest.approx(0.5), 0.1, 0.9)}
+    assert lab.best(rows, ("m",), "s", judge="-s") == {("a",): (pytest.approx(0.5), 0.1, 0.9)}

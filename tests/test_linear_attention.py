@@ -211,6 +211,16 @@ def test_softmax_is_spiky_and_monotone_and_the_early_maps_are_neither():
     assert monotone["hedgehog"] == max(m for name, m in monotone.items() if name != "softmax")
 
 
+def test_a_divergence_is_never_negative():
+    """Not even of a map whose weights are negative in places, like RFA's: a share above 1 of the rest must not pay."""
+    q = k = 10 * torch.eye(8)[None, None]                        # softmax: every token attends to itself
+    phi_q, phi_k = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
+    with torch.no_grad():
+        phi_q.weight.copy_(1.5 * torch.eye(8) - 0.1)             # weight 1.4 to itself, -0.1 to all others
+        phi_k.weight.copy_(torch.eye(8))
+    assert lesson.distil(q, k, phi_q, phi_k, steps=0)[0] > -1e-6
+
+
 def test_hedgehog_learns_a_trained_attention_layer():
     """[Z24]: distillation brings the weights ten times nearer to softmax's; on other text, at least three times."""
     args, _ = train.parse("""--mixer attention --n_layers 1 --d_model 64 --n_heads 2 --context 64 --batch_size 16
