@@ -20,7 +20,7 @@ def cells(quick):
     common = {"mlp": 0, "warmup": 100, "n_heads": 1}
     if quick:
         return [common | {"layers": name, "mixer": LAYERS[name], "task": "mqar:length=32:vocab_size=64", "d_model": d,
-                          "lr": 1e-2, "seed": 0, "steps": 400, "batch_size": 64}
+                          "lr": 1e-2, "seed": 0, "steps": 1500, "batch_size": 64}
                 for name in ("attention", "BaseConv") for d in (16, 32)]
     return [common | {"layers": name, "mixer": LAYERS[name], "task": f"mqar_{n}:easy=0.25", "d_model": d, "lr": lr,
                       "seed": seed, "steps": 10000, "batch_size": 256}

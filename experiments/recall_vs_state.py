@@ -28,7 +28,7 @@ def measure(cell):
 def cells(quick):
     common = {"mlp": 0, "warmup": 100, "n_heads": 1}
     if quick:
-        common |= {"task": "mqar:length=32:n_pairs=8:vocab_size=64:filler=true", "t": 32, "d_model": 32, "steps": 400,
+        common |= {"task": "mqar:length=32:n_pairs=8:vocab_size=64:filler=true", "t": 32, "d_model": 32, "steps": 1500,
                    "batch_size": 64}
         return [common | {"family": family, "mixer": f"short_conv,{mixer}", "lr": 1e-2, "seed": 0}
                 for family, mixer in (("Based", "based:feature_dim=8:window=4"), ("window", "window:window=4"),
