@@ -57,7 +57,7 @@ def fft_conv(u, K):
 
 
 def short_conv(u, K):
-    """The same for few taps, K: (c, k), as a product of each tap."""
+    """The same for few taps, K: (c, k), without a transform."""
     return F.conv1d(F.pad(u, (K.shape[1] - 1, 0)), K.flip(-1)[:, None].to(u.dtype), groups=len(K))
 
 
@@ -393,8 +393,8 @@ class BaseConvShort(BaseConv):
 
 
 class ShortConv(BaseConvShort):
-    """Based's gated short convolution [A24, code]: y = W_o (silu(h conv W_1 x) * W_2 x), twice as wide inside. It does
-    what a small window of attention cannot: compare neighbours, order them."""
+    """Based's gated short convolution [A24, code]: y = W_o (silu(h conv W_1 x) * W_2 x), twice as wide inside: what
+    stands next to what, for a state of two tokens."""
 
     def __init__(self, d_model, n_heads=None, taps=3, expand=2):
         super().__init__(expand * d_model, n_heads, taps)

@@ -163,7 +163,7 @@ def find_map(name, feature_dim):
 
 
 class JRT(nn.Module):
-    """Prefix linear attention, the mixer of JRT-RNN [A24b, section 4].
+    """Prefix linear attention, the mixer of JRT-RNN [A24b].
 
     prefix, an argument more of forward, prefill and matrix: how many of these tokens, from the first, are the prefix
     that all tokens see, a number or (b,) of them; 0, the default, leaves a causal mixer. A model hands it on from the
@@ -283,7 +283,7 @@ class Bidirectional(nn.Module):
 
 def set_disjointness(batch_size=32, generator=None, first=16, second=64, vocab_size=2048, prompt=True,
                      easy=0.0, progress=1.0):
-    """[1] A [2] B [3] and then the one token that is in both sets [A24b, section 3 and code]: A has `first` tokens, B
+    """[1] A [2] B [3] and then the one token that is in both sets [A24b, code]: A has `first` tokens, B
     has `second`, all different but for the answer, in random places. Loss on the answer alone. prompt: also
     return {"prefix": t}, all of it is prompt, for a mixer that reads a prefix; without it that mixer is causal, too.
     easy: while progress, the share of the training that is done, is below it, the sets grow from a sixteenth to their
@@ -310,7 +310,7 @@ def set_disjointness(batch_size=32, generator=None, first=16, second=64, vocab_s
 
 
 def jrt_prompt(batch, generator=None):
-    """JRT-prompt [A24b, section 5]: the text, then the text again; the loss counts only in the second copy. For any
+    """JRT-prompt [A24b]: the text, then the text again; the loss counts only in the second copy. For any
     causal model. ValueError where the first copy would give the answers away, as in predicting the next token."""
     ids, targets, extras = batch
     asked = targets[:, :-1] != -100
@@ -326,7 +326,7 @@ def jrt_prompt(batch, generator=None):
 
 
 def prefix_lm(batch, generator=None, prefix=64, masked=0.15, weight=0.25, mask=0):
-    """JRT-RNN's training loss [A24b, section 4 and code]: the first `prefix` tokens are seen without causality, so the
+    """JRT-RNN's training loss [A24b, code]: the first `prefix` tokens are seen without causality, so the
     next token is asked from the prefix's last one on; plus `weight` times another mean, over prefix tokens that are
     hidden, a share `masked` of them, whose original is asked. `mask` is put in their place: 0 is the NUL byte, which no
     text has (with gpt2's tokenizer say mask=188). A test hides nothing."""
@@ -347,7 +347,7 @@ def prefix_lm(batch, generator=None, prefix=64, masked=0.15, weight=0.25, mask=0
 MIXERS = {"jrt": JRT, "bidirectional": Bidirectional}
 TASKS = {"set_disjointness": set_disjointness}
 TRANSFORMS = {"jrt_prompt": jrt_prompt, "prefix_lm": prefix_lm}
-PATTERNS = {"jrt_layers": "short_conv,jrt,window,short_conv,short_conv"}         # Based's layers [A24b, appendix]
+PATTERNS = {"jrt_layers": "short_conv,jrt,window,short_conv,short_conv"}         # Based's, with the prefix form
 
 
 # -------------------------------------------------------------------------------------- the order effect, untrained

@@ -22,15 +22,20 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 
-def options(doc, argv=None):
-    """The flags of every experiment."""
+def options(doc, argv=None, **more):
+    """The flags of every experiment, and more of its own: name="help"."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="a small version, for a CPU; writes to runs/quick/")
     p.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
     p.add_argument("--steps", type=int, help="another number of training steps")
     p.add_argument("--cells", type=int, help="only the first so many runs")
     p.add_argument("--out", type=Path, help="folder for table and picture (default experiments/results)")
+    for name, text in more.items():
+        p.add_argument(f"--{name}", help=text)
     args = p.parse_args(argv)
+    for name in ("jobs", "steps", "cells"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     args.out = args.out or (ROOT / "runs" / "quick" if args.quick else ROOT / "experiments" / "results")
     args.out.mkdir(parents=True, exist_ok=True)
     return args

@@ -11,8 +11,8 @@ import importlib
 import lab
 
 lesson = importlib.import_module("05_jrt")
-MODELS = {"causal": ("jrt", ":prompt=false", None), "JRT-prompt": ("jrt", ":prompt=false", "jrt_prompt"),
-          "JRT-RNN": ("jrt", "", None), "bidirectional": ("bidirectional", "", None)}
+MODELS = {"causal": ("jrt", ":prompt=false", ""), "JRT-prompt": ("jrt", ":prompt=false", "jrt_prompt"),
+          "JRT-RNN": ("jrt", "", ""), "bidirectional": ("bidirectional", "", "")}
 
 
 def measure(cell):
@@ -28,15 +28,14 @@ def cells(quick):
         sizes, vocab, f, steps, seeds = ((2, 12),), 64, 4, 300, (0,)
     return [common | {"model": name, "first": a, "second": b, "mixer": f"short_conv,{mixer}:feature_dim={f}",
                       "task": f"set_disjointness:first={a}:second={b}:vocab_size={vocab}:easy=0.5{prompt}",
-                      "lr": lr, "seed": seed, "steps": steps} | ({"transform": transform} if transform else {})
+                      "lr": lr, "seed": seed, "steps": steps, "transform": transform}
             for seed in seeds for small, large in sizes for a, b in ((small, large), (large, small))
             for lr in ((2e-3,) if quick else (5e-4, 2e-3)) for name, (mixer, prompt, transform) in MODELS.items()]
 
 
 if __name__ == "__main__":
     args = lab.options(__doc__)
-    cells = [{"transform": ""} | cell for cell in cells(args.quick)]
-    rows = lab.sweep(args, "set_disjointness", cells, measure)
+    rows = lab.sweep(args, "set_disjointness", cells(args.quick), measure)
     results = lab.best(rows, ("model", "first", "second"), "accuracy")
     fig, (left, right) = lab.figure(13, 4.5, columns=2)
     dims = (4, 8, 16) if args.quick else (4, 6, 8, 12, 16, 24)
