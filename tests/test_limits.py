@@ -52,11 +52,12 @@ def test_jrt_with_an_empty_prefix_is_baseds_linear_part_and_lesson_02():
     for form in jrt.forms:
         check_close(jrt(x, form), based(x, form), 1e-11, form)
         check_close(jrt(x, form, prefix=0), based(x, form), 1e-11, form)
-    elu, linear_attention = MIXERS["jrt"](32, feature_dim=8, feature_map="elu").double(), make("linear_attention")
-    q, k = elu.qk.weight.detach().chunk(2)
-    linear_attention.load_state_dict({"q.weight": q, "k.weight": k, "v.weight": elu.v.weight,
-                                      "out.weight": elu.out.weight})
-    check_close(elu(x), linear_attention(x), 1e-11, "with elu + 1 it is lesson 02's first mixer")
+    for feature_map, name in (("elu", "linear_attention"), ("relu", "relu")):
+        jrt, other = MIXERS["jrt"](32, feature_dim=8, feature_map=feature_map).double(), make(name)
+        q, k = (20 * jrt.qk.weight.detach()).chunk(2)
+        jrt.load_state_dict(jrt.state_dict() | {"qk.weight": torch.cat([q, k])})
+        other.load_state_dict({"q.weight": q, "k.weight": k, "v.weight": jrt.v.weight, "out.weight": jrt.out.weight})
+        check_close(jrt(x), other(x), 1e-11, f"with {feature_map} it is a mixer of lesson 02")
 
 
 # ---------------------------------------------------------------------------------------------------- within lesson 02
