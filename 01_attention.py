@@ -29,7 +29,9 @@ ngram      parallel recurrent             t^2 compares    one sum of values per 
     python 01_attention.py --plot FILE.png    the mixing matrices M
 """
 import argparse
+import os
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 LOG2E = 1.4426950408889634
+KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also runs alone, without its kernels
 
 # --------------------------------------------------------------------------------------- softmax attention, three forms
 #
@@ -141,6 +144,12 @@ def chunked_attention(q, k, v, window=None, real=None, chunk=128):
     return FlashAttention.apply(q, share_groups(k, q.shape[1]), share_groups(v, q.shape[1]), window, real, chunk)
 
 
+def triton_attention(q, k, v, window=None):
+    """The same as one kernel, on a GPU: kernels/flash_attention.py."""
+    from kernels.flash_attention import flash_attention
+    return flash_attention(q, k, v, window)
+
+
 class Cache(NamedTuple):
     """The keys and values that later tokens may look at. Full attention: all so far, in order. Sliding window: a ring
     of w slots, the key of position p in slot p % w (softmax does not mind the order)."""
@@ -195,14 +204,17 @@ def rope(x, start=0, base=10000.0):
 
 
 def pick_form(mixer, x, form=None):
-    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, or if
-    x is not (b, t, c) with t >= 1."""
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
+    cannot run there, or if x is not (b, t, c) with t >= 1."""
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
     if form is None:
-        return "triton" if x.is_cuda and "triton" in mixer.forms else mixer.forms[0]
+        fast = x.is_cuda and x.dtype != torch.float64 and "triton" in mixer.forms and KERNELS
+        return "triton" if fast else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
     return form
 
 
@@ -221,8 +233,9 @@ class Attention(nn.Module):
 
     d_model: width c, a multiple of n_heads. n_kv_heads: g, a divisor of n_heads (default: n_heads). window: how many
     tokens a token sees, itself included (default: all before it). rope: rotate q and k. forward and prefill take
-    real: (b, t) bool, False at padding, which no token then looks at. ValueError for sizes that do not fit."""
-    forms = ("chunked", "parallel", "recurrent")
+    real: (b, t) bool, False at padding, which no token then looks at; the kernel knows no padding: then the chunked form
+    runs in its place. ValueError for sizes that do not fit."""
+    forms = ("chunked", "parallel", "recurrent", "triton")
     causal = True
 
     def __init__(self, d_model, n_heads=4, n_kv_heads=None, window=None, rope=True):
@@ -238,6 +251,7 @@ class Attention(nn.Module):
             raise ValueError(f"rope turns pairs: the head dim d_model / n_heads = {d_model // n_heads} must be even")
         self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_model // n_heads
         self.window, self.rope = window, rope
+        self.forms = type(self).forms if self.d_head <= 256 else type(self).forms[:-1]       # what the kernel holds
         self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.d_head, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
@@ -254,7 +268,9 @@ class Attention(nn.Module):
         q, k, v = self.project(x)
         if form == "parallel":
             o = parallel_attention(q, k, v, self.window, real)
-        elif form == "chunked":
+        elif form == "triton" and real is None:
+            o = triton_attention(q, k, v, self.window)
+        elif form in ("chunked", "triton"):
             o = chunked_attention(q, k, v, self.window, real)
         else:
             real = all_real(x) if real is None else real
@@ -270,12 +286,13 @@ class Attention(nn.Module):
         return Cache(empty, empty, torch.zeros(batch_size, slots, dtype=torch.bool, device=empty.device), 0)
 
     def prefill(self, x, state=None, real=None):
-        pick_form(self, x)
+        fresh = state is None and real is None and pick_form(self, x) == "triton"
         state = self.init_state(len(x)) if state is None else state
         real = all_real(x) if real is None else real
         q, k, v = self.project(x, state.length)
         seen = remember(in_order(state, self.window), k, v, real)          # what was kept, then the new block
-        o = chunked_attention(q, seen.k, seen.v, self.window, seen.real)
+        o = (triton_attention(q, k, v, self.window) if fresh else
+             chunked_attention(q, seen.k, seen.v, self.window, seen.real))
         return self.output(o, x), seen if self.window is None else remember(state, k, v, real, self.window)
 
     def step(self, x_t, state):
@@ -509,7 +526,7 @@ def compare_forms(t=256, d_model=64):
     with torch.no_grad():
         for name, make in MIXERS.items():
             mixer, done = make(d_model).double(), {}
-            for form in mixer.forms:
+            for form in (form for form in mixer.forms if form != "triton"):
                 mixer(x, form)                                   # warm up
                 start = time.perf_counter()
                 y = mixer(x, form)

@@ -39,11 +39,15 @@ deltanet gated_deltanet           none; scalar, data  chunked parallel recurrent
 import argparse
 import inspect
 import math
+import os
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also runs alone, without its kernels
 
 # ----------------------------------------------------------------------------------------- the recurrence, three forms
 #
@@ -127,12 +131,25 @@ def scanned(q, k, v, g=None, state=None):
     return (q[..., None, :] @ S)[..., 0, :], S[:, :, -1]
 
 
+def triton(q, k, v, g=None, state=None):
+    """The same as one kernel, on a GPU: kernels/linear_attention.py, for a decay of each channel kernels/gla.py, and for a
+    single token kernels/step.py. q, k and v are brought to v's dtype, which may be of 16 bits."""
+    from kernels.gla import gla
+    from kernels.linear_attention import linear_attention
+    from kernels.step import linear_step
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if q.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
+        o, state = linear_step(*(x[:, :, 0] for x in (q, k, v)), None if g is None else g[:, :, 0], state)
+        return o[:, :, None], state
+    return (linear_attention if g is None or g.shape[-1] == 1 else gla)(q, k, v, g, state)
+
+
 def with_bonus(form, q, k, v, g, u, state=None):
     """RWKV reads before it writes: o_t = q_t^T (S_{t-1} + diag(u) k_t v_t^T). The same form with k, v, g one step
     late."""
     g = gates(g, q)
     o, S = form(q, *(F.pad(x, (0, 0, 1, -1)) for x in (k, v, g)), state=state)  # S: before the last token
-    S = g[:, :, -1, :, None].exp() * S + k[:, :, -1, :, None] * v[:, :, -1, None, :]
+    S = g[:, :, -1, :, None].exp() * S + (k[:, :, -1, :, None] * v[:, :, -1, None, :]).to(S.dtype)
     return o + (q * u * k).sum(dim=-1, keepdim=True) * v, S
 
 
@@ -385,14 +402,17 @@ FEATURE_MAPS = {"elu": Elu, "relu": Relu, "performer": Performer, "rfa": RandomF
 
 
 def pick_form(mixer, x, form=None):
-    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, or if
-    x is not (b, t, c) with t >= 1."""
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
+    cannot run there, or if x is not (b, t, c) with t >= 1."""
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
     if form is None:
-        return "triton" if x.is_cuda and "triton" in mixer.forms else mixer.forms[0]
+        fast = x.is_cuda and x.dtype != torch.float64 and "triton" in mixer.forms and KERNELS
+        return "triton" if fast else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
     return form
 
 
@@ -429,10 +449,11 @@ class LinearMixer(nn.Module):
     finish(o, more)   -> y
 
     where carry is what projecting needs of the past: the number of tokens so far, or the inputs that a convolution
-    still sees. A state is (carry, S). Forms run in float32 or better, also under autocast."""
-    forms = ("chunked", "parallel", "recurrent")
+    still sees. A state is (carry, S). Forms run in float32 or better, also under autocast; but the kernel takes what it is
+    given, and sums in float32."""
+    forms = ("chunked", "parallel", "recurrent", "triton")
     causal = True
-    functions = {"parallel": parallel, "chunked": chunked, "recurrent": recurrent, "scan": scanned}
+    functions = {"parallel": parallel, "chunked": chunked, "recurrent": recurrent, "scan": scanned, "triton": triton}
     normaliser = None        # eps: divide by the same sum with v = 1
     state_dtype = None       # complex64 for a complex decay
 
@@ -459,7 +480,8 @@ class LinearMixer(nn.Module):
             raise ValueError(f"the state is of {len(S)} sequences, x of {len(x)}")
         inputs, more, carry = self.project(x, carry)
         with torch.autocast(x.device.type, enabled=False):
-            o, S = self.mix(form, *(at_least_float32(y) for y in inputs), state=S)
+            q, k, v, *rest = inputs if form == "triton" else (at_least_float32(y) for y in inputs)
+            o, S = self.mix(form, q, k, v, *rest, state=S)
         return self.finish(o.to(inputs[2].dtype), more), (carry, S)
 
     def forward(self, x, form=None):
@@ -469,7 +491,8 @@ class LinearMixer(nn.Module):
         return self.run(x, state, pick_form(self, x))
 
     def step(self, x_t, state):
-        y, state = self.run(x_t[:, None], state, "recurrent")
+        x = x_t[:, None]
+        y, state = self.run(x, state, "triton" if pick_form(self, x) == "triton" else "recurrent")
         return y[:, 0], state
 
     def init_carry(self, batch_size):
@@ -699,6 +722,7 @@ class DeltaNet(LinearMixer):
     """The delta rule [Y24]: with keys of length 1 and beta = sigmoid(W x), writing under a key first takes out the
     share beta of what is there. q, k, v pass a short convolution; a norm for each head after. gated: the state also
     decays, g = -e^{A_log} softplus(W x + dt_bias), and a swish gate follows the norm [Y25]."""
+    forms = ("chunked", "parallel", "recurrent")
     functions = {"parallel": delta_parallel, "chunked": delta_chunked, "recurrent": delta_recurrent}
     gated = False
 
@@ -931,7 +955,7 @@ def compare_forms(t=128, d_model=64, long=2048):
             for p in mixer.parameters():
                 p += 0.05 * torch.randn_like(p)              # some weights start at zero
             x, x_long = torch.randn(2, t, d_model, dtype=torch.float64), torch.randn(1, long, d_model)
-            for form in mixer.forms:
+            for form in (form for form in mixer.forms if form != "triton"):
                 too_large = name in ("gla", "rwkv4", "rwkv6", "gateloop") and form == "parallel"    # (t, t, d) numbers
                 y = mixer.double()(x, form)
                 start = time.perf_counter()

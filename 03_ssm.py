@@ -44,11 +44,15 @@ rglru qrnn sru           a of the token              scan recurrent parallel    
 """
 import argparse
 import math
+import os
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also runs alone, without its kernels
 
 # --------------------------------------------------------------------------------------- one linear system, three ways
 
@@ -210,14 +214,17 @@ DIAGONALS = {"lin": s4d_lin, "inv": s4d_inv, "legs": s4d_legs}
 
 
 def pick_form(mixer, x, form=None):
-    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, or if
-    x is not (b, t, c) with t >= 1."""
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
+    cannot run there, or if x is not (b, t, c) with t >= 1."""
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
     if form is None:
-        return "triton" if x.is_cuda and "triton" in mixer.forms else mixer.forms[0]
+        fast = x.is_cuda and x.dtype != torch.float64 and "triton" in mixer.forms and KERNELS
+        return "triton" if fast else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
     return form
 
 
@@ -1301,7 +1308,7 @@ def compare_forms(t=128, d_model=32):
             torch.manual_seed(0)
             mixer, done = make(d_model).double(), {}
             x = torch.randn(2, t, d_model, dtype=torch.float64)
-            for form in mixer.forms:
+            for form in (form for form in mixer.forms if form != "triton"):
                 mixer(x, form)                                   # warm up
                 start = time.perf_counter()
                 y = mixer(x, form)

@@ -37,13 +37,17 @@ scatterbrain      chunked parallel recurrent  t (m + w)       h m (e + 1) + 2 c 
 """
 import argparse
 import math
+import os
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also runs alone, without its kernels
 
 # ------------------------------------------------------------------------------------------------ convolution and gate
 
@@ -104,7 +108,12 @@ def recurrent(term, q, k, v, state):
     return torch.cat(o, dim=2), state
 
 
-FORMS = {"chunked": chunked, "parallel": parallel, "recurrent": recurrent}
+def triton(term, q, k, v, state):
+    """The same as one kernel, on a GPU; in what dtype q, k and v come, which may be of 16 bits."""
+    return term.kernel(q, k, v, state)
+
+
+FORMS = {"chunked": chunked, "parallel": parallel, "recurrent": recurrent, "triton": triton}
 
 
 def with_one(v):
@@ -170,6 +179,10 @@ class Taylor:
     def lookup(self, q, S):
         return normalised(self.phi(q) @ S)
 
+    def kernel(self, q, k, v, S):
+        from kernels.taylor_attention import taylor_attention
+        return taylor_attention(q, k, v, S)
+
 
 def distance(t, s, device):
     """How far each target looks back to each source, when the last of t targets is the last of s sources: (t, s)."""
@@ -204,6 +217,11 @@ class Window:
     def lookup(self, q, past):
         k, v = past
         return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1) @ v
+
+    def kernel(self, q, k, v, past):
+        from kernels.flash_attention import flash_attention
+        k, v = (torch.cat([old.to(x.dtype), x], dim=2) for old, x in zip(past, (k, v), strict=True))
+        return flash_attention(q, k, v, self.w), (k[:, :, -self.w:], v[:, :, -self.w:])
 
 
 def favor(x, W):
@@ -282,14 +300,17 @@ def rope(x, start=0, base=10000.0):
 
 
 def pick_form(mixer, x, form=None):
-    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, or if
-    x is not (b, t, c) with t >= 1."""
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
+    cannot run there, or if x is not (b, t, c) with t >= 1."""
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
     if form is None:
-        return "triton" if x.is_cuda and "triton" in mixer.forms else mixer.forms[0]
+        fast = x.is_cuda and x.dtype != torch.float64 and "triton" in mixer.forms and KERNELS
+        return "triton" if fast else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
     return form
 
 
@@ -436,15 +457,17 @@ class LookBack(nn.Module):
         v, o, after = self.values(x), 0, [start + x.shape[1]]
         for (_, term, q, k), before in zip(self.inputs(x, start), states, strict=True):
             with torch.autocast(x.device.type, enabled=False):
-                q, k, values = (at_least_float32(y) for y in (q, k, v))
+                q, k, values = (q, k, v) if form == "triton" else (at_least_float32(y) for y in (q, k, v))
                 part, state = FORMS[form](term, q, k, values, before)
             o = o + part
             after.append(state)
         return self.output(o.to(v.dtype), x), after
 
     def forward(self, x, form=None):
-        short = form is None and x.ndim == 3 and x.shape[1] <= (1024 if x.is_cuda else 256)
-        return self.run(x, None, pick_form(self, x, "parallel" if short else form))[0]
+        chosen = pick_form(self, x, form)
+        if form is None and chosen == "chunked" and x.shape[1] <= (1024 if x.is_cuda else 256):
+            chosen = "parallel"
+        return self.run(x, None, chosen)[0]
 
     def init_state(self, batch_size):
         """The number of tokens so far, and a state for each term."""
@@ -483,6 +506,7 @@ class Based(LookBack):
     feature_dim: f, to which q and k are projected for the linear part. window: w tokens, the own one included. packed:
     keep each product of features once (f = 16: 153 features, not 273). feature_dim=None or window=None leaves that part
     out. ValueError for sizes that do not fit."""
+    forms = ("chunked", "parallel", "recurrent", "triton")
     rotary = ("window",)
 
     def __init__(self, d_model, n_heads=4, feature_dim=16, window=64, packed=True):
@@ -494,10 +518,23 @@ class Based(LookBack):
         dims = {"linear": feature_dim, "window": window and head_dim(d_model, n_heads)}
         super().__init__(d_model, n_heads, {name: d for name, d in dims.items() if d})
         self.window, self.packed = window, packed
+        if not packed or (feature_dim or 0) > 24 or self.e > 256:                # more than the kernels hold on chip
+            self.forms = type(self).forms[:-1]
 
     def terms(self):
         terms = {"linear": Taylor(self.packed), "window": Window(self.window)}
         return {name: terms[name] for name in self.dims}
+
+    def step(self, x_t, state):
+        """On a GPU both parts are one kernel, kernels/step.py."""
+        x = x_t[:, None]
+        if pick_form(self, x) != "triton" or len(state) < 3 or torch.is_grad_enabled():
+            return super().step(x_t, state)
+        from kernels.step import based_step
+        start, S, past = state
+        (q, k), (q_window, k_window) = ((q[:, :, 0], k[:, :, 0]) for _, _, q, k in self.inputs(x, start))
+        o, S, *past = based_step(q, k, self.values(x)[:, :, 0], S, q_window, k_window, *past, self.window)
+        return self.output(o[:, :, None], x)[:, 0], [start + 1, S, tuple(past)]
 
 
 class Scatterbrain(LookBack):
@@ -814,7 +851,7 @@ def compare_forms(t=256, d_model=64):
         for name, make in MIXERS.items():
             mixer, done = make(d_model).double(), {}
             reads = {"ids": ids} if hasattr(mixer, "reads") else {}
-            for form in mixer.forms:
+            for form in (form for form in mixer.forms if form != "triton"):
                 start = time.perf_counter()
                 y = mixer(x, form, **reads)
                 ms = 1e3 * (time.perf_counter() - start)

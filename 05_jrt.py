@@ -29,15 +29,19 @@ bidirectional  chunked parallel            t D             none: not causal, so 
 """
 import argparse
 import math
+import os
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also runs alone, without its kernels
+
 # ------------------------------------------------------------------------------------------ prefix linear attention
 #
-# phi(q), phi(k), and the encoder's phi(k'): (b, h, t, D); v, v': (b, h, t, e). `inside`: (b, 1, t, 1), 1 in the prefix,
+# q, k, and the encoder's k', here after phi: (b, h, t, D); v, v': (b, h, t, e). `inside`: (b, 1, t, 1), 1 in the prefix,
 # 0 after it. A state S = sum phi(k) [v, 1]^T: (b, h, D, e + 1), with the normaliser in its last column.
 
 
@@ -90,6 +94,12 @@ def recurrent(q, k, v, k_enc, v_enc, inside, S):
     return torch.cat(o, dim=2), S
 
 
+def triton(q, k, v, k_enc, v_enc, inside, S):
+    """The same as two kernels, on a GPU: kernels/taylor_attention.py. q, k, k' come before phi, in any dtype."""
+    from kernels.taylor_attention import state_of, taylor_attention
+    return taylor_attention(q, k, v, S if inside is None else S + state_of(k_enc, v_enc, inside[..., 0]))
+
+
 # -------------------------------------------------------------------------------------------------------- feature maps
 
 
@@ -119,14 +129,17 @@ FEATURE_MAPS = {"taylor": taylor, "elu": elu, "relu": F.relu}
 
 
 def pick_form(mixer, x, form=None):
-    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, or if
-    x is not (b, t, c) with t >= 1."""
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
+    cannot run there, or if x is not (b, t, c) with t >= 1."""
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
     if form is None:
-        return "triton" if x.is_cuda and "triton" in mixer.forms else mixer.forms[0]
+        fast = x.is_cuda and x.dtype != torch.float64 and "triton" in mixer.forms and KERNELS
+        return "triton" if fast else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
     return form
 
 
@@ -169,7 +182,7 @@ class JRT(nn.Module):
     that all tokens see, a number or (b,) of them; 0, the default, leaves a causal mixer. A model hands it on from the
     batch, as `reads` says. The prefix lies within the first call: ValueError for one below 0 or longer than x, and for
     one behind a state, be it a fresh one. feature_map: a name in FEATURE_MAPS, of q and k of feature_dim numbers."""
-    forms = ("chunked", "parallel", "recurrent")
+    forms = ("chunked", "parallel", "recurrent", "triton")
     functions = {"chunked": chunked, "parallel": parallel, "recurrent": recurrent}
     causal = True                                                # with an empty prefix
     reads = ("prefix",)
@@ -181,9 +194,11 @@ class JRT(nn.Module):
         self.k_enc, self.v_enc = linear(d_model, n_heads * feature_dim), linear(d_model, d_model)
         self.out = linear(d_model, d_model)
         self.n_features = self.phi(torch.zeros(feature_dim)).numel()
+        if self.phi is not taylor or feature_dim > 24:                               # not what the kernel is made for
+            self.forms = type(self).forms[:-1]
 
     def inputs(self, x, prefix=0):
-        """phi(q), phi(k), v, phi(k'), v', inside."""
+        """q, k, v, k', v', and `inside`, or None if the prefix is empty."""
         prefix = torch.as_tensor(prefix)                 # a number stays on the CPU: a GPU would have to be waited for
         if prefix.is_floating_point() or prefix.numel() not in (1, len(x)):
             raise ValueError(f"prefix must be a whole number, or {len(x)}, one a sequence; not {prefix.tolist()}")
@@ -191,21 +206,29 @@ class JRT(nn.Module):
             if not 0 <= n <= x.shape[1]:
                 raise ValueError(f"a prefix of {n} tokens does not fit {x.shape[1]} tokens: it must come whole")
         inside = torch.arange(x.shape[1], device=x.device) < prefix.to(x.device).view(-1, 1)     # (1 or b, t)
+        inside = inside[:, None, :, None] if n else None
         q, k = split_heads(self.qk(x), 2 * self.n_heads).chunk(2, dim=1)
         k_enc, v, v_enc = (split_heads(f(x), self.n_heads) for f in (self.k_enc, self.v, self.v_enc))
-        with torch.autocast(x.device.type, enabled=False):
+        return q, k, v, k_enc, v_enc, inside
+
+    def features(self, q, k, v, k_enc, v_enc, inside):
+        """What the forms in PyTorch take: phi of q, k, k', in float32 or better."""
+        with torch.autocast(q.device.type, enabled=False):
             q, k, v, k_enc, v_enc = (at_least_float32(y) for y in (q, k, v, k_enc, v_enc))
-            return self.phi(q), self.phi(k), v, self.phi(k_enc), v_enc, inside.to(v.dtype)[:, None, :, None]
+            inside = torch.zeros_like(v[:1, :1, :, :1]) if inside is None else inside.to(v.dtype)
+            return self.phi(q), self.phi(k), v, self.phi(k_enc), v_enc, inside
 
     def run(self, x, S, form, prefix):
         inputs = self.inputs(x, prefix)
         with torch.autocast(x.device.type, enabled=False):
-            o, S = self.functions[form](*inputs, S)
+            o, S = triton(*inputs, S) if form == "triton" else self.functions[form](*self.features(*inputs), S)
         return self.out(join_heads(o.to(x.dtype))), S
 
     def forward(self, x, form=None, prefix=0):
-        short = form is None and x.ndim == 3 and x.shape[1] <= (1024 if x.is_cuda else 256)
-        return self.run(x, self.init_state(len(x)), pick_form(self, x, "parallel" if short else form), prefix)[0]
+        chosen = pick_form(self, x, form)
+        if form is None and chosen == "chunked" and x.shape[1] <= (1024 if x.is_cuda else 256):
+            chosen = "parallel"
+        return self.run(x, self.init_state(len(x)), chosen, prefix)[0]
 
     def init_state(self, batch_size):
         return at_least_float32(self.v.weight).new_zeros(batch_size, self.n_heads, self.n_features, self.e + 1)
@@ -229,7 +252,7 @@ class JRT(nn.Module):
         return self.out(join_heads(sum(o.chunk(2, dim=1))))
 
     def matrix(self, x, prefix=0):
-        q, k, _, k_enc, _, inside = self.inputs(x, prefix)
+        q, k, _, k_enc, _, inside = self.features(*self.inputs(x, prefix))
         return torch.cat(matrices(q, k, k_enc, inside), dim=1)                               # (b, 2h, t, s)
 
     def state_size(self, t):
@@ -384,7 +407,7 @@ def compare_forms(t=256, d_model=64):
     with torch.no_grad():
         for name, reads in cases:
             mixer, done = MIXERS[name](d_model).double(), {}
-            for form in mixer.forms:
+            for form in (form for form in mixer.forms if form != "triton"):
                 start = time.perf_counter()
                 y = mixer(x, form, **reads)
                 ms = 1e3 * (time.perf_counter() - start)

@@ -33,6 +33,11 @@ def cut(extras, *where):
     return {name: value[(slice(None), *where)] for name, value in extras.items()}
 
 
+def plain_forms(mixer):
+    """The forms in PyTorch; the kernels are tested in test_kernels.py."""
+    return [form for form in mixer.forms if form != "triton"]
+
+
 def check_close(a, b, tolerance, what):
     """Equal up to tolerance, relative to the size of b where that is above 1. NaN is never close."""
     assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
@@ -53,7 +58,7 @@ def run(mixer, form, x, extras):
 def check_forms(mixer, t, tolerance=1e-9, dtype=torch.float64):
     """Every form equals every other, in values and all gradients."""
     x, extras = inputs(mixer, t, dtype=dtype)
-    results = {form: run(mixer, form, x, extras) for form in mixer.forms if form != "triton"}
+    results = {form: run(mixer, form, x, extras) for form in plain_forms(mixer)}
     for a, b in itertools.combinations(results, 2):
         assert results[a].keys() == results[b].keys()
         for what in results[a]:

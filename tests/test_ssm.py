@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import MIXERS, check_close, inputs, make
+from harness import MIXERS, check_close, inputs, make, plain_forms
 
 lesson = importlib.import_module("03_ssm")
 double = torch.float64
@@ -214,7 +214,7 @@ def test_h3_with_wide_heads_is_linear_attention_under_a_convolution():
     q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in (q, k, v))           # (b, h, t, d)
     K = mixer.kernel(40)[::64]                                                       # one for each head
     y = (q @ k.mT * lesson.toeplitz(K)) @ v
-    for form in mixer.forms:
+    for form in plain_forms(mixer):
         check_close(mixer(x, form), mixer.out(y.transpose(1, 2).flatten(-2)), 1e-10, form)
 
 
@@ -230,7 +230,7 @@ def test_s5_with_one_input_is_s4d():
         s5.D.copy_(s4d.D)
         s5.out.load_state_dict(s4d.out.state_dict())
     x = torch.randn(2, 50, 1, dtype=double)
-    for form in s5.forms:
+    for form in plain_forms(s5):
         check_close(s5(x, form), s4d(x), 1e-11, form)
 
 
@@ -257,7 +257,7 @@ def test_mamba_with_constant_dt_b_c_is_s4d_under_euler():
     log_a, b = lesson.euler(A, dt)
     K = torch.einsum("cn,cnl->cl", b * B * C, torch.exp(log_a[..., None] * torch.arange(50)))
     K = K + F.pad(mixer.D[:, None], (0, 49))
-    for form in mixer.forms:
+    for form in plain_forms(mixer):
         check_close(mixer.system(form, u, g.expand(2, -1, 50, -1), k, q, None)[0], lesson.fft_conv(u, K), 1e-11, form)
 
 

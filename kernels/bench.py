@@ -1,0 +1,106 @@
+"""What the kernels' own tables share: the device's limits, errors beside a rival's, timings in turns. Run on a GPU.
+
+Timings are medians of triton.testing.do_bench, the candidates in turns in one process, on random inputs, from the call to
+the result: what the host spends on a launch counts where the GPU waits for it. `limit` is the time that the device would
+need at least, for the bytes at its copy bandwidth or the FLOPs at its matmul rate, whichever is longer.
+"""
+import platform
+import statistics
+import sys
+
+import torch
+import triton
+from triton.testing import do_bench
+
+LENGTHS = (1, 17, 64, 100, 1000, 4096)
+
+
+def limits():
+    """Copy bandwidth in bytes/s (read + write) and bfloat16 matmul rate in FLOP/s, measured."""
+    x = torch.randn(2 ** 28, device="cuda")
+    copy = do_bench(lambda: x.clone(), return_mode="median") / 1e3
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    matmul = do_bench(lambda: a @ b, return_mode="median") / 1e3
+    return 2 * x.numel() * 4 / copy, 2 * 8192 ** 3 / matmul
+
+
+def print_machine():
+    """The machine, the versions and the command; returns the limits."""
+    rates = limits()
+    print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}, triton "
+          f"{triton.__version__}; copy {rates[0] / 1e12:.2f} TB/s, bfloat16 matmul {rates[1] / 1e12:.0f} TFLOP/s\n"
+          f"$ python -m {sys.modules['__main__'].__spec__.name}", flush=True)
+    return rates
+
+
+def random(*shapes, dtype=torch.bfloat16, seed=0):
+    """Normal numbers, (b, h, t, d), laid out as a lesson's heads are: (b, t, h, d) in memory."""
+    g = torch.Generator("cuda").manual_seed(seed)
+    return [torch.randn(b, t, h, d, generator=g, device="cuda").to(dtype).transpose(1, 2) for b, h, t, d in shapes]
+
+
+def values_and_gradients(f, tensors, dtype):
+    """The output of f, and the gradients of all tensors, for one random gradient of the output."""
+    tensors = [x.to(dtype if x.dtype == torch.bfloat16 else torch.promote_types(dtype, x.dtype)) for x in tensors]
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    o = f(*tensors)
+    do, = random(o.shape, seed=1)
+    return [o, *torch.autograd.grad(o, tensors, do.to(o.dtype))]
+
+
+def error(x, exact):
+    """||x - exact|| / ||exact||; of numbers that should all be 0, their size."""
+    size = exact.norm()
+    return ((x.double() - exact).norm() / (size if size > 1e-3 else exact.numel() ** 0.5)).item()
+
+
+def check(kernel, twin, rival, shapes, names, lengths=LENGTHS):
+    """Print errors in bfloat16 against the twin in float64, of the kernel and of a rival (name, function), for outputs
+    and gradients. Raises AssertionError where the kernel's is above 1.5 times the rival's and above bfloat16's own
+    rounding, 2^-8."""
+    print(f"relative errors in bfloat16, kernel / {rival[0]}: {', '.join(['o', *('d' + name for name in names)])}")
+    for t in lengths:
+        tensors = shapes(t)
+        exact = values_and_gradients(twin, tensors, torch.float64)
+        pairs = [[error(x, y) for x, y in zip(values_and_gradients(f, tensors, torch.bfloat16), exact, strict=True)]
+                 for f in (kernel, rival[1])]
+        print(f"  t = {t:5}  " + "  ".join(f"{a:.1e} / {b:.1e}" for a, b in zip(*pairs, strict=True)), flush=True)
+        for name, a, b in zip(["o", *names], *pairs, strict=True):
+            assert a <= max(1.5 * b, 2 ** -8), f"t = {t}, {name}: error {a:.1e}, {rival[0]} {b:.1e}"
+
+
+def timed(candidates, rounds=3, ms=50):
+    """{name: median ms} of functions without arguments, measured in turns; nan for what does not run."""
+    times = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, f in candidates.items():
+            times[name].append(do_bench(f, warmup=ms // 2, rep=ms, return_mode="median"))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def forward_and_backward(f, tensors):
+    """Two functions to time: f without gradients, and f with those of all tensors."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    do = torch.randn_like(f(*leaves))
+
+    def forward():
+        with torch.no_grad():
+            return f(*tensors)
+    return forward, lambda: torch.autograd.grad(f(*leaves), leaves, do)
+
+
+def compare(rows, rates, gradients=True):
+    """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of the
+    forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the others' times
+    as multiples of it."""
+    print(f"{'':38}{'limit':>8}{'share':>7}   forward, ms" + " " * 45 + ("forward + backward, ms" if gradients else ""))
+    for name, candidates, tensors, n_bytes, flops in rows:
+        pairs = {c: forward_and_backward(f, tensors) for c, f in candidates.items()}
+        limit, line = 1e3 * max(n_bytes / rates[0], flops / rates[1]), ""
+        for i in range(2 if gradients else 1):
+            times = timed({c: pair[i] for c, pair in pairs.items()})
+            mine = next(iter(times.values()))
+            if i == 0:
+                line = f"{name:38}{limit:8.3f}{limit / mine:7.0%}   "
+            line += f"{'  '.join(f'{c} {t:.3f}' + (f' ({t / mine:.2f}x)' if t != mine else '') for c, t in times.items()):56}"
+        print(line.rstrip(), flush=True)

@@ -1,0 +1,318 @@
+"""FlashAttention: causal softmax attention with an optional window and shared key heads; the t x t matrix never in memory.
+
+    P = 2^(S - m),  S = log2(e) Q K^T / sqrt(d);   l <- 2^(m - m') l + rowsum P;   O <- 2^(m - m') O + P V    m: rowmax
+
+A program owns a block of targets and walks over the blocks of sources that they see: first those that are seen whole, then
+those on the diagonal (and at the window's edge), which need a mask. Two products of 2 d FLOPs for a pair (t, s), half of
+all pairs: at t = 8192 an H100 could do them in 0.76 ms (32768 tokens, 16 heads of 64), and the 2 t^2 powers of two for a
+head in 0.58 on a unit of their own. Bound by arithmetic: each token's 8 d bytes are moved in no time.
+
+Backward, with L = m + log2 l and D = rowsum(dO * O):  P = 2^(S - L),  dS = P * (dO V^T - D),
+
+    dV = P^T dO      dK = dS^T Q      one program for a block of sources, walking over the targets that see it
+    dQ = dS K                         one program for a block of targets, as forward
+
+Seven products, where keeping dQ in memory and adding to it from many programs would take five; but the sums are always in
+the same order.
+
+    python -m kernels.flash_attention      check, then a table
+"""
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = 1.4426950408889634
+
+
+def reference(q, k, v, window=None, block=64):
+    """The kernel's loop over blocks. q: (b, h, t, d), k: (b, g, s, d), v: (b, g, s, e). Returns o: (b, h, t, e)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    t, s = q.shape[2], k.shape[2]
+    back = torch.arange(s - t, s, device=q.device)[:, None] - torch.arange(s, device=q.device)
+    see = (back >= 0) & (back < (window or s))
+    o = []
+    for rows in torch.arange(t).split(block):
+        m, l, acc = q.new_full((*q.shape[:2], len(rows), 1), -1e30), 0.0, 0.0
+        for cols in torch.arange(int(rows[-1]) + 1 + s - t).split(block):
+            S = (q[:, :, rows] @ k[:, :, cols].mT * (q.shape[-1] ** -0.5 * LOG2E)).masked_fill(~see[rows][:, cols], -1e30)
+            new = torch.maximum(m, S.amax(dim=-1, keepdim=True))
+            P, shrink, m = torch.exp2(S - new), torch.exp2(m - new), new
+            l, acc = shrink * l + P.sum(dim=-1, keepdim=True), shrink * acc + P @ v[:, :, cols]
+        o.append(acc / l)
+    return torch.cat(o, dim=2)
+
+
+@triton.jit
+def load(x, rows, cols, end, stride, WIDTH: tl.constexpr, MASK: tl.constexpr = True):
+    """A tile of x, 0 outside of it. MASK=False: all rows are inside."""
+    at = x + rows[:, None] * stride + cols[None, :]
+    if cols.shape[0] != WIDTH:
+        x_i = tl.load(at, mask=(rows[:, None] < end) & (cols[None, :] < WIDTH), other=0.0)
+    elif MASK:
+        x_i = tl.load(at, mask=rows[:, None] < end, other=0.0)
+    else:
+        x_i = tl.load(at)
+    return x_i
+
+
+@triton.jit
+def hidden(targets, sources, window):
+    """May these targets not see these sources? targets: positions as a column (row), sources: as a row (column)."""
+    return (sources > targets) | (sources <= targets - window)
+
+
+@triton.jit
+def sources_of(first, last, window, S, BN: tl.constexpr):
+    """Where the sources begin that positions first to last see, where those that all of them see, where these end."""
+    begin = tl.maximum(0, first - window + 1) // BN * BN
+    whole = tl.minimum(tl.maximum(0, first + 1) // BN, S // BN) * BN                 # the last ones are on the diagonal
+    return begin, tl.minimum(tl.maximum(tl.cdiv(last - window + 1, BN) * BN, begin), tl.maximum(whole, begin)), whole
+
+
+@triton.jit
+def softmax_step(q, k, v, m, l, acc, targets, start, d, e, scale, window, S, k_row, v_row, D: tl.constexpr,
+                 E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """One block of sources more in the running maximum m, sum l and output acc."""
+    cols = start + tl.arange(0, BN)
+    s = tl.dot(q, tl.trans(load(k, cols, d, S, k_row, D, MASK)), input_precision=PRECISION)
+    if MASK:
+        s = tl.where(hidden(targets[:, None], cols[None, :], window), -1e30, s)
+    new = tl.maximum(m, tl.max(s, axis=1) * scale)
+    p, shrink = tl.exp2(s * scale - new[:, None]), tl.exp2(m - new)
+    acc = tl.dot(p.to(v.dtype.element_ty), load(v, cols, e, S, v_row, E, MASK), acc=acc * shrink[:, None],
+                 input_precision=PRECISION)
+    return new, l * shrink + tl.sum(p, axis=1), acc
+
+@triton.jit
+def place(b_h, H, HEADS, T, WIDTH: tl.constexpr):
+    """Where head b_h of H begins in a (b, t, HEADS, WIDTH) tensor: HEADS divides H."""
+    return (b_h // H).to(tl.int64) * T * HEADS * WIDTH + b_h % H // (H // HEADS) * WIDTH
+
+
+@triton.jit
+def forward_kernel(q, k, v, o, L, T, S, H, G, window, scale, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+                   BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    block, b_h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)                 # the longest first
+    rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
+    k, v, targets = k + place(b_h, H, G, S, D), v + place(b_h, H, G, S, E), rows + S - T
+    q_i = load(q + place(b_h, H, H, T, D), rows, d, T, H * D, D)
+    m, l, acc = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM, BE), tl.float32)
+    begin, whole, diagonal = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
+    for start in range(begin, whole, BN):
+        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, scale, window, S, G * D, G * E, D, E, BN,
+                                 True, PRECISION)
+    for start in range(whole, diagonal, BN):
+        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, scale, window, S, G * D, G * E, D, E, BN,
+                                 False, PRECISION)
+    for start in range(tl.maximum(whole, diagonal), tl.minimum(S, block * BM + BM + S - T), BN):
+        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, scale, window, S, G * D, G * E, D, E, BN,
+                                 True, PRECISION)
+    o += place(b_h, H, H, T, E)
+    tl.store(o + rows[:, None] * H * E + e[None, :], (acc / l[:, None]).to(o.dtype.element_ty),
+             mask=(rows[:, None] < T) & (e[None, :] < E))
+    tl.store(L + b_h * T + rows, m + tl.log2(l), mask=rows < T)
+
+
+@triton.jit
+def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr):
+    """D = rowsum(dO * O), from rows of (b, t, h, e) to (b, h, t)."""
+    rows, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
+    x = load(do, rows, e, n, E, E).to(tl.float32) * load(o, rows, e, n, E, E).to(tl.float32)
+    tl.store(D + (rows // (T * H) * H + rows % H) * T + rows // H % T, tl.sum(x, axis=1), mask=rows < n)
+
+
+@triton.jit
+def dq_step(q, k, v, do, L, delta, dq, targets, start, d, e, scale, window, S, k_row, v_row, D: tl.constexpr,
+            E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    cols = start + tl.arange(0, BN)
+    k_i = load(k, cols, d, S, k_row, D, MASK)
+    p = tl.exp2(tl.dot(q, tl.trans(k_i), input_precision=PRECISION) * scale - L[:, None])
+    if MASK:
+        p = tl.where(hidden(targets[:, None], cols[None, :], window), 0.0, p)
+    dp = tl.dot(do, tl.trans(load(v, cols, e, S, v_row, E, MASK)), input_precision=PRECISION)
+    return tl.dot((p * (dp - delta[:, None])).to(k_i.dtype), k_i, acc=dq, input_precision=PRECISION)
+
+
+@triton.jit
+def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, scale, D: tl.constexpr, E: tl.constexpr,
+              BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    block, b_h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
+    k, v, targets = k + place(b_h, H, G, S, D), v + place(b_h, H, G, S, E), rows + S - T
+    q_i = load(q + place(b_h, H, H, T, D), rows, d, T, H * D, D)
+    do_i = load(do + place(b_h, H, H, T, E), rows, e, T, H * E, E)
+    L_i = tl.load(L + b_h * T + rows, mask=rows < T, other=0.0)
+    delta_i = tl.load(delta + b_h * T + rows, mask=rows < T, other=0.0)
+    dq_i = tl.zeros((BM, BD), tl.float32)
+    begin, whole, diagonal = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
+    for start in range(begin, whole, BN):
+        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, scale, window, S, G * D, G * E, D, E,
+                       BN, True, PRECISION)
+    for start in range(whole, diagonal, BN):
+        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, scale, window, S, G * D, G * E, D, E,
+                       BN, False, PRECISION)
+    for start in range(tl.maximum(whole, diagonal), tl.minimum(S, block * BM + BM + S - T), BN):
+        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, scale, window, S, G * D, G * E, D, E,
+                       BN, True, PRECISION)
+    dq += place(b_h, H, H, T, D)
+    tl.store(dq + rows[:, None] * H * D + d[None, :], (dq_i * (scale * 0.6931471805599453)).to(dq.dtype.element_ty),
+             mask=(rows[:, None] < T) & (d[None, :] < D))
+
+
+@triton.jit
+def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, scale, window, T, past, H, D: tl.constexpr,
+             E: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+    """The tiles are transposed: sources down, targets across."""
+    rows = start + tl.arange(0, BM)
+    q_i, do_i = load(q, rows, d, T, H * D, D, MASK), load(do, rows, e, T, H * E, E, MASK)
+    if MASK:
+        L_i = tl.load(L + rows, mask=rows < T, other=1e30)                                   # no weight outside
+        delta_i = tl.load(delta + rows, mask=rows < T, other=0.0)
+    else:
+        L_i, delta_i = tl.load(L + rows), tl.load(delta + rows)
+    p = tl.exp2(tl.dot(k, tl.trans(q_i), input_precision=PRECISION) * scale - L_i[None, :])  # (s, t)
+    if MASK:
+        p = tl.where(hidden(rows[None, :] + past, sources[:, None], window), 0.0, p)
+    dv = tl.dot(p.to(do_i.dtype), do_i, acc=dv, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do_i), input_precision=PRECISION)
+    dk = tl.dot((p * (dp - delta_i[None, :])).to(q_i.dtype), q_i, acc=dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, scale, D: tl.constexpr, E: tl.constexpr,
+               BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    block, b_g = tl.program_id(0), tl.program_id(1)                                          # the longest first
+    sources, d, e = block * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BE)
+    key, value = place(b_g, G, G, S, D), place(b_g, G, G, S, E)
+    k_i, v_i = load(k + key, sources, d, S, G * D, D), load(v + value, sources, e, S, G * E, E)
+    dk_i, dv_i = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BE), tl.float32)
+    past = S - T
+    begin = tl.maximum(0, block * BN - past) // BM * BM                                      # targets that see any
+    diagonal = tl.maximum(begin, tl.cdiv(tl.maximum(0, block * BN + BN - 1 - past), BM) * BM)    # that see all
+    end = tl.minimum(T, block * BN + BN - 1 + window - past)                                 # behind those that see any
+    whole = tl.maximum(diagonal, tl.minimum(end, block * BN + window - past) // BM * BM)     # all of them see all
+    for head in range(H // G):
+        b_h = b_g // G * H + b_g % G * (H // G) + head
+        q_h, do_h = q + place(b_h, H, H, T, D), do + place(b_h, H, H, T, E)
+        for start in range(begin, tl.minimum(diagonal, end), BM):
+            dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
+                                  scale, window, T, past, H, D, E, BM, True, PRECISION)
+        for start in range(diagonal, whole, BM):
+            dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
+                                  scale, window, T, past, H, D, E, BM, False, PRECISION)
+        for start in range(whole, end, BM):
+            dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
+                                  scale, window, T, past, H, D, E, BM, True, PRECISION)
+    inside = sources[:, None] < S
+    tl.store(dk + key + sources[:, None] * G * D + d[None, :],
+             (dk_i * (scale * 0.6931471805599453)).to(dk.dtype.element_ty), mask=inside & (d[None, :] < D))
+    tl.store(dv + value + sources[:, None] * G * E + e[None, :], dv_i.to(dv.dtype.element_ty),
+             mask=inside & (e[None, :] < E))
+
+
+def settings(q, k, v, window):
+    """Sizes, and the blocks and launch options that were fastest on an H100."""
+    (b, t, h, d), (_, s, g, e) = q.shape, v.shape
+    scale = d ** -0.5 * LOG2E
+    shape = (t, s, h, g, s if window is None else min(window, s), scale)
+    sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "BE": max(16, triton.next_power_of_2(e)),
+             "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
+    return shape, sizes, blocks_of(q, window)
+
+
+def blocks_of(q, window):
+    """(BM, BN, warps, stages) of the three kernels: forward, dq, dk and dv."""
+    if q.dtype == torch.float32 or q.shape[-1] > 128:
+        return (64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)
+    if q.shape[-1] > 64:
+        return (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)
+    if window is not None and window <= 256:
+        return (64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 4, 1)
+    return (64 if q.shape[1] <= 16384 else 128, 64, 4, 3), (64, 64, 4, 3), (32, 128, 4, 3)
+
+
+def launch(blocks):
+    BM, BN, warps, stages = blocks
+    return {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
+
+
+class FlashAttention(torch.autograd.Function):
+    """q: (b, t, h, d), k, v: (b, s, g, d) in one piece."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, window):
+        (b, t, h, _), e = q.shape, v.shape[-1]
+        shape, sizes, (blocks, *_) = settings(q, k, v, window)
+        o, L = q.new_empty(b, t, h, e), torch.empty(b, h, t, device=q.device)
+        forward_kernel[(triton.cdiv(t, blocks[0]), b * h)](q, k, v, o, L, *shape, **sizes, **launch(blocks))
+        ctx.save_for_backward(q, k, v, o, L)
+        ctx.window = window
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, L = ctx.saved_tensors
+        do, (b, t, h, _), (_, s, g, e) = do.contiguous(), q.shape, v.shape
+        shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window)
+        delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        rowsum_kernel[(triton.cdiv(b * t * h, 64),)](do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
+        dkv_kernel[(triton.cdiv(s, for_dkv[1]), b * g)](q, k, v, do, L, delta, dk, dv, *shape, **sizes,
+                                                        **launch(for_dkv))
+        dq_kernel[(triton.cdiv(t, for_dq[0]), b * h)](q, k, v, do, L, delta, dq, *shape, **sizes, **launch(for_dq))
+        return dq, dk, dv, None
+
+
+def in_one_piece(x):
+    """(b, h, t, d) -> (b, t, h, d), which is how lessons make heads: then nothing is copied."""
+    return x.transpose(1, 2).contiguous()
+
+
+def flash_attention(q, k, v, window=None):
+    """softmax(Q K^T / sqrt(d)) V, causal; a target sees the last `window` sources, its own included, or all before it.
+
+    q: (b, h, t, d), k: (b, g, s, d), v: (b, g, s, e) of one dtype, float32 or 16 bits, g a divisor of h, s >= t: the last
+    target stands at the last source. Returns o: (b, h, t, e). ValueError for sizes that do not fit, and for heads wider
+    than 256."""
+    (_, h, t, d), (_, g, s, e) = q.shape, v.shape
+    if h % g or s < t or k.shape[1:] != (g, s, d):
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: g must divide h, and s be t or more")
+    if max(d, e) > 256:
+        raise ValueError(f"heads of {d} keys, {e} values: this kernel holds up to 256 of each")
+    return FlashAttention.apply(in_one_piece(q), in_one_piece(k), in_one_piece(v), window).transpose(1, 2)
+
+
+def main():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from kernels import bench
+    rates = bench.print_machine()
+    flex = torch.compile(flex_attention, dynamic=False)
+
+    def sdpa(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+
+    def shapes(t, b=1, h=4, g=4):
+        return bench.random((b, h, t, 64), (b, g, t, 64), (b, g, t, 64))
+    bench.check(flash_attention, reference, ("SDPA", sdpa), shapes, "qkv")
+    print("with shared heads")
+    bench.check(flash_attention, reference, ("SDPA", sdpa), lambda t: shapes(t, g=1), "qkv", (1000,))
+    rows = []
+    for t in (2048, 8192, 32768):
+        n, size = 32768, 32768 * 16 * 64
+        rows.append((f"b {n // t} h 16 t {t} d 64", {"kernel": flash_attention, "SDPA": sdpa}, shapes(t, n // t, 16, 16),
+                     8 * size, 2 * size * t))
+    for window in (64, 1024):
+        mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, 8192, 8192)  # noqa: B023
+        rows.append((f"window {window}, b 4 h 16 t 8192 d 64",
+                     {"kernel": lambda q, k, v, window=window: flash_attention(q, k, v, window),
+                      "flex": lambda q, k, v, mask=mask: flex(q, k, v, block_mask=mask)}, shapes(8192, 4, 16, 16),
+                     8 * size, 4 * size * window))
+    rows.append(("4 heads share keys, b 4 h 16 t 8192", {"kernel": flash_attention, "SDPA": sdpa},
+                 shapes(8192, 4, 16, 4), 5 * size, 2 * size * 8192))
+    bench.compare(rows, rates)
+
+
+if __name__ == "__main__":
+    main()

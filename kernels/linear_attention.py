@@ -1,0 +1,313 @@
+"""Linear attention, with no decay, a constant one, or one number for each token: one pass over memory.
+
+    S_t = e^{g_t} S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t                           forms and names as in lesson 02
+
+A program owns one head and a block of value columns. It walks over chunks of 64 tokens with the state S: (d, block) on
+chip. With G the sum of g from the start of the chunk, up to and including its row,
+
+    P = (Q K^T) * e^{G_t - G_s}, s <= t      O = P V + e^{G_t} Q S      S <- e^{G} S + (K e^{G - G_s})^T V
+
+so memory sees q, k, v once and o once: 8 d bytes for a token and head in bfloat16 (d = e), against 8 d (64 + d) / 64 FLOPs
+on tensor cores, a third of what an H100 could do meanwhile: bound by memory.
+
+The gradients are the same walk, with the arguments in other places. From dP_ts = do_t . v_s,
+
+    dV = walk(K, Q, dO) backwards in time      dK = walk(V, dO, Q) backwards      dQ = walk(dO, V, K) forwards
+
+and dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone.
+
+Few heads leave most of the GPU idle. Then the sequence is cut into segments: a first pass finds the state that each
+segment would leave from zero; in a second, each starts from those before it, added up, and all segments run at once.
+
+    python -m kernels.linear_attention      check, then a table
+"""
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+CHUNK = 64
+
+
+def reference(q, k, v, g=None, state=None):
+    """The kernel's loop over chunks. q, k: (b, h, t, d), v: (b, h, t, e), g: log decay (b, h, t, 1) or None, state:
+    (b, h, d, e) or None. Returns o: (b, h, t, e) and the state after."""
+    S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
+    g, o = q.new_zeros(*q.shape[:3], 1) if g is None else g, []
+    for rows in torch.arange(q.shape[2]).split(CHUNK):
+        q_i, k_i, v_i = q[:, :, rows], k[:, :, rows], v[:, :, rows]
+        G = g[:, :, rows].cumsum(dim=2)
+        P = q_i @ k_i.mT * (G - G.mT).tril().exp()
+        o.append(P.tril() @ v_i + G.exp() * (q_i @ S))
+        whole = G[:, :, -1:]
+        S = whole.exp() * S + (k_i * (whole - G).exp()).mT @ v_i
+    return torch.cat(o, dim=2), S
+
+
+@triton.jit
+def load(x, rows, cols, end, stride, WIDTH: tl.constexpr):
+    """A tile of x, 0 outside of it."""
+    mask = (rows[:, None] < end) & (cols[None, :] < WIDTH)
+    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def walk(q, k, v, g, o, S, e, start, end, H, g_stride, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+         C: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr):
+    """o_t = sum_{s <= t} e^{G_t - G_s} (q_t . k_s) v_s for rows start to end, from the state S: (BD, len(e)). REVERSE:
+    the sum is over s >= t, with e^{G_s - G_t}. Returns the state behind the last row, and the sum of g."""
+    i, d = tl.arange(0, C), tl.arange(0, BD)
+    total = 0.0
+    chunks = tl.cdiv(end - start, C)
+    for n in range(chunks):
+        rows = start + (chunks - 1 - n if REVERSE else n) * C + i
+        k_i = load(k, rows, d, end, H * D, D)
+        v_i = load(v, rows, e, end, H * E, E)
+        written = k_i
+        if g is not None:
+            g_i = tl.load(g + rows * g_stride, mask=rows < end, other=0.0)
+            G, whole = tl.cumsum(g_i), tl.sum(g_i)
+            first, last = (whole - G, G) if REVERSE else (G, whole - G)      # from the side that the walk comes from
+            written = (k_i * tl.exp(last)[:, None]).to(k_i.dtype)
+        if READ:
+            q_i = load(q, rows, d, end, H * D, D)
+            P = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION)                        # (t, s)
+            seen = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
+            o_i = tl.dot(q_i, S.to(q_i.dtype), input_precision=PRECISION)
+            if g is not None:
+                P *= tl.exp(tl.where(seen, first[:, None] - first[None, :], 0.0))
+                o_i *= tl.exp(first)[:, None]
+            P = tl.where(seen, P, 0.0).to(v_i.dtype)
+            o_i = tl.dot(P, v_i, acc=o_i, input_precision=PRECISION)
+            mask = (rows[:, None] < end) & (e[None, :] < E)
+            tl.store(o + rows[:, None] * (H * E) + e[None, :], o_i.to(o.dtype.element_ty), mask=mask)
+        if g is not None:
+            S *= tl.exp(whole)
+            total += whole
+        S = tl.dot(tl.trans(written), v_i, acc=S, input_precision=PRECISION)
+    return S, total
+
+
+@triton.jit
+def state_tile(S, d, e, rows, cols, D: tl.constexpr, E: tl.constexpr):
+    """Pointers to a tile of a state in memory, and which of them are inside. rows, cols: strides."""
+    return S + d[:, None] * rows + e[None, :] * cols, (d[:, None] < D) & (e[None, :] < E)
+
+
+@triton.jit
+def enter(S0, states, decays, d, e, n, head, N, rows, cols, D: tl.constexpr, E: tl.constexpr, REVERSE: tl.constexpr):
+    """The state in which segment n of N begins: S0, then what each segment before it (behind it) adds."""
+    S = tl.zeros((d.shape[0], e.shape[0]), tl.float32)
+    if S0 is not None:
+        at, inside = state_tile(S0 + head * D * E, d, e, rows, cols, D, E)
+        S += tl.load(at, mask=inside, other=0.0)
+    if states is not None:
+        for j in range(N - 1 - n if REVERSE else n):
+            segment = head * N + (N - 1 - j if REVERSE else j)
+            at, inside = state_tile(states + segment * D * E, d, e, rows, cols, D, E)
+            S = S * tl.exp(tl.load(decays + segment)) + tl.load(at, mask=inside, other=0.0)
+    return S
+
+
+@triton.jit
+def place(b_h, H, T, WIDTH: tl.constexpr):
+    """Where a head of a (b, t, h, WIDTH) tensor begins."""
+    return (b_h // H).to(tl.int64) * T * H * WIDTH + b_h % H * WIDTH
+
+
+@triton.jit
+def segment_kernel(k, v, g, states, decays, T, H, segment, g_b, g_h, g_t, D: tl.constexpr, E: tl.constexpr,
+                   BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
+                   PRECISION: tl.constexpr):
+    """What each segment adds to the state."""
+    n, b_h = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    d, e = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE)
+    if g is not None:
+        g += b_h // H * g_b + b_h % H * g_h
+    k, v, S = k + place(b_h, H, T, D), v + place(b_h, H, T, E), tl.zeros((BD, BE), tl.float32)
+    S, total = walk(k, k, v, g, v, S, e, n * segment, tl.minimum(T, (n + 1) * segment), H, g_t, D, E, BD, C, REVERSE,
+                    False, PRECISION)
+    this = b_h * tl.num_programs(1) + n
+    at, inside = state_tile(states + this * D * E, d, e, E, 1, D, E)
+    tl.store(at, S, mask=inside)
+    tl.store(decays + this, total)
+
+
+@triton.jit
+def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, g_b, g_h, g_t, D: tl.constexpr,
+                   E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    d, e = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE)
+    if g is not None:
+        g += b_h // H * g_b + b_h % H * g_h
+    key, value = place(b_h, H, T, D), place(b_h, H, T, E)
+    S = enter(S0, states, decays, d, e, n, b_h, N, E, 1, D, E, False)
+    S, _ = walk(q + key, k + key, v + value, g, o + value, S, e, n * segment, tl.minimum(T, (n + 1) * segment), H, g_t,
+                D, E, BD, C, False, True, PRECISION)
+    if n == N - 1:
+        at, inside = state_tile(S_T + b_h * D * E, d, e, E, 1, D, E)
+        tl.store(at, S, mask=inside)
+
+
+@triton.jit
+def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, T, H, segment, g_b, g_h, g_t,
+                    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
+                    BLOCKS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Three walks at once. The states of dk and dq are those of dv and o, transposed."""
+    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    start, end = n * segment, tl.minimum(T, (n + 1) * segment)
+    role, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    if g is not None:
+        g += b_h // H * g_b + b_h % H * g_h
+    d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, T, D), place(b_h, H, T, E)
+    if role == 0:
+        S = enter(dS_T, dstates, decays, d, block, n, b_h, N, E, 1, D, E, True)
+        S, _ = walk(k + key, q + key, do + value, g, dv + value, S, block, start, end, H, g_t, D, E, BD, C, True, True,
+                    PRECISION)
+        if dS0 is not None:
+            if n == 0:
+                at, inside = state_tile(dS0 + b_h * D * E, d, block, E, 1, D, E)
+                tl.store(at, S, mask=inside)
+    elif role == 1:
+        S = enter(dS_T, dstates, decays, e, block, n, b_h, N, 1, E, E, D, True)
+        walk(v + value, do + value, q + key, g, dk + key, S, block, start, end, H, g_t, E, D, BE, C, True, True,
+             PRECISION)
+    else:
+        S = enter(S0, states, decays, e, block, n, b_h, N, 1, E, E, D, False)
+        walk(do + value, v + value, k + key, g, dq + key, S, block, start, end, H, g_t, E, D, BE, C, False, True,
+             PRECISION)
+
+
+def settings(q, v, g):
+    """Sizes, strides and segments, and the blocks of value columns and launch options that were fastest on an H100."""
+    b, t, h, d, e = *q.shape, v.shape[-1]
+    block = 32 if g is None and b * h * triton.cdiv(e, 64) < 128 or max(d, e) > 128 else 64
+    sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "C": CHUNK,
+             "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32", "num_warps": 4,
+             "num_stages": 1 if q.dtype == torch.float32 else 2 if max(d, e) > 64 else 4 if block == 32 else 3}
+    segments = max(1, min((128 if g is None else 256) // (b * h * triton.cdiv(e, block)), t // 1024))
+    segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
+    strides = (0, 0, 0) if g is None else g.stride()[:3]
+    return block, sizes, (t, h, segment, *strides), (triton.cdiv(t, segment), b * h)
+
+
+def segment_states(k, v, g, block, sizes, shape, grid, reverse):
+    """The states that the segments leave from zero: (b h, segments, d, e), and the sums of g in each. None for one."""
+    if grid[0] == 1:
+        return None, None
+    states = torch.empty(grid[1], grid[0], k.shape[-1], v.shape[-1], device=k.device)
+    decays = torch.empty(grid[1], grid[0], device=k.device)
+    blocks = triton.cdiv(v.shape[-1], block)
+    segment_kernel[(blocks, *grid)](k, v, g, states, decays, *shape, BE=block, REVERSE=reverse, **sizes)
+    return states, decays
+
+
+class LinearAttention(torch.autograd.Function):
+    """q, k, v: (b, t, h, d) in one piece; g: (b, h, t) of any strides."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, S0):
+        block, sizes, shape, grid = settings(q, v, g)
+        o, S_T = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+        states, decays = segment_states(k, v, g, block, sizes, shape, grid, False)
+        blocks = triton.cdiv(v.shape[-1], block)
+        forward_kernel[(blocks, *grid)](q, k, v, g, S0, states, decays, o, S_T, *shape, BE=block, **sizes)
+        ctx.save_for_backward(q, k, v, g, S0, states, decays, S_T)
+        ctx.set_materialize_grads(False)
+        return o, S_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dS_T):
+        q, k, v, g, S0, states, decays, S_T = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        dS_T = None if dS_T is None else dS_T.contiguous()
+        block, sizes, shape, grid = settings(q, v, g)
+        dstates, _ = segment_states(q, do, g, block, sizes, shape, grid, True)
+        exact = ctx.needs_input_grad[3]                                  # dg is a sum of small differences
+        dq, dk = (torch.empty_like(x, dtype=torch.float32 if exact else x.dtype) for x in (q, k))
+        dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
+        block = 64 if max(q.shape[-1], v.shape[-1]) <= 128 else 32
+        sizes["num_stages"] = min(sizes["num_stages"], 4 if g is None else 2)
+        blocks = triton.cdiv(max(q.shape[-1], v.shape[-1]), block)
+        backward_kernel[(3 * blocks, *grid)](
+            q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, *shape, BLOCK=block, BLOCKS=blocks,
+            BE=max(16, triton.next_power_of_2(v.shape[-1])), **sizes)
+        dg = None
+        if exact:
+            dG = (q * dq - k * dk).sum(dim=-1).mT                                            # (b, h, t)
+            if dS_T is not None:
+                dG[..., -1] += (S_T * dS_T).sum(dim=(-2, -1))
+            dg = dG.flip(-1).cumsum(dim=-1).flip(-1)
+        return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dS0
+
+
+def in_one_piece(x):
+    """(b, h, t, d) -> (b, t, h, d), which is how lessons make heads: then nothing is copied."""
+    return x.transpose(1, 2).contiguous()
+
+
+def linear_attention(q, k, v, g=None, state=None):
+    """o_t = sum_{s <= t} e^{g_{s+1} + ... + g_t} (q_t . k_s) v_s, not normalised, and the state after: lesson 02's form.
+
+    q, k: (b, h, t, d), v: (b, h, t, e), of one dtype, float32 or 16 bits; g: log decay, at most 0, four axes that
+    broadcast to (b, h, t, 1), or None; state: (b, h, d, e) or None. Returns o: (b, h, t, e) and the state, float32.
+    ValueError for a decay of each channel: see kernels.gla. The state of a head is on chip, up to 256 x 256 numbers of
+    it (128 x 128 in float32); o is a sum over key channels, and value channels do not meet, so wider heads are done in parts."""
+    if g is not None and g.shape[-1] != 1:
+        raise ValueError(f"g of shape {tuple(g.shape)}: a decay of each channel is kernels.gla's")
+    d, e = q.shape[-1], v.shape[-1]
+    most = 128 if q.dtype == torch.float32 else 256
+    if d > most:
+        parts = [linear_attention(q[..., i], k[..., i], v, g, None if state is None else state[:, :, i])
+                 for i in (slice(0, most), slice(most, d))]
+        return parts[0][0] + parts[1][0], torch.cat([S for _, S in parts], dim=2)
+    if e > most:
+        parts = [linear_attention(q, k, v[..., i], g, None if state is None else state[..., i])
+                 for i in (slice(0, most), slice(most, e))]
+        return tuple(torch.cat(pair, dim=-1) for pair in zip(*parts, strict=True))
+    g = None if g is None else g[..., 0].float().expand(q.shape[:3])
+    q, k, v = (in_one_piece(F.pad(x, (0, -x.shape[-1] % 16))) for x in (q, k, v))            # loads of 16 bytes
+    if state is not None:
+        state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - state.shape[2])).contiguous()
+    o, S = LinearAttention.apply(q, k, v, g, state)
+    return o.transpose(1, 2)[..., :e], S[:, :, :d, :e]
+
+
+def main():
+    from kernels import bench
+    rates = bench.print_machine()
+
+    def shapes(t):
+        q, k, v = bench.random(*[(1, 4, t, 64)] * 3)
+        return q * 0.125, k, v
+
+    def decayed(f):
+        return lambda q, k, v, g: f(q, k, v, -g.abs() / 10)[0]
+    check = bench.check
+    check(lambda *x: linear_attention(*x)[0], lambda *x: reference(*x)[0], ("twin", lambda *x: reference(*x)[0]), shapes,
+          "qkv")
+    print("with a decay for each token")
+    check(decayed(linear_attention), decayed(reference), ("twin", decayed(reference)),
+          lambda t: (*shapes(t), bench.random((1, 4, t, 1), dtype=torch.float32)[0]), "qkvg")
+    rows = []
+    for t in (2048, 8192, 32768):
+        b, scale = 32768 // t, 64 ** -0.5
+        q, k, v = bench.random(*[(b, 16, t, 64)] * 3)
+        g, = bench.random((b, 16, t, 1), dtype=torch.float32)
+        gamma = (1 - 2.0 ** (-5 - torch.arange(16, device="cuda") / 4)).log()[None, :, None, None]
+        n_bytes, flops = 4 * 2 * q.numel(), q.numel() // 64 * (4 * CHUNK * 64 + 4 * 64 * 64)
+        others = {"SDPA": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
+        if t == 8192:
+            others["twin"] = lambda q, k, v: reference(q * scale, k, v)[0]
+        rows += [(f"no decay, b {b} h 16 t {t} d 64", {"kernel": lambda q, k, v: linear_attention(q, k, v)[0]} | others,
+                  (q, k, v), n_bytes, flops),
+                 (f"constant decay, t {t}", {"kernel": lambda q, k, v: linear_attention(q, k, v, gamma)[0]} | others,  # noqa: B023
+                  (q, k, v), n_bytes, flops),
+                 (f"decay of each token, t {t}", {"kernel": decayed(linear_attention)}, (q, k, v, g), n_bytes + 4 * g.numel(),
+                  flops)]
+    bench.compare(rows, rates)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Generation: one token through the recurrence, one launch a layer: read the state, update it, look up, write it back.
+
+    S' = e^g S + k v^T,  o = S'^T q                     linear attention, any decay; lesson 02's state
+    the same with phi(k), phi(q), and divided           Based's linear part; lesson 04's state (F, e + 1)
+    softmax over the last w keys                        Based's window, which moves on by one token
+
+Two FLOPs for a number of the state that is read and written: bound by memory. In float32 a head of Based with d = 16,
+e = 64, w = 64 has 153 x 65 + 64 x (64 + 64) numbers, 72 KB: 0.05 microseconds of an H100. A step as PyTorch operations
+would move the features and the sums several times, and start a dozen kernels.
+
+The states that come in are left as they are. No gradients: training runs the other kernels.
+
+    python -m kernels.step      check, then a table
+"""
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.taylor_attention import feature_table, features
+
+
+def reference(q, k, v, g, state):
+    """q, k: (b, h, d), v: (b, h, e), g: (b, h, 1 or d) or None, state: (b, h, d, e). Returns o: (b, h, e), the state."""
+    S = (state if g is None else g[..., None].exp() * state) + k[..., None] * v[..., None, :]
+    return (q[..., None, :] @ S)[..., 0, :], S
+
+
+def based_reference(q, k, v, S, q_window, k_window, past_k, past_v, window):
+    """q, k: (b, h, f), v: (b, h, e), S: (b, h, F, e + 1); the window's q, k: (b, h, d), past: (b, h, n, d or e), oldest
+    first. Returns o: (b, h, e), S, and the window's keys and values after."""
+    S = S + features(k)[..., None] * torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)[..., None, :]
+    o = (features(q)[..., None, :] @ S)[..., 0, :]
+    past_k = torch.cat([past_k, k_window[:, :, None]], dim=2)[:, :, -window:]
+    past_v = torch.cat([past_v, v[:, :, None]], dim=2)[:, :, -window:]
+    weights = (past_k @ q_window[..., None] * q_window.shape[-1] ** -0.5).softmax(dim=2)     # (b, h, n, 1)
+    return o[..., :-1] / o[..., -1:] + (weights * past_v).sum(dim=2), S, past_k, past_v
+
+
+@triton.jit
+def linear_kernel(q, k, v, g, S, o, new, D: tl.constexpr, E: tl.constexpr, GD: tl.constexpr, BD: tl.constexpr,
+                  BE: tl.constexpr):
+    head, d, e = tl.program_id(1).to(tl.int64), tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE)
+    at, inside = (head * D + d[:, None]) * E + e[None, :], (d[:, None] < D) & (e[None, :] < E)
+    S_i = tl.load(S + at, mask=inside, other=0.0)
+    if g is not None:
+        S_i *= tl.exp(tl.load(g + head * GD + d % GD, mask=d < D, other=0.0).to(tl.float32))[:, None]
+    k_i = tl.load(k + head * D + d, mask=d < D, other=0.0).to(tl.float32)
+    S_i += k_i[:, None] * tl.load(v + head * E + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    q_i = tl.load(q + head * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(new + at, S_i, mask=inside)
+    tl.store(o + head * E + e, tl.sum(q_i[:, None] * S_i, axis=0), mask=e < E)
+
+
+@triton.jit
+def based_kernel(q, k, v, S, q_window, k_window, past_k, past_v, first, second, weights, o, new, new_k, new_v, n, kept,
+                 D: tl.constexpr, E: tl.constexpr, DW: tl.constexpr, FEATURES: tl.constexpr, BE: tl.constexpr,
+                 BDW: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr):
+    """n: tokens in the window before; kept: after."""
+    head, e, dw, w = tl.program_id(0).to(tl.int64), tl.arange(0, BE), tl.arange(0, BDW), tl.arange(0, BW)
+    v_i = tl.load(v + head * E + e, mask=e < E, other=0.0).to(tl.float32)
+    o_i, z = tl.zeros((BE,), tl.float32), 0.0
+    for start in range(0, FEATURES, ROWS):
+        r = start + tl.arange(0, ROWS)
+        i, j = tl.load(first + r), tl.load(second + r)                                       # below 0: a factor of 1
+        weight = tl.load(weights + r)
+        phi_k = tl.load(k + head * D + i, mask=i >= 0, other=1.0).to(tl.float32) * weight
+        phi_k *= tl.load(k + head * D + j, mask=j >= 0, other=1.0).to(tl.float32)
+        phi_q = tl.load(q + head * D + i, mask=i >= 0, other=1.0).to(tl.float32) * weight
+        phi_q *= tl.load(q + head * D + j, mask=j >= 0, other=1.0).to(tl.float32)
+        row = (head * FEATURES + r) * (E + 1)
+        inside = (r[:, None] < FEATURES) & (e[None, :] < E)
+        S_i = tl.load(S + row[:, None] + e[None, :], mask=inside, other=0.0) + phi_k[:, None] * v_i[None, :]
+        z_i = tl.load(S + row + E, mask=r < FEATURES, other=0.0) + phi_k
+        tl.store(new + row[:, None] + e[None, :], S_i, mask=inside)
+        tl.store(new + row + E, z_i, mask=r < FEATURES)
+        o_i += tl.sum(phi_q[:, None] * S_i, axis=0)
+        z += tl.sum(phi_q * z_i)
+    o_i /= z
+    old = w + (n + 1 - kept)                                                                 # slot w held this one before
+    before, last = (w < kept - 1)[:, None], (w == kept - 1)[:, None]
+    k_in, v_in = dw[None, :] < DW, e[None, :] < E
+    k_w = tl.load(past_k + (head * n + old[:, None]) * DW + dw[None, :], mask=before & k_in, other=0.0).to(tl.float32)
+    k_w += tl.load(k_window + head * DW + dw[None, :] + 0 * old[:, None], mask=last & k_in, other=0.0).to(tl.float32)
+    q_w = tl.load(q_window + head * DW + dw, mask=dw < DW, other=0.0).to(tl.float32)
+    s = tl.where(w < kept, tl.sum(k_w * q_w[None, :], axis=1) * (1 / tl.sqrt(DW * 1.0)), -float("inf"))
+    p = tl.exp(s - tl.max(s))
+    v_w = tl.load(past_v + (head * n + old[:, None]) * E + e[None, :], mask=before & v_in, other=0.0).to(tl.float32)
+    v_w = tl.where(last, v_i[None, :], v_w)
+    tl.store(new_k + (head * kept + w[:, None]) * DW + dw[None, :], k_w, mask=(before | last) & k_in)
+    tl.store(new_v + (head * kept + w[:, None]) * E + e[None, :], v_w, mask=(before | last) & v_in)
+    tl.store(o + head * E + e, o_i + tl.sum(p[:, None] * v_w, axis=0) / tl.sum(p), mask=e < E)
+
+
+def linear_step(q, k, v, g, state):
+    """q, k: (b, h, d), v: (b, h, e), g: log decay (b, h, 1 or d) or None, state: (b, h, d, e), float32. Returns o: (b, h,
+    e) of v's dtype, and the state after."""
+    (b, h, d), e = q.shape, v.shape[-1]
+    q, k, v, state = q.contiguous(), k.contiguous(), v.contiguous(), state.contiguous()
+    g = None if g is None else g.expand(b, h, -1).contiguous()
+    o, new, BD = torch.empty_like(v), torch.empty_like(state), triton.next_power_of_2(d)
+    BE = min(triton.next_power_of_2(e), max(16, 4096 // BD))
+    linear_kernel[(triton.cdiv(e, BE), b * h)](q, k, v, g, state, o, new, D=d, E=e, GD=1 if g is None else g.shape[-1],
+                                               BD=BD, BE=BE, num_warps=4)
+    return o, new
+
+
+@functools.cache
+def factor_table(d, device):
+    """The indices i, j of each feature's factors, -1 where there is none, and the weights."""
+    E, weights, n = feature_table(d, torch.float32, device)
+    return *(torch.where(E_i.sum(dim=0) > 0, E_i.argmax(dim=0), -1) for E_i in E), weights, n
+
+
+def based_step(q, k, v, S, q_window, k_window, past_k, past_v, window):
+    """Shapes as in based_reference; S float32, the window's keys and values of any dtype. Returns o, S, keys, values."""
+    (b, h, d), e, n = q.shape, v.shape[-1], past_k.shape[2]
+    kept = min(n + 1, window)
+    first, second, weights, n_features = factor_table(d, q.device)
+    q, k, v, S, q_window, k_window, past_k, past_v = (
+        x.contiguous() for x in (q, k, v, S, q_window, k_window, past_k, past_v))
+    o, new = torch.empty_like(v), torch.empty_like(S)
+    new_k, new_v = (x.new_empty(b, h, kept, x.shape[-1]) for x in (past_k, past_v))
+    based_kernel[(b * h,)](
+        q, k, v, S, q_window, k_window, past_k, past_v, first, second, weights, o, new, new_k, new_v, n, kept, D=d, E=e,
+        DW=q_window.shape[-1], FEATURES=n_features, BE=triton.next_power_of_2(e),
+        BDW=triton.next_power_of_2(q_window.shape[-1]), BW=triton.next_power_of_2(window), ROWS=32, num_warps=4)
+    return o, new, new_k, new_v
+
+
+def main():
+    from kernels import bench
+    rates = bench.print_machine()
+    (b, h, d, e, w), rows = (128, 16, 16, 64, 64), []
+
+    def random(*shape):
+        return torch.randn(shape, device="cuda")
+    tensors = [random(b, h, d), random(b, h, d), random(b, h, e), features(random(b, h, 99, d)).mT @ random(b, h, 99, e + 1).abs(),
+               random(b, h, e), random(b, h, e), random(b, h, w, e), random(b, h, w, e)]
+    exact = based_reference(*(x.double() for x in tensors), w)
+    print("Based: relative errors of o, S, keys, values in float32:",
+          *(f"{bench.error(x, y):.1e}" for x, y in zip(based_step(*tensors, w), exact, strict=True)))
+    rows.append((f"Based, b {b} h {h} f {d} e {e} w {w}", {"kernel": lambda *x: based_step(*x, w)[0],
+                 "PyTorch": lambda *x: based_reference(*x, w)[0]}, tensors, 8 * sum(x.numel() for x in tensors[3:]), 0))
+    for d in (64, 128):
+        tensors = [random(b, h, d), random(b, h, d), random(b, h, d), -random(b, h, 1).abs(), random(b, h, d, d)]
+        exact = reference(*(x.double() for x in tensors))
+        print("linear attention: relative errors of o and S:",
+              *(f"{bench.error(x, y):.1e}" for x, y in zip(linear_step(*tensors), exact, strict=True)))
+        rows.append((f"linear attention, b {b} h {h} d {d}", {"kernel": lambda *x: linear_step(*x)[0],
+                     "PyTorch": lambda *x: reference(*x)[0]}, tensors, 8 * tensors[-1].numel(), 0))
+    bench.compare(rows, rates, gradients=False)
+
+
+if __name__ == "__main__":
+    main()

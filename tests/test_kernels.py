@@ -1,0 +1,255 @@
+"""Every kernel against its twin, the twin against the lesson; on a CPU in Triton's interpreter, on a GPU compiled."""
+import importlib
+
+import pytest
+import torch
+from harness import D_MODEL, MIXERS, check_close, inputs, make, run
+
+from kernels import flash_attention, gla, linear_attention, step, taylor_attention
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+LENGTHS = (1, 17, 64, 100, 1000, 4096) if GPU else (1, 17, 64, 100)
+WITH_KERNEL = [name for name in MIXERS if "triton" in MIXERS[name].forms]
+attention, linear, based = (importlib.import_module(name) for name in ("01_attention", "02_linear_attention", "04_based"))
+
+
+def random(*shapes, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+
+
+def values_and_gradients(f, tensors, dtype, device):
+    """Outputs of f, and the gradients of a fixed function of them for all tensors."""
+    tensors = [x if x is None else x.to(device, dtype).requires_grad_() for x in tensors]
+    outputs = f(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    directions = random(*(o.shape for o in outputs), seed=9)
+    loss = sum((o.double() * d.to(o.device)).sum() for o, d in zip(outputs, directions, strict=True))
+    gradients = torch.autograd.grad(loss, [x for x in tensors if x is not None])
+    return [x.detach().double().cpu() for x in (*outputs, *gradients)]
+
+
+def check_kernel(kernel, twin, tensors, tolerance=2e-5):
+    """The kernel in float32 (on a GPU also in bfloat16) against its twin in float64: outputs and every gradient."""
+    exact = values_and_gradients(twin, tensors, torch.float64, "cpu")
+    for dtype, allowed in ((torch.float32, tolerance), *([(torch.bfloat16, 3e-2)] if GPU else [])):
+        rounded = [x if x is None else x.to(dtype).double() for x in tensors]
+        results = values_and_gradients(kernel, rounded, dtype, DEVICE)
+        twins = exact if dtype == torch.float32 else values_and_gradients(twin, rounded, torch.float64, "cpu")
+        for i, (a, b) in enumerate(zip(results, twins, strict=True)):
+            gap = ((a - b).norm() / b.norm().clamp(min=0.1 * b.numel() ** 0.5)).item()         # some are 0
+            assert gap <= allowed, f"result {i} in {dtype}: {gap:.1e} off"
+
+
+def in_segments(monkeypatch, module, where):
+    """Make the kernel cut short sequences into segments of 128 tokens, as it cuts long ones on a GPU."""
+    settings = module.settings
+
+    def cut(*args):
+        *before, shape, grid, last = settings(*args) if where == -3 else (*settings(*args), None)
+        t, h, _, *more = shape
+        result = (*before, (t, h, 128, *more), (-(-t // 128), grid[1]), last)
+        return result if where == -3 else result[:-1]
+    monkeypatch.setattr(module, "settings", cut)
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+@pytest.mark.parametrize("t", LENGTHS)
+@pytest.mark.parametrize("window", [None, 1, 33])
+def test_flash_attention(t, window):
+    q, k, v = random((1, 2, t, 16), (1, 2, t, 16), (1, 2, t, 24))
+    twin = flash_attention.reference(q, k, v, window)
+    check_close(twin, attention.parallel_attention(q, k, v, window), 1e-12, "the twin and the lesson")
+    check_kernel(lambda *x: flash_attention.flash_attention(*x, window),
+                 lambda *x: flash_attention.reference(*x, window), (q, k, v))
+
+
+@pytest.mark.parametrize("t, s, h, g, window", [(70, 70, 4, 2, None), (30, 130, 2, 1, None), (65, 200, 4, 1, 50), (1, 90, 2, 2, 7)])
+def test_flash_attention_with_a_cache_and_shared_heads(t, s, h, g, window):
+    tensors = random((2, h, t, 16), (2, g, s, 16), (2, g, s, 16))
+    twin = flash_attention.reference(*tensors, window)
+    check_close(twin, attention.parallel_attention(*tensors, window), 1e-12, "the twin and the lesson")
+    check_kernel(lambda *x: flash_attention.flash_attention(*x, window),
+                 lambda *x: flash_attention.reference(*x, window), tensors)
+
+
+@pytest.mark.parametrize("blocks", [(128, 64), (64, 128), (32, 64)])
+def test_flash_attention_in_blocks_of_other_sizes(monkeypatch, blocks):
+    monkeypatch.setattr(flash_attention, "blocks_of", lambda q, window: ((*blocks, 4, 1),) * 3)
+    for window in (None, 90):
+        check_kernel(lambda *x: flash_attention.flash_attention(*x, window),                      # noqa: B023
+                     lambda *x: flash_attention.reference(*x, window), random(*[(1, 1, 260, 16)] * 3))    # noqa: B023
+
+
+def test_flash_attention_names_what_does_not_fit():
+    q, k, v = (x.float() for x in random((1, 3, 8, 16), (1, 2, 8, 16), (1, 2, 8, 16)))
+    with pytest.raises(ValueError, match="g must divide h"):
+        flash_attention.flash_attention(q, k, v)
+    with pytest.raises(ValueError, match="s be t or more"):
+        flash_attention.flash_attention(k, k[:, :, :5], v[:, :, :5])
+    with pytest.raises(ValueError, match="up to 256"):
+        flash_attention.flash_attention(*(torch.zeros(1, 1, 4, 300) for _ in range(3)))
+
+
+# ----------------------------------------------------------------------------------------------------- linear attention
+
+
+def gate(kind, b, h, t, d, seed=5):
+    shape = {"none": None, "constant": (1, h, 1, 1), "scalar": (b, h, t, 1), "vector": (b, h, t, d)}[kind]
+    return None if shape is None else -random(shape, seed=seed)[0].abs()
+
+
+@pytest.mark.parametrize("t", LENGTHS)
+@pytest.mark.parametrize("kind", ["none", "constant", "scalar", "vector"])
+def test_linear_attention(t, kind):
+    q, k, v, S = random((2, 2, t, 16), (2, 2, t, 16), (2, 2, t, 24), (2, 2, 16, 24))
+    g = gate(kind, 2, 2, t, 16)
+    wide = None if g is None else g.expand(2, 2, t, -1)
+    kernel, twin = (gla.gla, gla.reference) if kind == "vector" else (linear_attention.linear_attention,
+                                                                       linear_attention.reference)
+    for a, b in zip(twin(q, k, v, wide, S), linear.recurrent(q, k, v, g, S), strict=True):
+        check_close(a, b, 1e-11, "the twin and the lesson")
+    check_kernel(kernel, twin, (q, k, v, wide, S if t != 64 else None), 1e-4)       # a gate's gradient is a small difference
+
+
+@pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
+def test_linear_attention_in_segments(monkeypatch, kind):
+    module = gla if kind == "vector" else linear_attention
+    in_segments(monkeypatch, module, -3 if kind == "vector" else -2)
+    tensors = [*random((1, 2, 300, 16), (1, 2, 300, 16), (1, 2, 300, 16)), gate(kind, 1, 2, 300, 16),
+               *random((1, 2, 16, 16), seed=1)]
+    check_kernel(gla.gla if kind == "vector" else linear_attention.linear_attention, module.reference, tensors, 1e-4)
+
+
+@pytest.mark.parametrize("kind, d, e", [("none", 300, 16), ("scalar", 16, 300), ("vector", 140, 16), ("vector", 16, 140),
+                                        ("scalar", 5, 3)])
+def test_linear_attention_of_any_width(kind, d, e):
+    module, kernel = (gla, gla.gla) if kind == "vector" else (linear_attention, linear_attention.linear_attention)
+    tensors = [*random((1, 1, 20, d), (1, 1, 20, d), (1, 1, 20, e)), gate(kind, 1, 1, 20, d), *random((1, 1, d, e), seed=1)]
+    check_kernel(kernel, module.reference, tensors, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_strong_forgetting_does_not_overflow(kind):
+    """A gate that forgets all at some tokens and nothing at others, for which e^G and e^-G would not be numbers."""
+    q, k, v = random((1, 1, 100, 16), (1, 1, 100, 16), (1, 1, 100, 16))
+    g = gate(kind, 1, 1, 100, 16)
+    g[:, :, ::7] *= 1e3
+    g[:, :, 3::7] = 0
+    kernel, twin = (gla.gla, gla.reference) if kind == "vector" else (linear_attention.linear_attention,
+                                                                       linear_attention.reference)
+    check_close(twin(q, k, v, g)[0], linear.recurrent(q, k, v, g)[0], 1e-11, "the twin and the lesson")
+    check_kernel(kernel, twin, (q, k, v, g), 1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------- based
+
+
+def taylor_state(b, h, d, e):
+    k, v = random((b, h, 9, d), (b, h, 9, e), seed=3)
+    return based.Taylor().write(torch.zeros((), dtype=torch.float64), k, v)
+
+
+@pytest.mark.parametrize("t", LENGTHS)
+@pytest.mark.parametrize("d, e", [(16, 64), (8, 16), (5, 33)])
+def test_taylor_attention(t, d, e):
+    q, k, v = random((1, 2, t, d), (1, 2, t, d), (1, 2, t, e))
+    S = taylor_state(1, 2, d, e)
+    check_close(taylor_attention.features(q), based.taylor(q), 1e-12, "features, and their order")
+    o, after = taylor_attention.reference(q, k, v, S)
+    check_close(o, based.chunked(based.Taylor(), q, k, v, S)[0], 1e-11, "the twin and the lesson")
+    check_close(after, based.Taylor().write(S, k, v), 1e-11, "the state")
+    check_kernel(taylor_attention.taylor_attention, taylor_attention.reference, (q, k, v, S if t != 64 else None))
+
+
+def test_taylor_attention_in_segments_and_parts(monkeypatch):
+    in_segments(monkeypatch, taylor_attention, -3)
+    for e in (16, 72):
+        tensors = [*random((1, 2, 300, 8), (1, 2, 300, 8), (1, 2, 300, e)), taylor_state(1, 2, 8, e)]
+        check_kernel(taylor_attention.taylor_attention, taylor_attention.reference, tensors)
+
+
+@pytest.mark.parametrize("e", [24, 80])
+def test_the_encoders_state(e):
+    k, v = random((2, 2, 100, 16), (2, 2, 100, e))
+    inside = (torch.arange(100) < torch.tensor([[40], [100]]))[:, None]
+
+    def twin(k, v):
+        return taylor_attention.features(k).mT @ (based.with_one(v) * inside[..., None])
+    check_kernel(lambda k, v: taylor_attention.state_of(k, v, inside.to(k.device)), twin, (k, v))
+
+
+def test_taylor_attention_names_what_does_not_fit():
+    with pytest.raises(ValueError, match="up to 24"):
+        taylor_attention.taylor_attention(*(torch.zeros(1, 1, 4, 32) for _ in range(3)))
+
+
+# ------------------------------------------------------------------------------------------------------------ generation
+
+
+@pytest.mark.parametrize("d, e, gates", [(16, 16, None), (20, 33, 1), (32, 65, 32)])
+def test_a_step_of_linear_attention(d, e, gates):
+    q, k, v, S = random((2, 3, d), (2, 3, d), (2, 3, e), (2, 3, d, e))
+    g = None if gates is None else -random((2, 3, gates))[0].abs()
+    one = None if g is None else g[:, :, None]
+    twin = step.reference(q, k, v, g, S)
+    lesson = linear.recurrent(q[:, :, None], k[:, :, None], v[:, :, None], one, S)
+    check_close(twin[0], lesson[0][:, :, 0], 1e-12, "the twin and the lesson")
+    results = step.linear_step(*(x if x is None else x.float().to(DEVICE) for x in (q, k, v, g, S)))
+    for a, b in zip(results, twin, strict=True):
+        check_close(a.double().cpu(), b, 1e-5, "a step")
+
+
+@pytest.mark.parametrize("f, e, n, window", [(16, 64, 0, 64), (16, 64, 10, 64), (8, 24, 5, 5), (8, 16, 7, 8), (5, 16, 1, 1)])
+def test_a_step_of_based(f, e, n, window):
+    q, k, v, q_w, k_w, past_k, past_v = random(*[(2, 2, f)] * 2, *[(2, 2, e)] * 3, *[(2, 2, n, e)] * 2)
+    tensors = (q, k, v, taylor_state(2, 2, f, e), q_w, k_w, past_k, past_v)
+    results = step.based_step(*(x.float().to(DEVICE) for x in tensors), window)
+    for a, b in zip(results, step.based_reference(*tensors, window), strict=True):
+        check_close(a.double().cpu(), b, 1e-5, "a step")
+
+
+# ---------------------------------------------------------------------------------------------------------------- mixers
+
+
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_the_kernels_form_is_the_others(name):
+    """In values and all gradients; and what prefill and steps give on a GPU."""
+    mixer = make(name, torch.float32).to(DEVICE)
+    x, extras = inputs(mixer, 70, dtype=torch.float32)
+    x, extras = x.to(DEVICE), {key: value.to(DEVICE) for key, value in extras.items()}
+    results = [run(mixer, form, x, extras) for form in ("triton", "chunked")]
+    assert results[0].keys() == results[1].keys()
+    for what, exact in results[1].items():
+        kernels = torch.zeros_like(exact) if results[0][what] is None else results[0][what]          # not used
+        check_close(kernels, exact, 5e-4, f"{name}: {what}")
+    if GPU:
+        with torch.no_grad():
+            y, state = mixer.prefill(x[:, :60])
+            for i in range(60, 70):
+                y_t, state = mixer.step(x[:, i], state)
+                check_close(y_t, mixer(x, "recurrent")[:, i], 1e-3, f"{name}: step to {i}")
+
+
+def test_the_kernels_form_reads_a_prefix():
+    mixer = make("jrt", torch.float32).to(DEVICE)
+    x, _ = inputs(mixer, 70, dtype=torch.float32)
+    for prefix in (0, 1, 40, 70, torch.tensor([20, 64])):
+        results = [run(mixer, form, x.to(DEVICE), {"prefix": prefix}) for form in ("triton", "chunked")]
+        for what, exact in results[1].items():
+            kernels = torch.zeros_like(exact) if results[0][what] is None else results[0][what]
+            check_close(kernels, exact, 5e-4, f"prefix {prefix}: {what}")
+
+
+def test_the_kernels_form_is_refused_where_it_cannot_run(monkeypatch):
+    mixer = make("attention")
+    with pytest.raises(ValueError, match="does not do float64"):
+        mixer(torch.zeros(1, 4, D_MODEL, dtype=torch.float64), "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a GPU"):
+        mixer.float()(torch.zeros(1, 4, D_MODEL), "triton")
+    assert "triton" not in MIXERS["attention"](1024, n_heads=2).forms
+    assert "triton" not in MIXERS["based"](32, feature_dim=32).forms and "triton" in MIXERS["based"](32).forms
