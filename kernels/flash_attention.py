@@ -70,15 +70,15 @@ def sources_of(first, last, window, S, BN: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(q, k, v, m, l, acc, targets, start, d, e, scale, window, S, k_row, v_row, D: tl.constexpr,
+def softmax_step(q, k, v, m, l, acc, targets, start, d, e, window, S, k_row, v_row, SCALE: tl.constexpr, D: tl.constexpr,
                  E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
     """One block of sources more in the running maximum m, sum l and output acc."""
     cols = start + tl.arange(0, BN)
     s = tl.dot(q, tl.trans(load(k, cols, d, S, k_row, D, MASK)), input_precision=PRECISION)
     if MASK:
         s = tl.where(hidden(targets[:, None], cols[None, :], window), -1e30, s)
-    new = tl.maximum(m, tl.max(s, axis=1) * scale)
-    p, shrink = tl.exp2(s * scale - new[:, None]), tl.exp2(m - new)
+    new = tl.maximum(m, tl.max(s, axis=1) * SCALE)
+    p, shrink = tl.exp2(s * SCALE - new[:, None]), tl.exp2(m - new)
     acc = tl.dot(p.to(v.dtype.element_ty), load(v, cols, e, S, v_row, E, MASK), acc=acc * shrink[:, None],
                  input_precision=PRECISION)
     return new, l * shrink + tl.sum(p, axis=1), acc
@@ -90,7 +90,7 @@ def place(b_h, H, HEADS, T, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def forward_kernel(q, k, v, o, L, T, S, H, G, window, scale, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
                    BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     block, b_h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)                 # the longest first
     rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
@@ -99,13 +99,13 @@ def forward_kernel(q, k, v, o, L, T, S, H, G, window, scale, D: tl.constexpr, E:
     m, l, acc = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM, BE), tl.float32)
     begin, whole, diagonal = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
     for start in range(begin, whole, BN):
-        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, scale, window, S, G * D, G * E, D, E, BN,
+        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E, BN,
                                  True, PRECISION)
     for start in range(whole, diagonal, BN):
-        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, scale, window, S, G * D, G * E, D, E, BN,
+        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E, BN,
                                  False, PRECISION)
     for start in range(tl.maximum(whole, diagonal), tl.minimum(S, block * BM + BM + S - T), BN):
-        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, scale, window, S, G * D, G * E, D, E, BN,
+        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E, BN,
                                  True, PRECISION)
     o += place(b_h, H, H, T, E)
     tl.store(o + rows[:, None] * H * E + e[None, :], (acc / l[:, None]).to(o.dtype.element_ty),
@@ -122,11 +122,11 @@ def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def dq_step(q, k, v, do, L, delta, dq, targets, start, d, e, scale, window, S, k_row, v_row, D: tl.constexpr,
+def dq_step(q, k, v, do, L, delta, dq, targets, start, d, e, window, S, k_row, v_row, SCALE: tl.constexpr, D: tl.constexpr,
             E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
     cols = start + tl.arange(0, BN)
     k_i = load(k, cols, d, S, k_row, D, MASK)
-    p = tl.exp2(tl.dot(q, tl.trans(k_i), input_precision=PRECISION) * scale - L[:, None])
+    p = tl.exp2(tl.dot(q, tl.trans(k_i), input_precision=PRECISION) * SCALE - L[:, None])
     if MASK:
         p = tl.where(hidden(targets[:, None], cols[None, :], window), 0.0, p)
     dp = tl.dot(do, tl.trans(load(v, cols, e, S, v_row, E, MASK)), input_precision=PRECISION)
@@ -134,7 +134,7 @@ def dq_step(q, k, v, do, L, delta, dq, targets, start, d, e, scale, window, S, k
 
 
 @triton.jit
-def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, scale, D: tl.constexpr, E: tl.constexpr,
+def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
               BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     block, b_h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
@@ -146,21 +146,21 @@ def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, scale, D: tl.conste
     dq_i = tl.zeros((BM, BD), tl.float32)
     begin, whole, diagonal = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
     for start in range(begin, whole, BN):
-        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, scale, window, S, G * D, G * E, D, E,
+        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E,
                        BN, True, PRECISION)
     for start in range(whole, diagonal, BN):
-        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, scale, window, S, G * D, G * E, D, E,
+        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E,
                        BN, False, PRECISION)
     for start in range(tl.maximum(whole, diagonal), tl.minimum(S, block * BM + BM + S - T), BN):
-        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, scale, window, S, G * D, G * E, D, E,
+        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E,
                        BN, True, PRECISION)
     dq += place(b_h, H, H, T, D)
-    tl.store(dq + rows[:, None] * H * D + d[None, :], (dq_i * (scale * 0.6931471805599453)).to(dq.dtype.element_ty),
+    tl.store(dq + rows[:, None] * H * D + d[None, :], (dq_i * (SCALE * 0.6931471805599453)).to(dq.dtype.element_ty),
              mask=(rows[:, None] < T) & (d[None, :] < D))
 
 
 @triton.jit
-def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, scale, window, T, past, H, D: tl.constexpr,
+def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, window, T, past, H, SCALE: tl.constexpr, D: tl.constexpr,
              E: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
     """The tiles are transposed: sources down, targets across."""
     rows = start + tl.arange(0, BM)
@@ -170,7 +170,7 @@ def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, scale, window,
         delta_i = tl.load(delta + rows, mask=rows < T, other=0.0)
     else:
         L_i, delta_i = tl.load(L + rows), tl.load(delta + rows)
-    p = tl.exp2(tl.dot(k, tl.trans(q_i), input_precision=PRECISION) * scale - L_i[None, :])  # (s, t)
+    p = tl.exp2(tl.dot(k, tl.trans(q_i), input_precision=PRECISION) * SCALE - L_i[None, :])  # (s, t)
     if MASK:
         p = tl.where(hidden(rows[None, :] + past, sources[:, None], window), 0.0, p)
     dv = tl.dot(p.to(do_i.dtype), do_i, acc=dv, input_precision=PRECISION)
@@ -180,7 +180,7 @@ def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, scale, window,
 
 
 @triton.jit
-def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, scale, D: tl.constexpr, E: tl.constexpr,
+def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     block, b_g = tl.program_id(0), tl.program_id(1)                                          # the longest first
     sources, d, e = block * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BE)
@@ -197,16 +197,16 @@ def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, scale, D: tl.c
         q_h, do_h = q + place(b_h, H, H, T, D), do + place(b_h, H, H, T, E)
         for start in range(begin, tl.minimum(diagonal, end), BM):
             dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
-                                  scale, window, T, past, H, D, E, BM, True, PRECISION)
+                                  window, T, past, H, SCALE, D, E, BM, True, PRECISION)
         for start in range(diagonal, whole, BM):
             dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
-                                  scale, window, T, past, H, D, E, BM, False, PRECISION)
+                                  window, T, past, H, SCALE, D, E, BM, False, PRECISION)
         for start in range(whole, end, BM):
             dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
-                                  scale, window, T, past, H, D, E, BM, True, PRECISION)
+                                  window, T, past, H, SCALE, D, E, BM, True, PRECISION)
     inside = sources[:, None] < S
     tl.store(dk + key + sources[:, None] * G * D + d[None, :],
-             (dk_i * (scale * 0.6931471805599453)).to(dk.dtype.element_ty), mask=inside & (d[None, :] < D))
+             (dk_i * (SCALE * 0.6931471805599453)).to(dk.dtype.element_ty), mask=inside & (d[None, :] < D))
     tl.store(dv + value + sources[:, None] * G * E + e[None, :], dv_i.to(dv.dtype.element_ty),
              mask=inside & (e[None, :] < E))
 
@@ -214,17 +214,16 @@ def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, scale, D: tl.c
 def settings(q, k, v, window):
     """Sizes, and the blocks and launch options that were fastest on an H100."""
     (b, t, h, d), (_, s, g, e) = q.shape, v.shape
-    scale = d ** -0.5 * LOG2E
-    shape = (t, s, h, g, s if window is None else min(window, s), scale)
-    sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "BE": max(16, triton.next_power_of_2(e)),
-             "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
+    shape = (t, s, h, g, s if window is None else min(window, s))
+    sizes = {"SCALE": d ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "BE": max(16, triton.next_power_of_2(e)),
+             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
     return shape, sizes, blocks_of(q, window)
 
 
 def blocks_of(q, window):
     """(BM, BN, warps, stages) of the three kernels: forward, dq, dk and dv."""
-    if q.dtype == torch.float32 or q.shape[-1] > 128:
-        return (64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)
+    if q.dtype == torch.float32 or q.shape[-1] > 128:                # float32: exact and slow, no tensor cores
+        return (64, 32, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1)
     if q.shape[-1] > 64:
         return (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)
     if window is not None and window <= 256:

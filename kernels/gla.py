@@ -24,10 +24,10 @@ import triton.language as tl
 CHUNK = 64
 
 
-def levels(t):
-    """For a chunk of t tokens, at each cut h = 1, 2, 4, ...: W, (W g)_i the exponent of token i as a target or a source, and
-    which pairs (t, s) are cut."""
-    i = torch.arange(t)
+def levels(t, device):
+    """For a chunk of t tokens, at each cut h = 1, 2, 4, ...: W, (W g)_i the exponent of token i as a target or a source,
+    and which pairs (t, s) are cut."""
+    i = torch.arange(t, device=device)
     t, s = i[:, None], i[None, :]
     h = 1
     while h < len(i):
@@ -39,18 +39,18 @@ def levels(t):
 def reference(q, k, v, g, state=None):
     """The kernel's loop over chunks. q, k, g: (b, h, t, d), v: (b, h, t, e), state: (b, h, d, e) or None. Returns o: (b, h,
     t, e) and the state after."""
-    S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
-    o = []
-    for rows in torch.arange(q.shape[2]).split(CHUNK):
-        q_i, k_i, v_i, g_i = (x[:, :, rows] for x in (q, k, v, g))
-        M = (q_i @ k_i.mT) * torch.eye(len(rows), dtype=q.dtype)
-        for W, cut in levels(len(rows)):
+    more, o = torch.promote_types(q.dtype, torch.float32), []
+    S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=more) if state is None else state
+    for i in range(0, q.shape[2], CHUNK):
+        q_i, k_i, v_i, g_i = (x[:, :, i:i + CHUNK] for x in (q, k, v, g))
+        M = (q_i @ k_i.mT) * torch.eye(q_i.shape[2], device=q.device)
+        for W, cut in levels(q_i.shape[2], q.device):
             X = (W.to(g.dtype) @ g_i).exp()
-            M = M + (q_i * X) @ (k_i * X).mT * cut
+            M = M + ((q_i * X).to(q.dtype) @ (k_i * X).to(k.dtype).mT) * cut
         G = g_i.cumsum(dim=2)
         whole = G[:, :, -1:]
-        o.append(M @ v_i + (q_i * G.exp()) @ S)
-        S = whole.exp().mT * S + (k_i * (whole - G).exp()).mT @ v_i
+        o.append(M.to(v.dtype) @ v_i + (q_i * G.exp()).to(q.dtype) @ S.to(q.dtype))
+        S = whole.exp().mT * S + (k_i * (whole - G).exp()).to(k.dtype).mT @ v_i
     return torch.cat(o, dim=2), S
 
 
@@ -243,8 +243,9 @@ def settings(q, v):
     """Sizes and segments, and the launch options that were fastest on an H100."""
     b, t, h, d, e = *q.shape, v.shape[-1]
     sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1,
-             "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32", "num_stages": 2,
-             "num_warps": 4 if max(d, e) <= 64 else 8}
+             "PRECISION": "tf32", "num_stages": 2, "num_warps": 4 if max(d, e) <= 64 else 8}
+    if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
+        sizes |= {"C": CHUNK // 2, "LEVELS": sizes["LEVELS"] - 1, "PRECISION": "ieee", "num_stages": 1, "num_warps": 8}
     segments = max(1, min(256 // (b * h), t // 512))
     segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
     return sizes, (t, h, segment), (triton.cdiv(t, segment), b * h), max(16, triton.next_power_of_2(e))

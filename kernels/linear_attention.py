@@ -30,17 +30,19 @@ CHUNK = 64
 
 
 def reference(q, k, v, g=None, state=None):
-    """The kernel's loop over chunks. q, k: (b, h, t, d), v: (b, h, t, e), g: log decay (b, h, t, 1) or None, state:
-    (b, h, d, e) or None. Returns o: (b, h, t, e) and the state after."""
-    S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
-    g, o = q.new_zeros(*q.shape[:3], 1) if g is None else g, []
-    for rows in torch.arange(q.shape[2]).split(CHUNK):
-        q_i, k_i, v_i = q[:, :, rows], k[:, :, rows], v[:, :, rows]
-        G = g[:, :, rows].cumsum(dim=2)
-        P = q_i @ k_i.mT * (G - G.mT).tril().exp()
-        o.append(P.tril() @ v_i + G.exp() * (q_i @ S))
+    """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q, k: (b, h,
+    t, d), v: (b, h, t, e), g: log decay (b, h, t, 1) or None, state: (b, h, d, e) or None. Returns o: (b, h, t, e) and
+    the state after."""
+    more = torch.promote_types(q.dtype, torch.float32)
+    S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=more) if state is None else state
+    g, o = q.new_zeros(*q.shape[:3], 1, dtype=more) if g is None else g, []
+    for i in range(0, q.shape[2], CHUNK):
+        q_i, k_i, v_i, g_i = (x[:, :, i:i + CHUNK] for x in (q, k, v, g))
+        G = g_i.cumsum(dim=2)
+        P = ((q_i @ k_i.mT) * (G - G.mT).tril().exp()).tril()
+        o.append((P.to(v.dtype) @ v_i + G.exp() * (q_i @ S.to(q.dtype))).to(v.dtype))
         whole = G[:, :, -1:]
-        S = whole.exp() * S + (k_i * (whole - G).exp()).mT @ v_i
+        S = whole.exp() * S + (k_i * (whole - G).exp()).to(k.dtype).mT @ v_i
     return torch.cat(o, dim=2), S
 
 
@@ -161,20 +163,20 @@ def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, d
         g += b_h // H * g_b + b_h % H * g_h
     d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, T, D), place(b_h, H, T, E)
     if role == 0:
-        S = enter(dS_T, dstates, decays, d, block, n, b_h, N, E, 1, D, E, True)
-        S, _ = walk(k + key, q + key, do + value, g, dv + value, S, block, start, end, H, g_t, D, E, BD, C, True, True,
+        R = enter(dS_T, dstates, decays, d, block, n, b_h, N, E, 1, D, E, True)
+        R, _ = walk(k + key, q + key, do + value, g, dv + value, R, block, start, end, H, g_t, D, E, BD, C, True, True,
                     PRECISION)
         if dS0 is not None:
             if n == 0:
                 at, inside = state_tile(dS0 + b_h * D * E, d, block, E, 1, D, E)
-                tl.store(at, S, mask=inside)
+                tl.store(at, R, mask=inside)
     elif role == 1:
-        S = enter(dS_T, dstates, decays, e, block, n, b_h, N, 1, E, E, D, True)
-        walk(v + value, do + value, q + key, g, dk + key, S, block, start, end, H, g_t, E, D, BE, C, True, True,
+        R_T = enter(dS_T, dstates, decays, e, block, n, b_h, N, 1, E, E, D, True)
+        walk(v + value, do + value, q + key, g, dk + key, R_T, block, start, end, H, g_t, E, D, BE, C, True, True,
              PRECISION)
     else:
-        S = enter(S0, states, decays, e, block, n, b_h, N, 1, E, E, D, False)
-        walk(do + value, v + value, k + key, g, dq + key, S, block, start, end, H, g_t, E, D, BE, C, False, True,
+        S_T = enter(S0, states, decays, e, block, n, b_h, N, 1, E, E, D, False)
+        walk(do + value, v + value, k + key, g, dq + key, S_T, block, start, end, H, g_t, E, D, BE, C, False, True,
              PRECISION)
 
 
@@ -182,9 +184,10 @@ def settings(q, v, g):
     """Sizes, strides and segments, and the blocks of value columns and launch options that were fastest on an H100."""
     b, t, h, d, e = *q.shape, v.shape[-1]
     block = 32 if g is None and b * h * triton.cdiv(e, 64) < 128 or max(d, e) > 128 else 64
-    sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "C": CHUNK,
-             "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32", "num_warps": 4,
-             "num_stages": 1 if q.dtype == torch.float32 else 2 if max(d, e) > 64 else 4 if block == 32 else 3}
+    sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "C": CHUNK, "PRECISION": "tf32", "num_warps": 4,
+             "num_stages": 2 if max(d, e) > 64 else 4 if block == 32 else 3}
+    if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
+        block, sizes = 32, sizes | {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
     segments = max(1, min((128 if g is None else 256) // (b * h * triton.cdiv(e, block)), t // 1024))
     segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
     strides = (0, 0, 0) if g is None else g.stride()[:3]
@@ -227,7 +230,7 @@ class LinearAttention(torch.autograd.Function):
         exact = ctx.needs_input_grad[3]                                  # dg is a sum of small differences
         dq, dk = (torch.empty_like(x, dtype=torch.float32 if exact else x.dtype) for x in (q, k))
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
-        block = 64 if max(q.shape[-1], v.shape[-1]) <= 128 else 32
+        block = block if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
         sizes["num_stages"] = min(sizes["num_stages"], 4 if g is None else 2)
         blocks = triton.cdiv(max(q.shape[-1], v.shape[-1]), block)
         backward_kernel[(3 * blocks, *grid)](

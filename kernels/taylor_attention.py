@@ -58,16 +58,18 @@ def features(x):
 
 
 def reference(q, k, v, state=None):
-    """The kernel's loop over chunks. q, k: (b, h, t, d), v: (b, h, t, e), state: (b, h, F, e + 1), z in its last column,
-    or None. Returns o: (b, h, t, e) and the state after."""
-    v, o = F.pad(v, (0, 1), value=1.0), []
-    S = 0 if state is None else state
-    for rows in torch.arange(q.shape[2]).split(CHUNK):
-        q_i, k_i, v_i = q[:, :, rows], k[:, :, rows], v[:, :, rows]
-        s = q_i @ k_i.mT * q.shape[-1] ** -0.5
+    """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q, k: (b, h,
+    t, d), v: (b, h, t, e), state: (b, h, F, e + 1), z in its last column, or None. Returns o: (b, h, t, e) and the state
+    after."""
+    more, v, o = torch.promote_types(q.dtype, torch.float32), F.pad(v, (0, 1), value=1.0), []
+    S = features(k[:, :, :1].to(more)).mT @ v[:, :, :1].to(more) * 0 if state is None else state
+    for i in range(0, q.shape[2], CHUNK):
+        q_i, k_i, v_i = (x[:, :, i:i + CHUNK] for x in (q, k, v))
+        s = (q_i @ k_i.mT).to(more) * q.shape[-1] ** -0.5
         P = (1 + s + s * s / 2).tril()
-        o_i = P @ v_i + (0 if rows[0] == 0 and state is None else features(q_i) @ S)
-        o.append(o_i[..., :-1] / o_i[..., -1:])
+        o_i = (P.to(v.dtype) @ v_i).to(more) + features(q_i) @ S.to(q.dtype)
+        z_i = P.sum(dim=-1, keepdim=True) + features(q_i.to(more)) @ S[..., -1:]
+        o.append((o_i[..., :-1] / z_i).to(v.dtype))
         S = S + features(k_i).mT @ v_i
     return torch.cat(o, dim=2), S
 
@@ -310,8 +312,9 @@ def settings(q, v):
     b, t, h, d, e = *q.shape, v.shape[-1]
     E, weights, features = feature_table(d, q.dtype, q.device)
     sizes = {"D": d, "VALUES": e, "BD": E.shape[1], "C": CHUNK, "FEATURES": features, "TILES": E.shape[2] // 64,
-             "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32", "num_warps": 4,
-             "num_stages": 1 if q.dtype == torch.float32 else 3}
+             "PRECISION": "tf32", "num_warps": 4 if d <= 16 else 8, "num_stages": 3 if d <= 16 else 2}
+    if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
+        sizes |= {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
     segments = max(1, min(256 // (b * h), t // 1024))
     segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
     return (E, weights), sizes, (t, h, segment), (triton.cdiv(t, segment), b * h), max(16, triton.next_power_of_2(e))
