@@ -2,9 +2,12 @@
 
     python experiments/throughput.py [--quick]
 
-Tokens per second of a whole model: one prefill of `length` tokens, then steps behind it; and the bytes of state. The
-crossover is the length from which on a mixer generates faster than attention. Writes throughput.csv and .png.
+Tokens per second of a whole model: one prefill of `length` tokens, then steps behind it; the bytes of state, and the
+peak of memory. On a GPU in bfloat16. The crossover is the length from which on a mixer generates faster than attention.
+First, at equal width and depth, 1024 tokens for each of 128 prompts, as in Based's Figure. Writes throughput.csv and
+.png. (Attention's cache is lesson 01's: it grows by a copy a token, so that earlier states stay what they were.)
 """
+import sys
 import time
 
 import lab
@@ -25,18 +28,23 @@ def now():
 def measure(cell):
     flags = {name: value for name, value in cell.items() if name not in ("length", "batch", "new_tokens")}
     args = lab.parsed(flags)
-    model = train.build_model(args, args.vocab_size).to(DEVICE).eval()
+    model = train.build_model(args, args.vocab_size).to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else None).eval()
     ids = torch.randint(0, args.vocab_size, (cell["batch"], cell["length"]), device=DEVICE)
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
-        model.prefill(ids[:, :64])                               # warm up
-        start = now()
-        _, states = model.prefill(ids)
-        prefill = now() - start
-        start = now()
-        for _ in range(cell["new_tokens"]):
-            _, states = model.step(ids[:, 0], states)
-        steps = now() - start
-    return {"prefill_tokens_per_s": round(ids.numel() / prefill),
+    _, states = model.prefill(ids)                               # warm up
+    for _ in range(3):
+        _, states = model.step(ids[:, 0], states)
+    del states
+    torch.cuda.reset_peak_memory_stats() if DEVICE == "cuda" else None
+    start = now()
+    _, states = model.prefill(ids)
+    prefill = now() - start
+    start = now()
+    for _ in range(cell["new_tokens"]):
+        _, states = model.step(ids[:, 0], states)
+    steps = now() - start
+    return {"peak_bytes": torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "prefill_tokens_per_s": round(ids.numel() / prefill),
             "generated_tokens_per_s": round(cell["batch"] * cell["new_tokens"] / steps),
             "state_bytes": lab.state_bytes(flags, cell["length"])}
 
@@ -47,7 +55,16 @@ if __name__ == "__main__":
     lengths = (64, 256) if args.quick else (512, 1024, 2048, 4096, 8192, 16384, 32768)
     size = {"batch": 2, "new_tokens": 8} if args.quick else {"batch": 16, "new_tokens": 64}
     cells = [common | {"mixer": mixer} | {"length": t} | size for mixer in MIXERS for t in lengths]
+    if not args.quick:
+        large = {"n_layers": 12, "d_model": 1024, "n_heads": 16}
+        cells = [large | {"mixer": mixer, "length": 1024, "batch": 128, "new_tokens": 1024}
+                 for mixer in ("attention", "based", "linear_attention")] + cells
     rows = lab.sweep(args, "throughput", cells, measure)
+    for row in (row for row in rows if row["new_tokens"] == 1024):
+        print(f"{row['mixer']:20} {row['generated_tokens_per_s'] / 1000:8.2f} tokens/ms, {row['peak_bytes'] / 1e9:6.1f} GB")
+    rows = [row for row in rows if row["new_tokens"] != 1024]
+    if not rows:
+        sys.exit()
     columns = {"prefill_tokens_per_s": "prefill, tokens/s", "generated_tokens_per_s": "generation, tokens/s",
                "state_bytes": "state, bytes a sequence"}
     fig, axes = lab.figure(15, 4.5, columns=3)

@@ -54,10 +54,10 @@ def error(x, exact):
     return ((x.double() - exact).norm() / (size if size > 1e-3 else exact.numel() ** 0.5)).item()
 
 
-def check(kernel, twin, rival, shapes, names, lengths=LENGTHS):
+def check(kernel, twin, rival, shapes, names, lengths=LENGTHS, loose=()):
     """Print errors in bfloat16 against the twin in float64, of the kernel and of a rival (name, function), for outputs
     and gradients. Raises AssertionError where the kernel's is above 1.5 times the rival's and above 2^-7, bfloat16's
-    spacing."""
+    spacing; for the gradients named in `loose`, above 0.05."""
     print(f"relative errors in bfloat16, kernel / {rival[0]}: {', '.join(['o', *('d' + name for name in names)])}")
     for t in lengths:
         tensors = shapes(t)
@@ -66,7 +66,7 @@ def check(kernel, twin, rival, shapes, names, lengths=LENGTHS):
                  for f in (kernel, rival[1])]
         print(f"  t = {t:5}  " + "  ".join(f"{a:.1e} / {b:.1e}" for a, b in zip(*pairs, strict=True)), flush=True)
         for name, a, b in zip(["o", *names], *pairs, strict=True):
-            assert a <= max(1.5 * b, 2 ** -7), f"t = {t}, {name}: error {a:.1e}, {rival[0]} {b:.1e}"
+            assert a <= max(1.5 * b, 0.05 if name in loose else 2 ** -7), f"t = {t}, {name}: error {a:.1e}, {rival[0]} {b:.1e}"
 
 
 def timed(candidates, rounds=3, ms=50):

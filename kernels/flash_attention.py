@@ -76,8 +76,8 @@ def softmax_step(q, k, v, m, l, acc, targets, start, d, e, window, S, k_row, v_r
     cols = start + tl.arange(0, BN)
     s = tl.dot(q, tl.trans(load(k, cols, d, S, k_row, D, MASK)), input_precision=PRECISION)
     if MASK:
-        s = tl.where(hidden(targets[:, None], cols[None, :], window), -1e30, s)
-    new = tl.maximum(m, tl.max(s, axis=1) * SCALE)
+        s = tl.where(hidden(targets[:, None], cols[None, :], window), float("-inf"), s)
+    new = tl.maximum(m, tl.max(s, axis=1) * SCALE)               # finite, as m is from the start: no inf - inf
     p, shrink = tl.exp2(s * SCALE - new[:, None]), tl.exp2(m - new)
     acc = tl.dot(p.to(v.dtype.element_ty), load(v, cols, e, S, v_row, E, MASK), acc=acc * shrink[:, None],
                  input_precision=PRECISION)

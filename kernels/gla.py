@@ -240,25 +240,26 @@ def dkv_kernel(q, k, v, g, do, dS_T, states, decays, dk, dv, dS0, T, H, segment,
 
 
 def settings(q, v):
-    """Sizes and segments, and the launch options that were fastest on an H100."""
+    """Sizes and segments, and the launch options that were fastest on an H100. A state is always a tile of 64 x 64: with
+    narrower ones, Triton 3.6 makes wrong gradients of 16-bit inputs."""
     b, t, h, d, e = *q.shape, v.shape[-1]
-    sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1,
-             "PRECISION": "tf32", "num_stages": 2, "num_warps": 4 if max(d, e) <= 64 else 8}
+    sizes = {"D": d, "E": e, "BD": 64, "BE": 64, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "PRECISION": "tf32",
+             "num_stages": 2, "num_warps": 4}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         sizes |= {"C": CHUNK // 2, "LEVELS": sizes["LEVELS"] - 1, "PRECISION": "ieee", "num_stages": 1, "num_warps": 8}
     segments = max(1, min(256 // (b * h), t // 512))
     segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
-    return sizes, (t, h, segment), (triton.cdiv(t, segment), b * h), max(16, triton.next_power_of_2(e))
+    return sizes, (t, h, segment), (triton.cdiv(t, segment), b * h)
 
 
 def segment_states(k, v, g, reverse):
     """The states that the segments leave from zero: (b h, segments, d, e), and the sums of g in each. None for one."""
-    sizes, shape, grid, BE = settings(k, v)
+    sizes, shape, grid = settings(k, v)
     if grid[0] == 1:
         return None, None
     states = torch.empty(grid[1], grid[0], k.shape[-1], v.shape[-1], device=k.device)
     decays = torch.empty(grid[1], grid[0], k.shape[-1], device=k.device)
-    segment_kernel[(1, *grid)](k, v, g, states, decays, *shape, BE=BE, REVERSE=reverse, **sizes)
+    segment_kernel[(1, *grid)](k, v, g, states, decays, *shape, REVERSE=reverse, **sizes)
     return states, decays
 
 
@@ -267,10 +268,10 @@ class GLA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, S0):
-        sizes, shape, grid, BE = settings(q, v)
+        sizes, shape, grid = settings(q, v)
         o, S_T = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
         states, decays = segment_states(k, v, g, False)
-        forward_kernel[(1, *grid)](q, k, v, g, S0, states, decays, o, S_T, *shape, BE=BE, **sizes)
+        forward_kernel[(1, *grid)](q, k, v, g, S0, states, decays, o, S_T, *shape, **sizes)
         ctx.save_for_backward(q, k, v, g, S0, states, decays, S_T)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -281,12 +282,12 @@ class GLA(torch.autograd.Function):
         q, k, v, g, S0, states, decays, S_T = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS_T = None if dS_T is None else dS_T.contiguous()
-        sizes, shape, grid, BE = settings(q, v)
+        sizes, shape, grid = settings(q, v)
         dq, dk = (torch.empty_like(x, dtype=torch.float32) for x in (q, k))              # dg is a sum of small differences
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
         dstates, ddecays = segment_states(q, do, g, True)
-        dq_kernel[(1, *grid)](k, v, g, do, S0, states, decays, dq, *shape, BE=BE, **sizes)
-        dkv_kernel[(1, *grid)](q, k, v, g, do, dS_T, dstates, ddecays, dk, dv, dS0, *shape, BE=BE, **sizes)
+        dq_kernel[(1, *grid)](k, v, g, do, S0, states, decays, dq, *shape, **sizes)
+        dkv_kernel[(1, *grid)](q, k, v, g, do, dS_T, dstates, ddecays, dk, dv, dS0, *shape, **sizes)
         dG = q * dq - k * dk                                                                 # (b, t, h, d)
         if dS_T is not None:
             dG[:, -1] += (S_T * dS_T).sum(dim=-1)
@@ -303,16 +304,14 @@ def gla(q, k, v, g, state=None):
 
     q, k: (b, h, t, d), v: (b, h, t, e), of one dtype, float32 or 16 bits; g: log decay, at most 0, four axes that
     broadcast to (b, h, t, d); state: (b, h, d, e) or None. Returns o: (b, h, t, e) and the state, float32. The state of a
-    head is on chip, up to 128 x 128 numbers of it (64 x 64 in float32); wider heads are done in parts, as in kernels.linear_attention."""
+    head is on chip, up to 64 x 64 numbers of it; wider heads are done in parts, as in kernels.linear_attention."""
     d, e, g = q.shape[-1], v.shape[-1], g.expand(q.shape)
-    most = 64 if q.dtype == torch.float32 else 128
-    if d > most:
+    if d > 64:
         parts = [gla(q[..., i], k[..., i], v, g[..., i], None if state is None else state[:, :, i])
-                 for i in (slice(0, most), slice(most, d))]
+                 for i in (slice(0, 64), slice(64, d))]
         return parts[0][0] + parts[1][0], torch.cat([S for _, S in parts], dim=2)
-    if e > most:
-        parts = [gla(q, k, v[..., i], g, None if state is None else state[..., i])
-                 for i in (slice(0, most), slice(most, e))]
+    if e > 64:
+        parts = [gla(q, k, v[..., i], g, None if state is None else state[..., i]) for i in (slice(0, 64), slice(64, e))]
         return tuple(torch.cat(pair, dim=-1) for pair in zip(*parts, strict=True))
     q, k, v, g = (F.pad(x, (0, -x.shape[-1] % 16)) for x in (q, k, v, g.float()))
     if state is not None:
@@ -331,7 +330,7 @@ def main():
 
     def decayed(f):
         return lambda q, k, v, g: f(q, k, v, -g.abs() / 16)[0]
-    bench.check(decayed(gla), decayed(reference), ("twin", decayed(reference)), shapes, "qkvg")
+    bench.check(decayed(gla), decayed(reference), ("twin", decayed(reference)), shapes, "qkvg", loose="g")
     rows = []
     for t in (2048, 8192, 32768):
         tensors = shapes(t, 32768 // t, 16)

@@ -14,7 +14,8 @@ The gradients are the same walk, with the arguments in other places. From dP_ts 
 
     dV = walk(K, Q, dO) backwards in time      dK = walk(V, dO, Q) backwards      dQ = walk(dO, V, K) forwards
 
-and dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone.
+and dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone. (A small difference of large
+sums: of the gradients, g's is the one that suffers from 16 bits, the more the longer the sequence.)
 
 Few heads leave most of the GPU idle. Then the sequence is cut into segments: a first pass finds the state that each
 segment would leave from zero; in a second, each starts from those before it, added up, and all segments run at once.
@@ -292,7 +293,7 @@ def main():
           "qkv")
     print("with a decay for each token")
     check(decayed(linear_attention), decayed(reference), ("twin", decayed(reference)),
-          lambda t: (*shapes(t), bench.random((1, 4, t, 1), dtype=torch.float32)[0]), "qkvg")
+          lambda t: (*shapes(t), bench.random((1, 4, t, 1), dtype=torch.float32)[0]), "qkvg", loose="g")
     rows = []
     for t in (2048, 8192, 32768):
         b, scale = 32768 // t, 64 ** -0.5

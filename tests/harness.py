@@ -50,7 +50,7 @@ def run(mixer, form, x, extras):
     x = x.clone().requires_grad_()
     mixer.zero_grad()
     y = mixer(x, form, **extras)
-    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).sin()).sum().backward()
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y).sin()).sum().backward()
     gradients = {f"gradient of {name}": p.grad for name, p in mixer.named_parameters()}
     return {"output": y.detach(), "gradient of x": x.grad} | gradients
 
