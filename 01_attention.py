@@ -233,8 +233,8 @@ class Attention(nn.Module):
 
     d_model: width c, a multiple of n_heads. n_kv_heads: g, a divisor of n_heads (default: n_heads). window: how many
     tokens a token sees, itself included (default: all before it). rope: rotate q and k. forward and prefill take
-    real: (b, t) bool, False at padding, which no token then looks at; the kernel knows no padding: then the chunked form
-    runs in its place. ValueError for sizes that do not fit."""
+    real: (b, t) bool, False at padding, which no token then looks at; the kernel knows no padding, so there the chunked
+    form runs. ValueError for sizes that do not fit."""
     forms = ("chunked", "parallel", "recurrent", "triton")
     causal = True
 

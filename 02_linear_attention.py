@@ -132,8 +132,8 @@ def scanned(q, k, v, g=None, state=None):
 
 
 def triton(q, k, v, g=None, state=None):
-    """The same as one kernel, on a GPU: kernels/linear_attention.py, for a decay of each channel kernels/gla.py, and for a
-    single token kernels/step.py. q, k and v are brought to v's dtype, which may be of 16 bits."""
+    """The same as one kernel, on a GPU: kernels/linear_attention.py; kernels/gla.py for a decay of each channel;
+    kernels/step.py for a single token. q and k are brought to v's dtype, which may be of 16 bits."""
     from kernels.gla import gla
     from kernels.linear_attention import linear_attention
     from kernels.step import linear_step
@@ -449,8 +449,8 @@ class LinearMixer(nn.Module):
     finish(o, more)   -> y
 
     where carry is what projecting needs of the past: the number of tokens so far, or the inputs that a convolution
-    still sees. A state is (carry, S). Forms run in float32 or better, also under autocast; but the kernel takes what it is
-    given, and sums in float32."""
+    still sees. A state is (carry, S). Forms run in float32 or better, also under autocast; but the kernel takes q, k, v
+    as they are, and sums in float32."""
     forms = ("chunked", "parallel", "recurrent", "triton")
     causal = True
     functions = {"parallel": parallel, "chunked": chunked, "recurrent": recurrent, "scan": scanned, "triton": triton}

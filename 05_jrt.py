@@ -41,7 +41,7 @@ KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also run
 
 # ------------------------------------------------------------------------------------------ prefix linear attention
 #
-# q, k, and the encoder's k', here after phi: (b, h, t, D); v, v': (b, h, t, e). `inside`: (b, 1, t, 1), 1 in the prefix,
+# q, k, and the encoder's k', after phi: (b, h, t, D); v, v': (b, h, t, e). `inside`: (b, 1, t, 1), 1 in the prefix,
 # 0 after it. A state S = sum phi(k) [v, 1]^T: (b, h, D, e + 1), with the normaliser in its last column.
 
 

@@ -1,8 +1,9 @@
 """What the kernels' own tables share: the device's limits, errors beside a rival's, timings in turns. Run on a GPU.
 
-Timings are medians of triton.testing.do_bench, the candidates in turns in one process, on random inputs, from the call to
-the result: what the host spends on a launch counts where the GPU waits for it. `limit` is the time that the device would
-need at least, for the bytes at its copy bandwidth or the FLOPs at its matmul rate, whichever is longer.
+Timings are medians of triton.testing.do_bench, the candidates in turns in one process, on random inputs, from the
+call to the result: what the host spends on a launch counts where the GPU waits for it. `limit` is the time that the
+device would need at least, for the bytes at its copy bandwidth or the FLOPs at its matmul rate, whichever is
+longer.
 """
 import platform
 import statistics
@@ -55,9 +56,9 @@ def error(x, exact):
 
 
 def check(kernel, twin, rival, shapes, names, lengths=LENGTHS, loose=()):
-    """Print errors in bfloat16 against the twin in float64, of the kernel and of a rival (name, function), for outputs
-    and gradients. Raises AssertionError where the kernel's is above 1.5 times the rival's and above 2^-7, bfloat16's
-    spacing; for the gradients named in `loose`, above 0.05."""
+    """Print errors in bfloat16 against the twin in float64, of the kernel and of a rival (name, function), for
+    outputs and gradients. Raises AssertionError where the kernel's is above 1.5 times the rival's and above 2^-7,
+    bfloat16's spacing; for the gradients named in `loose`, above 0.05."""
     print(f"relative errors in bfloat16, kernel / {rival[0]}: {', '.join(['o', *('d' + name for name in names)])}")
     for t in lengths:
         tensors = shapes(t)
@@ -66,7 +67,8 @@ def check(kernel, twin, rival, shapes, names, lengths=LENGTHS, loose=()):
                  for f in (kernel, rival[1])]
         print(f"  t = {t:5}  " + "  ".join(f"{a:.1e} / {b:.1e}" for a, b in zip(*pairs, strict=True)), flush=True)
         for name, a, b in zip(["o", *names], *pairs, strict=True):
-            assert a <= max(1.5 * b, 0.05 if name in loose else 2 ** -7), f"t = {t}, {name}: error {a:.1e}, {rival[0]} {b:.1e}"
+            allowed = max(1.5 * b, 0.05 if name in loose else 2 ** -7)
+            assert a <= allowed, f"t = {t}, {name}: error {a:.1e}, {rival[0]} {b:.1e}"
 
 
 def timed(candidates, rounds=3, ms=50):
@@ -90,9 +92,9 @@ def forward_and_backward(f, tensors):
 
 
 def compare(rows, rates, gradients=True):
-    """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of the
-    forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the others' times
-    as multiples of it."""
+    """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs
+    of the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the
+    others' times as multiples of it."""
     print(f"{'':38}{'limit':>8}{'share':>7}   forward, ms" + " " * 45 + ("forward + backward, ms" if gradients else ""))
     for name, candidates, tensors, n_bytes, flops in rows:
         pairs = {c: forward_and_backward(f, tensors) for c, f in candidates.items()}
@@ -102,5 +104,6 @@ def compare(rows, rates, gradients=True):
             mine = next(iter(times.values()))
             if i == 0:
                 line = f"{name:38}{limit:8.3f}{limit / mine:7.0%}   "
-            line += f"{'  '.join(f'{c} {t:.3f}' + (f' ({t / mine:.2f}x)' if t != mine else '') for c, t in times.items()):56}"
+            parts = (f"{c} {t:.3f}" + (f" ({t / mine:.2f}x)" if t != mine else "") for c, t in times.items())
+            line += f"{'  '.join(parts):56}"
         print(line.rstrip(), flush=True)

@@ -1,19 +1,21 @@
-"""FlashAttention: causal softmax attention with an optional window and shared key heads; the t x t matrix never in memory.
+"""FlashAttention: causal softmax attention with an optional window and shared key heads; the t x t matrix never in
+memory.
 
     P = 2^(S - m),  S = log2(e) Q K^T / sqrt(d);   l <- 2^(m - m') l + rowsum P;   O <- 2^(m - m') O + P V    m: rowmax
 
-A program owns a block of targets and walks over the blocks of sources that they see: first those that are seen whole, then
-those on the diagonal (and at the window's edge), which need a mask. Two products of 2 d FLOPs for a pair (t, s), half of
-all pairs: at t = 8192 an H100 could do them in 0.76 ms (32768 tokens, 16 heads of 64), and the 2 t^2 powers of two for a
-head in 0.58 on a unit of their own. Bound by arithmetic: each token's 8 d bytes are moved in no time.
+A program owns a block of targets and walks over the blocks of sources that they see: first those that are seen
+whole, then those on the diagonal (and at the window's edge), which need a mask. Two products of 2 d FLOPs for a
+pair (t, s), half of all pairs: at t = 8192 an H100 could do them in 0.76 ms (32768 tokens, 16 heads of 64), and the
+2 t^2 powers of two for a head in 0.58 on a unit of their own. Bound by arithmetic: each token's 8 d bytes are moved
+in no time.
 
 Backward, with L = m + log2 l and D = rowsum(dO * O):  P = 2^(S - L),  dS = P * (dO V^T - D),
 
     dV = P^T dO      dK = dS^T Q      one program for a block of sources, walking over the targets that see it
     dQ = dS K                         one program for a block of targets, as forward
 
-Seven products, where keeping dQ in memory and adding to it from many programs would take five; but the sums are always in
-the same order.
+Seven products, where keeping dQ in memory and adding to it from many programs would take five; but the sums are
+always in the same order.
 
     python -m kernels.flash_attention      check, then a table
 """
@@ -21,7 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
+from kernels.tiles import in_one_piece, load, place, store
+
+LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 
 
 def reference(q, k, v, window=None, block=64):
@@ -34,25 +38,13 @@ def reference(q, k, v, window=None, block=64):
     for rows in torch.arange(t).split(block):
         m, l, acc = q.new_full((*q.shape[:2], len(rows), 1), -1e30), 0.0, 0.0
         for cols in torch.arange(int(rows[-1]) + 1 + s - t).split(block):
-            S = (q[:, :, rows] @ k[:, :, cols].mT * (q.shape[-1] ** -0.5 * LOG2E)).masked_fill(~see[rows][:, cols], -1e30)
+            S = q[:, :, rows] @ k[:, :, cols].mT * (q.shape[-1] ** -0.5 * LOG2E)
+            S = S.masked_fill(~see[rows][:, cols], -1e30)
             new = torch.maximum(m, S.amax(dim=-1, keepdim=True))
             P, shrink, m = torch.exp2(S - new), torch.exp2(m - new), new
             l, acc = shrink * l + P.sum(dim=-1, keepdim=True), shrink * acc + P @ v[:, :, cols]
         o.append(acc / l)
     return torch.cat(o, dim=2)
-
-
-@triton.jit
-def load(x, rows, cols, end, stride, WIDTH: tl.constexpr, MASK: tl.constexpr = True):
-    """A tile of x, 0 outside of it. MASK=False: all rows are inside."""
-    at = x + rows[:, None] * stride + cols[None, :]
-    if cols.shape[0] != WIDTH:
-        x_i = tl.load(at, mask=(rows[:, None] < end) & (cols[None, :] < WIDTH), other=0.0)
-    elif MASK:
-        x_i = tl.load(at, mask=rows[:, None] < end, other=0.0)
-    else:
-        x_i = tl.load(at)
-    return x_i
 
 
 @triton.jit
@@ -63,15 +55,16 @@ def hidden(targets, sources, window):
 
 @triton.jit
 def sources_of(first, last, window, S, BN: tl.constexpr):
-    """Where the sources begin that positions first to last see, where those that all of them see, where these end."""
+    """Where the sources begin that positions first to last see, where those that all of them see, where these
+    end."""
     begin = tl.maximum(0, first - window + 1) // BN * BN
     whole = tl.minimum(tl.maximum(0, first + 1) // BN, S // BN) * BN                 # the last ones are on the diagonal
     return begin, tl.minimum(tl.maximum(tl.cdiv(last - window + 1, BN) * BN, begin), tl.maximum(whole, begin)), whole
 
 
 @triton.jit
-def softmax_step(q, k, v, m, l, acc, targets, start, d, e, window, S, k_row, v_row, SCALE: tl.constexpr, D: tl.constexpr,
-                 E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+def softmax_step(q, k, v, m, l, acc, targets, start, d, e, window, S, k_row, v_row, SCALE: tl.constexpr,
+                 D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
     """One block of sources more in the running maximum m, sum l and output acc."""
     cols = start + tl.arange(0, BN)
     s = tl.dot(q, tl.trans(load(k, cols, d, S, k_row, D, MASK)), input_precision=PRECISION)
@@ -84,14 +77,8 @@ def softmax_step(q, k, v, m, l, acc, targets, start, d, e, window, S, k_row, v_r
     return new, l * shrink + tl.sum(p, axis=1), acc
 
 @triton.jit
-def place(b_h, H, HEADS, T, WIDTH: tl.constexpr):
-    """Where head b_h of H begins in a (b, t, HEADS, WIDTH) tensor: HEADS divides H."""
-    return (b_h // H).to(tl.int64) * T * HEADS * WIDTH + b_h % H // (H // HEADS) * WIDTH
-
-
-@triton.jit
-def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
-                   BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+                   BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     block, b_h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)                 # the longest first
     rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
     k, v, targets = k + place(b_h, H, G, S, D), v + place(b_h, H, G, S, E), rows + S - T
@@ -107,9 +94,9 @@ def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl
     for start in range(tl.maximum(whole, diagonal), tl.minimum(S, block * BM + BM + S - T), BN):
         m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E, BN,
                                  True, PRECISION)
+    l = tl.maximum(l, 1e-30)                                     # rows behind the end may see nothing
     o += place(b_h, H, H, T, E)
-    tl.store(o + rows[:, None] * H * E + e[None, :], (acc / l[:, None]).to(o.dtype.element_ty),
-             mask=(rows[:, None] < T) & (e[None, :] < E))
+    store(o, acc / l[:, None], rows, e, T, H * E, E)
     tl.store(L + b_h * T + rows, m + tl.log2(l), mask=rows < T)
 
 
@@ -122,8 +109,8 @@ def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def dq_step(q, k, v, do, L, delta, dq, targets, start, d, e, window, S, k_row, v_row, SCALE: tl.constexpr, D: tl.constexpr,
-            E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+def dq_step(q, k, v, do, L, delta, dq, targets, start, d, e, window, S, k_row, v_row, SCALE: tl.constexpr,
+            D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
     cols = start + tl.arange(0, BN)
     k_i = load(k, cols, d, S, k_row, D, MASK)
     p = tl.exp2(tl.dot(q, tl.trans(k_i), input_precision=PRECISION) * SCALE - L[:, None])
@@ -155,13 +142,12 @@ def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr
         dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E,
                        BN, True, PRECISION)
     dq += place(b_h, H, H, T, D)
-    tl.store(dq + rows[:, None] * H * D + d[None, :], (dq_i * (SCALE * 0.6931471805599453)).to(dq.dtype.element_ty),
-             mask=(rows[:, None] < T) & (d[None, :] < D))
+    store(dq, dq_i * (SCALE * LN2), rows, d, T, H * D, D)
 
 
 @triton.jit
-def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, window, T, past, H, SCALE: tl.constexpr, D: tl.constexpr,
-             E: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, window, T, past, H, SCALE: tl.constexpr,
+             D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
     """The tiles are transposed: sources down, targets across."""
     rows = start + tl.arange(0, BM)
     q_i, do_i = load(q, rows, d, T, H * D, D, MASK), load(do, rows, e, T, H * E, E, MASK)
@@ -204,19 +190,16 @@ def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, SCALE: tl.cons
         for start in range(whole, end, BM):
             dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
                                   window, T, past, H, SCALE, D, E, BM, True, PRECISION)
-    inside = sources[:, None] < S
-    tl.store(dk + key + sources[:, None] * G * D + d[None, :],
-             (dk_i * (SCALE * 0.6931471805599453)).to(dk.dtype.element_ty), mask=inside & (d[None, :] < D))
-    tl.store(dv + value + sources[:, None] * G * E + e[None, :], dv_i.to(dv.dtype.element_ty),
-             mask=inside & (e[None, :] < E))
+    store(dk + key, dk_i * (SCALE * LN2), sources, d, S, G * D, D)
+    store(dv + value, dv_i, sources, e, S, G * E, E)
 
 
 def settings(q, k, v, window):
     """Sizes, and the blocks and launch options that were fastest on an H100."""
-    (b, t, h, d), (_, s, g, e) = q.shape, v.shape
+    (_, t, h, d), (_, s, g, e) = q.shape, v.shape
     shape = (t, s, h, g, s if window is None else min(window, s))
-    sizes = {"SCALE": d ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "BE": max(16, triton.next_power_of_2(e)),
-             "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
+    sizes = {"SCALE": d ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)),
+             "BE": max(16, triton.next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
     return shape, sizes, blocks_of(q, window)
 
 
@@ -263,20 +246,17 @@ class FlashAttention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-def in_one_piece(x):
-    """(b, h, t, d) -> (b, t, h, d), which is how lessons make heads: then nothing is copied."""
-    return x.transpose(1, 2).contiguous()
-
-
 def flash_attention(q, k, v, window=None):
-    """softmax(Q K^T / sqrt(d)) V, causal; a target sees the last `window` sources, its own included, or all before it.
+    """softmax(Q K^T / sqrt(d)) V, causal; a target sees the last `window` sources, its own included, or all before
+    it.
 
-    q: (b, h, t, d), k: (b, g, s, d), v: (b, g, s, e) of one dtype, float32 or 16 bits, g a divisor of h, s >= t: the last
-    target stands at the last source. Returns o: (b, h, t, e). ValueError for sizes that do not fit, and for heads wider
-    than 256."""
+    q: (b, h, t, d), k: (b, g, s, d), v: (b, g, s, e) of one dtype, float32 or 16 bits, g a divisor of h, s >= t:
+    the last target stands at the last source. Returns o: (b, h, t, e). ValueError for sizes that do not fit, and
+    for heads wider than 256."""
     (_, h, t, d), (_, g, s, e) = q.shape, v.shape
     if h % g or s < t or k.shape[1:] != (g, s, d):
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: g must divide h, and s be t or more")
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: g must divide h, and s be t or "
+                         "more")
     if max(d, e) > 256:
         raise ValueError(f"heads of {d} keys, {e} values: this kernel holds up to 256 of each")
     return FlashAttention.apply(in_one_piece(q), in_one_piece(k), in_one_piece(v), window).transpose(1, 2)
@@ -290,7 +270,8 @@ def main():
     flex = torch.compile(flex_attention, dynamic=False)
 
     def sdpa(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+        shared = k.shape[1] != q.shape[1]
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
 
     def shapes(t, b=1, h=4, g=4):
         return bench.random((b, h, t, 64), (b, g, t, 64), (b, g, t, 64))
@@ -300,8 +281,8 @@ def main():
     rows = []
     for t in (2048, 8192, 32768):
         n, size = 32768, 32768 * 16 * 64
-        rows.append((f"b {n // t} h 16 t {t} d 64", {"kernel": flash_attention, "SDPA": sdpa}, shapes(t, n // t, 16, 16),
-                     8 * size, 2 * size * t))
+        rows.append((f"b {n // t} h 16 t {t} d 64", {"kernel": flash_attention, "SDPA": sdpa},
+                     shapes(t, n // t, 16, 16), 8 * size, 2 * size * t))
     for window in (64, 1024):
         mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, 8192, 8192)  # noqa: B023
         rows.append((f"window {window}, b 4 h 16 t 8192 d 64",

@@ -2,15 +2,17 @@
 
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t                     forms and names as in lesson 02
 
-A walk over chunks of 64 tokens with the state on chip, as in kernels.linear_attention. What a vector gate makes hard is
-the matrix in a chunk, M_ts = sum_d q_td k_sd e^{g_{s+1,d} + ... + g_t,d}: q e^{G_t} times k e^{-G_s} would overflow where
-a channel forgets fast. Halving takes care of it: cut the chunk in two; with r the cut, all pairs (t, s) across it are
+A walk over chunks of 64 tokens with the state on chip, as in kernels.linear_attention. What a vector gate makes
+hard is the matrix in a chunk, M_ts = sum_d q_td k_sd e^{g_{s+1,d} + ... + g_t,d}: q e^{G_t} times k e^{-G_s} would
+overflow where a channel forgets fast. Halving takes care of it: cut the chunk in two; with r the cut, all pairs (t,
+s) across it are
 
     (q_t e^{g_{r+1} + ... + g_t}) . (k_s e^{g_{s+1} + ... + g_r})                     no exponent is above 0
 
-one matrix product; then cut each half in two, and so on: 32, 16, ... 1. A token is a target or a source at a cut, so each
-of the log2(64) = 6 levels needs one exponential X a number, and one product of 64 x 64 x d, masked to the pairs that it
-cuts. The exponents are sums of g, found by a product with a matrix of zeros and ones (g in two halves of its digits).
+one matrix product; then cut each half in two, and so on: 32, 16, ... 1. A token is a target or a source at a cut,
+so each of the log2(64) = 6 levels needs one exponential X a number, and one product of 64 x 64 x d, masked to the
+pairs that it cuts. The exponents are sums of g, found by a product with a matrix of zeros and ones (g in two halves
+of its digits).
 
 Memory sees q, k, g, v and o once; tensor cores do some 20 products of 64 x 64 x d for a chunk.
 
@@ -21,12 +23,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels.tiles import in_one_piece, load, place, store
+
 CHUNK = 64
 
 
 def levels(t, device):
-    """For a chunk of t tokens, at each cut h = 1, 2, 4, ...: W, (W g)_i the exponent of token i as a target or a source,
-    and which pairs (t, s) are cut."""
+    """For a chunk of t tokens, at each cut h = 1, 2, 4, ...: W, (W g)_i the exponent of token i as a target or a
+    source, and which pairs (t, s) are cut."""
     i = torch.arange(t, device=device)
     t, s = i[:, None], i[None, :]
     h = 1
@@ -37,8 +41,8 @@ def levels(t, device):
 
 
 def reference(q, k, v, g, state=None):
-    """The kernel's loop over chunks. q, k, g: (b, h, t, d), v: (b, h, t, e), state: (b, h, d, e) or None. Returns o: (b, h,
-    t, e) and the state after."""
+    """The kernel's loop over chunks. q, k, g: (b, h, t, d), v: (b, h, t, e), state: (b, h, d, e) or None. Returns
+    o: (b, h, t, e) and the state after."""
     more, o = torch.promote_types(q.dtype, torch.float32), []
     S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=more) if state is None else state
     for i in range(0, q.shape[2], CHUNK):
@@ -55,19 +59,6 @@ def reference(q, k, v, g, state=None):
 
 
 @triton.jit
-def load(x, rows, cols, end, stride, WIDTH: tl.constexpr):
-    """A tile of x, 0 outside of it."""
-    mask = (rows[:, None] < end) & (cols[None, :] < WIDTH)
-    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def store(x, x_i, rows, cols, end, stride, WIDTH: tl.constexpr):
-    mask = (rows[:, None] < end) & (cols[None, :] < WIDTH)
-    tl.store(x + rows[:, None] * stride + cols[None, :], x_i.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def sums(W, g, like, PRECISION: tl.constexpr):
     """W g for a matrix W of zeros and ones; in 16 bits, g is given in two parts, its first digits and the rest."""
     if like.dtype == tl.float32:
@@ -81,8 +72,8 @@ def sums(W, g, like, PRECISION: tl.constexpr):
 
 @triton.jit
 def cut(level, C: tl.constexpr):
-    """W and the pairs of the cut h = 2^level, as levels() yields them: t and s are cut where that is their first bit that
-    differs."""
+    """W and the pairs of the cut h = 2^level, as levels() yields them: t and s are cut where that is their first
+    bit that differs."""
     t, s, h = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], 1 << level
     W = ((t ^ s) < h) & (((t & h) != 0) == (s <= t))
     return W, (t > s) & ((t ^ s) >= h) & ((t ^ s) < 2 * h)
@@ -131,19 +122,13 @@ def enter(S0, states, decays, d, e, n, head, N, D: tl.constexpr, E: tl.constexpr
 
 
 @triton.jit
-def place(b_h, H, T, WIDTH: tl.constexpr):
-    """Where a head of a (b, t, h, WIDTH) tensor begins."""
-    return (b_h // H).to(tl.int64) * T * H * WIDTH + b_h % H * WIDTH
-
-
-@triton.jit
 def segment_kernel(k, v, g, states, decays, T, H, segment, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
                    BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr,
                    PRECISION: tl.constexpr):
     """What each segment adds to the state, and the sum of its g."""
     n, b_h = tl.program_id(1), tl.program_id(2).to(tl.int64)
     d, e, end = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
-    key, value = place(b_h, H, T, D), place(b_h, H, T, E)
+    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     S, total = tl.zeros((BD, BE), tl.float32), tl.zeros((BD,), tl.float32)
     chunks = tl.cdiv(end - n * segment, C)
     for step in range(chunks):
@@ -162,7 +147,7 @@ def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, D: tl.
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     d, e, end = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
-    key, value = place(b_h, H, T, D), place(b_h, H, T, E)
+    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     S = enter(S0, states, decays, d, e, n, b_h, N, D, E, False)
     for step in range(tl.cdiv(end - n * segment, C)):
         rows = n * segment + step * C + tl.arange(0, C)
@@ -185,7 +170,7 @@ def dq_kernel(k, v, g, do, S0, states, decays, dq, T, H, segment, D: tl.constexp
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     d, e, end = tl.arange(0, BD), tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    key, value = place(b_h, H, T, D), place(b_h, H, T, E)
+    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     S = enter(S0, states, decays, d, e, n, b_h, N, D, E, False)
     for step in range(tl.cdiv(end - n * segment, C)):
         rows = n * segment + step * C + tl.arange(0, C)
@@ -207,11 +192,12 @@ def dq_kernel(k, v, g, do, S0, states, decays, dq, T, H, segment, D: tl.constexp
 @triton.jit
 def dkv_kernel(q, k, v, g, do, dS_T, states, decays, dk, dv, dS0, T, H, segment, D: tl.constexpr, E: tl.constexpr,
                BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """dV = M^T dO + (K e^{G - G_s}) R,  dK = (dM with decay)^T Q + e^{G - G_s} V R^T,  R the state of q and do: backwards."""
+    """dV = M^T dO + (K e^{G - G_s}) R,  dK = (dM with decay)^T Q + e^{G - G_s} V R^T,  with R the state of q and do:
+    backwards."""
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     start, end = n * segment, tl.minimum(T, (n + 1) * segment)
     d, e, t, s = tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    key, value = place(b_h, H, T, D), place(b_h, H, T, E)
+    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     R = enter(dS_T, states, decays, d, e, n, b_h, N, D, E, True)
     chunks = tl.cdiv(end - start, C)
     for step in range(chunks):
@@ -240,8 +226,8 @@ def dkv_kernel(q, k, v, g, do, dS_T, states, decays, dk, dv, dS0, T, H, segment,
 
 
 def settings(q, v):
-    """Sizes and segments, and the launch options that were fastest on an H100. A state is always a tile of 64 x 64: with
-    narrower ones, Triton 3.6 makes wrong gradients of 16-bit inputs."""
+    """Sizes and segments, and the launch options that were fastest on an H100. A state is always a tile of 64 x 64:
+    with narrower ones, Triton 3.6 makes wrong gradients of 16-bit inputs."""
     b, t, h, d, e = *q.shape, v.shape[-1]
     sizes = {"D": d, "E": e, "BD": 64, "BE": 64, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "PRECISION": "tf32",
              "num_stages": 2, "num_warps": 4}
@@ -253,7 +239,8 @@ def settings(q, v):
 
 
 def segment_states(k, v, g, reverse):
-    """The states that the segments leave from zero: (b h, segments, d, e), and the sums of g in each. None for one."""
+    """The states that the segments leave from zero: (b h, segments, d, e), and the sums of g in each. None for
+    one."""
     sizes, shape, grid = settings(k, v)
     if grid[0] == 1:
         return None, None
@@ -283,7 +270,7 @@ class GLA(torch.autograd.Function):
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS_T = None if dS_T is None else dS_T.contiguous()
         sizes, shape, grid = settings(q, v)
-        dq, dk = (torch.empty_like(x, dtype=torch.float32) for x in (q, k))              # dg is a sum of small differences
+        dq, dk = (torch.empty_like(x, dtype=torch.float32) for x in (q, k))      # dg is a sum of small differences
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
         dstates, ddecays = segment_states(q, do, g, True)
         dq_kernel[(1, *grid)](k, v, g, do, S0, states, decays, dq, *shape, **sizes)
@@ -294,29 +281,26 @@ class GLA(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv, dG.flip(1).cumsum(dim=1).flip(1), dS0
 
 
-def in_one_piece(x):
-    """(b, h, t, d) -> (b, t, h, d), which is how lessons make heads: then nothing is copied."""
-    return x.transpose(1, 2).contiguous()
-
-
 def gla(q, k, v, g, state=None):
     """o_t = sum_{s <= t} sum_d q_td k_sd e^{g_{s+1,d} + ... + g_t,d} v_s, and the state after: lesson 02's form.
 
     q, k: (b, h, t, d), v: (b, h, t, e), of one dtype, float32 or 16 bits; g: log decay, at most 0, four axes that
-    broadcast to (b, h, t, d); state: (b, h, d, e) or None. Returns o: (b, h, t, e) and the state, float32. The state of a
-    head is on chip, up to 64 x 64 numbers of it; wider heads are done in parts, as in kernels.linear_attention."""
+    broadcast to (b, h, t, d); state: (b, h, d, e) or None. Returns o: (b, h, t, e) and the state, float32. The
+    state of a head is on chip, up to 64 x 64 numbers of it; wider heads are done in parts, as in
+    kernels.linear_attention."""
     d, e, g = q.shape[-1], v.shape[-1], g.expand(q.shape)
     if d > 64:
         parts = [gla(q[..., i], k[..., i], v, g[..., i], None if state is None else state[:, :, i])
                  for i in (slice(0, 64), slice(64, d))]
         return parts[0][0] + parts[1][0], torch.cat([S for _, S in parts], dim=2)
     if e > 64:
-        parts = [gla(q, k, v[..., i], g, None if state is None else state[..., i]) for i in (slice(0, 64), slice(64, e))]
+        parts = [gla(q, k, v[..., i], g, None if state is None else state[..., i])
+                 for i in (slice(0, 64), slice(64, e))]
         return tuple(torch.cat(pair, dim=-1) for pair in zip(*parts, strict=True))
-    q, k, v, g = (F.pad(x, (0, -x.shape[-1] % 16)) for x in (q, k, v, g.float()))
+    q, k, v, g = (in_one_piece(x, 16) for x in (q, k, v, g.float()))
     if state is not None:
         state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - d)).contiguous()
-    o, S = GLA.apply(in_one_piece(q), in_one_piece(k), in_one_piece(v), in_one_piece(g), state)
+    o, S = GLA.apply(q, k, v, g, state)
     return o.transpose(1, 2)[..., :e], S[:, :, :d, :e]
 
 

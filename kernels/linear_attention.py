@@ -2,23 +2,24 @@
 
     S_t = e^{g_t} S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t                           forms and names as in lesson 02
 
-A program owns one head and a block of value columns. It walks over chunks of 64 tokens with the state S: (d, block) on
-chip. With G the sum of g from the start of the chunk, up to and including its row,
+A program owns one head and a block of value columns. It walks over chunks of 64 tokens with the state S: (d, block)
+on chip. With G the sum of g from the start of the chunk, up to and including its row,
 
     P = (Q K^T) * e^{G_t - G_s}, s <= t      O = P V + e^{G_t} Q S      S <- e^{G} S + (K e^{G - G_s})^T V
 
-so memory sees q, k, v once and o once: 8 d bytes for a token and head in bfloat16 (d = e), against 8 d (64 + d) / 64 FLOPs
-on tensor cores, a third of what an H100 could do meanwhile: bound by memory.
+so memory sees q, k, v once and o once: 8 d bytes for a token and head in bfloat16 (d = e), against 8 d (64 + d) /
+64 FLOPs on tensor cores, a third of what an H100 could do meanwhile: bound by memory.
 
 The gradients are the same walk, with the arguments in other places. From dP_ts = do_t . v_s,
 
     dV = walk(K, Q, dO) backwards in time      dK = walk(V, dO, Q) backwards      dQ = walk(dO, V, K) forwards
 
-and dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone. (A small difference of large
-sums: of the gradients, g's is the one that suffers from 16 bits, the more the longer the sequence.)
+and dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone. (A small difference of
+large sums: of the gradients, g's is the one that suffers from 16 bits, the more the longer the sequence.)
 
 Few heads leave most of the GPU idle. Then the sequence is cut into segments: a first pass finds the state that each
-segment would leave from zero; in a second, each starts from those before it, added up, and all segments run at once.
+segment would leave from zero; in a second, each starts from those before it, added up, and all segments run at
+once.
 
     python -m kernels.linear_attention      check, then a table
 """
@@ -27,13 +28,15 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels.tiles import in_one_piece, load, place, store
+
 CHUNK = 64
 
 
 def reference(q, k, v, g=None, state=None):
-    """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q, k: (b, h,
-    t, d), v: (b, h, t, e), g: log decay (b, h, t, 1) or None, state: (b, h, d, e) or None. Returns o: (b, h, t, e) and
-    the state after."""
+    """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q,
+    k: (b, h, t, d), v: (b, h, t, e), g: log decay (b, h, t, 1) or None, state: (b, h, d, e) or None. Returns o: (b,
+    h, t, e) and the state after."""
     more = torch.promote_types(q.dtype, torch.float32)
     S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=more) if state is None else state
     g, o = q.new_zeros(*q.shape[:3], 1, dtype=more) if g is None else g, []
@@ -48,17 +51,10 @@ def reference(q, k, v, g=None, state=None):
 
 
 @triton.jit
-def load(x, rows, cols, end, stride, WIDTH: tl.constexpr):
-    """A tile of x, 0 outside of it."""
-    mask = (rows[:, None] < end) & (cols[None, :] < WIDTH)
-    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def walk(q, k, v, g, o, S, e, start, end, H, g_stride, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
          C: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr):
-    """o_t = sum_{s <= t} e^{G_t - G_s} (q_t . k_s) v_s for rows start to end, from the state S: (BD, len(e)). REVERSE:
-    the sum is over s >= t, with e^{G_s - G_t}. Returns the state behind the last row, and the sum of g."""
+    """o_t = sum_{s <= t} e^{G_t - G_s} (q_t . k_s) v_s for rows start to end, from the state S: (BD, len(e)).
+    REVERSE: the sum is over s >= t, with e^{G_s - G_t}. Returns the state behind the last row, and the sum of g."""
     i, d = tl.arange(0, C), tl.arange(0, BD)
     total = 0.0
     chunks = tl.cdiv(end - start, C)
@@ -82,8 +78,7 @@ def walk(q, k, v, g, o, S, e, start, end, H, g_stride, D: tl.constexpr, E: tl.co
                 o_i *= tl.exp(first)[:, None]
             P = tl.where(seen, P, 0.0).to(v_i.dtype)
             o_i = tl.dot(P, v_i, acc=o_i, input_precision=PRECISION)
-            mask = (rows[:, None] < end) & (e[None, :] < E)
-            tl.store(o + rows[:, None] * (H * E) + e[None, :], o_i.to(o.dtype.element_ty), mask=mask)
+            store(o, o_i, rows, e, end, H * E, E)
         if g is not None:
             S *= tl.exp(whole)
             total += whole
@@ -113,12 +108,6 @@ def enter(S0, states, decays, d, e, n, head, N, rows, cols, D: tl.constexpr, E: 
 
 
 @triton.jit
-def place(b_h, H, T, WIDTH: tl.constexpr):
-    """Where a head of a (b, t, h, WIDTH) tensor begins."""
-    return (b_h // H).to(tl.int64) * T * H * WIDTH + b_h % H * WIDTH
-
-
-@triton.jit
 def segment_kernel(k, v, g, states, decays, T, H, segment, g_b, g_h, g_t, D: tl.constexpr, E: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
                    PRECISION: tl.constexpr):
@@ -127,7 +116,7 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, g_b, g_h, g_t, D: tl.
     d, e = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
-    k, v, S = k + place(b_h, H, T, D), v + place(b_h, H, T, E), tl.zeros((BD, BE), tl.float32)
+    k, v, S = k + place(b_h, H, H, T, D), v + place(b_h, H, H, T, E), tl.zeros((BD, BE), tl.float32)
     S, total = walk(k, k, v, g, v, S, e, n * segment, tl.minimum(T, (n + 1) * segment), H, g_t, D, E, BD, C, REVERSE,
                     False, PRECISION)
     this = b_h * tl.num_programs(1) + n
@@ -143,7 +132,7 @@ def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, g_b, g
     d, e = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
-    key, value = place(b_h, H, T, D), place(b_h, H, T, E)
+    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     S = enter(S0, states, decays, d, e, n, b_h, N, E, 1, D, E, False)
     S, _ = walk(q + key, k + key, v + value, g, o + value, S, e, n * segment, tl.minimum(T, (n + 1) * segment), H, g_t,
                 D, E, BD, C, False, True, PRECISION)
@@ -162,7 +151,7 @@ def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, d
     role, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
-    d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, T, D), place(b_h, H, T, E)
+    d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     if role == 0:
         R = enter(dS_T, dstates, decays, d, block, n, b_h, N, E, 1, D, E, True)
         R, _ = walk(k + key, q + key, do + value, g, dv + value, R, block, start, end, H, g_t, D, E, BD, C, True, True,
@@ -182,7 +171,8 @@ def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, d
 
 
 def settings(q, v, g):
-    """Sizes, strides and segments, and the blocks of value columns and launch options that were fastest on an H100."""
+    """Sizes, strides and segments, and the blocks of value columns and launch options that were fastest on an
+    H100."""
     b, t, h, d, e = *q.shape, v.shape[-1]
     block = 32 if g is None and b * h * triton.cdiv(e, 64) < 128 or max(d, e) > 128 else 64
     sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "C": CHUNK, "PRECISION": "tf32", "num_warps": 4,
@@ -196,7 +186,8 @@ def settings(q, v, g):
 
 
 def segment_states(k, v, g, block, sizes, shape, grid, reverse):
-    """The states that the segments leave from zero: (b h, segments, d, e), and the sums of g in each. None for one."""
+    """The states that the segments leave from zero: (b h, segments, d, e), and the sums of g in each. None for
+    one."""
     if grid[0] == 1:
         return None, None
     states = torch.empty(grid[1], grid[0], k.shape[-1], v.shape[-1], device=k.device)
@@ -246,18 +237,15 @@ class LinearAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dS0
 
 
-def in_one_piece(x):
-    """(b, h, t, d) -> (b, t, h, d), which is how lessons make heads: then nothing is copied."""
-    return x.transpose(1, 2).contiguous()
-
-
 def linear_attention(q, k, v, g=None, state=None):
-    """o_t = sum_{s <= t} e^{g_{s+1} + ... + g_t} (q_t . k_s) v_s, not normalised, and the state after: lesson 02's form.
+    """o_t = sum_{s <= t} e^{g_{s+1} + ... + g_t} (q_t . k_s) v_s, not normalised, and the state after: lesson 02's
+    form.
 
     q, k: (b, h, t, d), v: (b, h, t, e), of one dtype, float32 or 16 bits; g: log decay, at most 0, four axes that
     broadcast to (b, h, t, 1), or None; state: (b, h, d, e) or None. Returns o: (b, h, t, e) and the state, float32.
-    ValueError for a decay of each channel: see kernels.gla. The state of a head is on chip, up to 256 x 256 numbers of
-    it (128 x 128 in float32); o is a sum over key channels, and value channels do not meet, so wider heads are done in parts."""
+    ValueError for a decay of each channel: see kernels.gla. The state of a head is on chip, up to 256 x 256 numbers
+    of it (128 x 128 in float32); o is a sum over key channels, and value channels do not meet, so wider heads are
+    done in parts."""
     if g is not None and g.shape[-1] != 1:
         raise ValueError(f"g of shape {tuple(g.shape)}: a decay of each channel is kernels.gla's")
     d, e = q.shape[-1], v.shape[-1]
@@ -271,7 +259,7 @@ def linear_attention(q, k, v, g=None, state=None):
                  for i in (slice(0, most), slice(most, e))]
         return tuple(torch.cat(pair, dim=-1) for pair in zip(*parts, strict=True))
     g = None if g is None else g[..., 0].float().expand(q.shape[:3])
-    q, k, v = (in_one_piece(F.pad(x, (0, -x.shape[-1] % 16))) for x in (q, k, v))            # loads of 16 bytes
+    q, k, v = (in_one_piece(x, 16) for x in (q, k, v))                                       # loads of 32 bytes
     if state is not None:
         state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - state.shape[2])).contiguous()
     o, S = LinearAttention.apply(q, k, v, g, state)
@@ -288,15 +276,16 @@ def main():
 
     def decayed(f):
         return lambda q, k, v, g: f(q, k, v, -g.abs() / 10)[0]
-    check = bench.check
-    check(lambda *x: linear_attention(*x)[0], lambda *x: reference(*x)[0], ("twin", lambda *x: reference(*x)[0]), shapes,
-          "qkv")
+
+    def plain(f):
+        return lambda *x: f(*x)[0]
+    bench.check(plain(linear_attention), plain(reference), ("twin", plain(reference)), shapes, "qkv")
     print("with a decay for each token")
-    check(decayed(linear_attention), decayed(reference), ("twin", decayed(reference)),
-          lambda t: (*shapes(t), bench.random((1, 4, t, 1), dtype=torch.float32)[0]), "qkvg", loose="g")
-    rows = []
+    bench.check(decayed(linear_attention), decayed(reference), ("twin", decayed(reference)),
+                lambda t: (*shapes(t), bench.random((1, 4, t, 1), dtype=torch.float32)[0]), "qkvg", loose="g")
+    rows, scale = [], 64 ** -0.5
     for t in (2048, 8192, 32768):
-        b, scale = 32768 // t, 64 ** -0.5
+        b = 32768 // t
         q, k, v = bench.random(*[(b, 16, t, 64)] * 3)
         g, = bench.random((b, 16, t, 1), dtype=torch.float32)
         gamma = (1 - 2.0 ** (-5 - torch.arange(16, device="cuda") / 4)).log()[None, :, None, None]
@@ -308,8 +297,8 @@ def main():
                   (q, k, v), n_bytes, flops),
                  (f"constant decay, t {t}", {"kernel": lambda q, k, v: linear_attention(q, k, v, gamma)[0]} | others,  # noqa: B023
                   (q, k, v), n_bytes, flops),
-                 (f"decay of each token, t {t}", {"kernel": decayed(linear_attention)}, (q, k, v, g), n_bytes + 4 * g.numel(),
-                  flops)]
+                 (f"decay of each token, t {t}", {"kernel": decayed(linear_attention)}, (q, k, v, g),
+                  n_bytes + 4 * g.numel(), flops)]
     bench.compare(rows, rates)
 
 

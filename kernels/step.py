@@ -1,12 +1,13 @@
-"""Generation: one token through the recurrence, one launch a layer: read the state, update it, look up, write it back.
+"""Generation: one token through the recurrence, one launch a layer: read the state, update it, look up, write it
+back.
 
     S' = e^g S + k v^T,  o = S'^T q                     linear attention, any decay; lesson 02's state
     the same with phi(k), phi(q), and divided           Based's linear part; lesson 04's state (F, e + 1)
     softmax over the last w keys                        Based's window, which moves on by one token
 
-Two FLOPs for a number of the state that is read and written: bound by memory. In float32 a head of Based with d = 16,
-e = 64, w = 64 has 153 x 65 + 64 x (64 + 64) numbers, 72 KB: 0.05 microseconds of an H100. A step as PyTorch operations
-would move the features and the sums several times, and start a dozen kernels.
+Two FLOPs for a number of the state that is read and written: bound by memory. In float32 a head of Based with d =
+16, e = 64, w = 64 has 153 x 65 + 64 x (64 + 64) numbers, 72 KB: 0.05 microseconds of an H100. A step as PyTorch
+operations would move the features and the sums several times, and start a dozen kernels.
 
 The states that come in are left as they are. No gradients: training runs the other kernels.
 
@@ -22,14 +23,15 @@ from kernels.taylor_attention import feature_table, features
 
 
 def reference(q, k, v, g, state):
-    """q, k: (b, h, d), v: (b, h, e), g: (b, h, 1 or d) or None, state: (b, h, d, e). Returns o: (b, h, e), the state."""
+    """q, k: (b, h, d), v: (b, h, e), g: (b, h, 1 or d) or None, state: (b, h, d, e). Returns o: (b, h, e), the
+    state."""
     S = (state if g is None else g[..., None].exp() * state) + k[..., None] * v[..., None, :]
     return (q[..., None, :] @ S)[..., 0, :], S
 
 
 def based_reference(q, k, v, S, q_window, k_window, past_k, past_v, window):
-    """q, k: (b, h, f), v: (b, h, e), S: (b, h, F, e + 1); the window's q, k: (b, h, d), past: (b, h, n, d or e), oldest
-    first. Returns o: (b, h, e), S, and the window's keys and values after."""
+    """q, k: (b, h, f), v: (b, h, e), S: (b, h, F, e + 1); the window's q, k: (b, h, d), past: (b, h, n, d or e),
+    oldest first. Returns o: (b, h, e), S, and the window's keys and values after."""
     S = S + features(k)[..., None] * torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)[..., None, :]
     o = (features(q)[..., None, :] @ S)[..., 0, :]
     past_k = torch.cat([past_k, k_window[:, :, None]], dim=2)[:, :, -window:]
@@ -78,7 +80,7 @@ def based_kernel(q, k, v, S, q_window, k_window, past_k, past_v, first, second, 
         o_i += tl.sum(phi_q[:, None] * S_i, axis=0)
         z += tl.sum(phi_q * z_i)
     o_i /= z
-    old = w + (n + 1 - kept)                                                                 # slot w held this one before
+    old = w + (n + 1 - kept)                                     # the token in slot w was in this slot before
     before, last = (w < kept - 1)[:, None], (w == kept - 1)[:, None]
     k_in, v_in = dw[None, :] < DW, e[None, :] < E
     k_w = tl.load(past_k + (head * n + old[:, None]) * DW + dw[None, :], mask=before & k_in, other=0.0).to(tl.float32)
@@ -94,8 +96,8 @@ def based_kernel(q, k, v, S, q_window, k_window, past_k, past_v, first, second, 
 
 
 def linear_step(q, k, v, g, state):
-    """q, k: (b, h, d), v: (b, h, e), g: log decay (b, h, 1 or d) or None, state: (b, h, d, e), float32. Returns o: (b, h,
-    e) of v's dtype, and the state after."""
+    """q, k: (b, h, d), v: (b, h, e), g: log decay (b, h, 1 or d) or None, state: (b, h, d, e), float32. Returns o:
+    (b, h, e) of v's dtype, and the state after."""
     (b, h, d), e = q.shape, v.shape[-1]
     q, k, v, state = q.contiguous(), k.contiguous(), v.contiguous(), state.contiguous()
     g = None if g is None else g.expand(b, h, -1).contiguous()
@@ -108,13 +110,15 @@ def linear_step(q, k, v, g, state):
 
 @functools.cache
 def factor_table(d, device):
-    """The indices i, j of each feature's factors, -1 where there is none, and the weights."""
+    """The indices i, j of each feature's factors, -1 where there is none, the weights, and how many features there
+    are."""
     E, weights, n = feature_table(d, torch.float32, device)
     return *(torch.where(E_i.sum(dim=0) > 0, E_i.argmax(dim=0), -1) for E_i in E), weights, n
 
 
 def based_step(q, k, v, S, q_window, k_window, past_k, past_v, window):
-    """Shapes as in based_reference; S float32, the window's keys and values of any dtype. Returns o, S, keys, values."""
+    """Shapes as in based_reference; S float32, the window's keys and values of any dtype. Returns o, S, keys,
+    values."""
     (b, h, d), e, n = q.shape, v.shape[-1], past_k.shape[2]
     kept = min(n + 1, window)
     first, second, weights, n_features = factor_table(d, q.device)
@@ -136,8 +140,9 @@ def main():
 
     def random(*shape):
         return torch.randn(shape, device="cuda")
-    tensors = [random(b, h, d), random(b, h, d), random(b, h, e), features(random(b, h, 99, d)).mT @ random(b, h, 99, e + 1).abs(),
-               random(b, h, e), random(b, h, e), random(b, h, w, e), random(b, h, w, e)]
+    S = features(random(b, h, 99, d)).mT @ random(b, h, 99, e + 1).abs()
+    tensors = [random(b, h, d), random(b, h, d), random(b, h, e), S, random(b, h, e),
+               random(b, h, e), random(b, h, w, e), random(b, h, w, e)]
     exact = based_reference(*(x.double() for x in tensors), w)
     print("Based: relative errors of o, S, keys, values in float32:",
           *(f"{bench.error(x, y):.1e}" for x, y in zip(based_step(*tensors, w), exact, strict=True)))

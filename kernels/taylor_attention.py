@@ -3,16 +3,18 @@
     phi(x) = [1, x d^{-1/4}, x_i x_j (i <= j, weighted)]      1 + d + d (d + 1) / 2 features; d = 16: 153
     o_t = phi(q_t)^T S_t / phi(q_t)^T z_t,   S_t = sum_{s <= t} phi(k_s) v_s^T,   z_t = sum_{s <= t} phi(k_s)
 
-A program owns a head (and a block of value columns) and walks over chunks of 64 tokens. Inside a chunk the weights are a
-polynomial of Q K^T. Between chunks there is the state, on chip in tiles of 64 features (d = 16: three). A tile of features
-is the product of two selections of columns, phi(X) = w * (X E_i) * (X E_j), with E of zeros and ones: two small matrix
-products put the numbers where the next product wants them, which no indexing could.
+A program owns a head and walks over chunks of 64 tokens. Inside a chunk the weights are a
+polynomial of Q K^T. Between chunks there is the state, on chip in tiles of 64 features (d = 16: three). A tile of
+features is the product of two selections of columns, phi(X) = w * (X E_i) * (X E_j), with E of zeros and ones: two
+small matrix products put the numbers where the next product wants them, which no indexing could.
 
-Memory sees q, k, v and o once, 2 (2 d + 2 e) bytes a token and head in bfloat16; a chunk multiplies 2 x 64 x (64 d + 64 e +
-2 F e + 4 F d) FLOPs with F = 192. At d = 16, e = 64 an H100 could move the bytes of 32768 tokens x 16 heads in 0.06 ms and
-do the FLOPs in 0.09; registers (a state of 192 x 64 numbers) and waiting for matrix products are what bounds it.
+Memory sees q, k, v and o once, 2 (2 d + 2 e) bytes a token and head in bfloat16; a chunk multiplies 2 x 64 x (64 d
++ 64 e + 2 F e + 4 F d) FLOPs with F = 192. At d = 16, e = 64 an H100 could move the bytes of 32768 tokens x 16
+heads in 0.06 ms and do the FLOPs in 0.09; registers (a state of 192 x 64 numbers) and waiting for matrix products
+are what bounds it.
 
-Gradients, with dN = do / z and da = -dN . o, so that A_ts = dN_t . v_s + da_t is the gradient of the weight of (t, s):
+Gradients, with dN = do / z and da = -dN . o, so that A_ts = dN_t . v_s + da_t is the gradient of the weight of (t,
+s):
 
     dv_s = sum_{t >= s} weight_ts dN_t                           the same walk backwards, q and k exchanged
     dq_t = sum_{s <= t} A_ts (1 + s_ts) k_s / sqrt(d)            in a chunk; from the state by the product rule on
@@ -22,21 +24,24 @@ JRT's prefix is a sum over other keys and values (state_of), in one pass; the ca
 
     python -m kernels.taylor_attention      check, then a table
 """
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels.tiles import in_one_piece, load, place, store
+
 CHUNK = 64
 TILE = tl.constexpr(64)          # features in a tile
+TABLES = {}
 
 
-@functools.cache
+@torch.compiler.assume_constant_result       # made once, also when torch.compile looks on
 def feature_table(d, dtype, device):
-    """Feature r is weight_r x_i x_j, where x_i or both may be missing. E: (2, BD, tiles x 64), 1 at (0, i, r) and (1, j, r);
-    weights: (tiles x 64,), 0 for rows that fill up the last tile. Also how many features there are."""
+    """Feature r is weight_r x_i x_j, where x_i or both may be missing. E: (2, BD, tiles x 64), 1 at (0, i, r) and
+    (1, j, r); weights: (tiles x 64,), 0 for rows that fill up the last tile. Also how many features there are."""
+    if (d, dtype, device) in TABLES:
+        return TABLES[d, dtype, device]
     i, j = torch.triu_indices(d, d)
     n = 1 + d + len(i)
     E = torch.zeros(2, max(16, triton.next_power_of_2(d)), triton.cdiv(n, 64) * 64)
@@ -45,7 +50,8 @@ def feature_table(d, dtype, device):
     half = torch.where(i == j, 0.5, 1.0).double()
     weights = torch.cat([torch.ones(1), torch.full((d,), d ** -0.25, dtype=half.dtype), half.sqrt() * d ** -0.5])
     weights = F.pad(weights, (0, -n % 64)).to(device, torch.promote_types(dtype, torch.float32))
-    return E.to(device, dtype), weights, n
+    TABLES[d, dtype, device] = E.to(device, dtype), weights, n
+    return TABLES[d, dtype, device]
 
 
 def features(x):
@@ -58,9 +64,9 @@ def features(x):
 
 
 def reference(q, k, v, state=None):
-    """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q, k: (b, h,
-    t, d), v: (b, h, t, e), state: (b, h, F, e + 1), z in its last column, or None. Returns o: (b, h, t, e) and the state
-    after."""
+    """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q,
+    k: (b, h, t, d), v: (b, h, t, e), state: (b, h, F, e + 1), z in its last column, or None. Returns o: (b, h, t,
+    e) and the state after."""
     more, v, o = torch.promote_types(q.dtype, torch.float32), F.pad(v, (0, 1), value=1.0), []
     S = features(k[:, :, :1].to(more)).mT @ v[:, :, :1].to(more) * 0 if state is None else state
     for i in range(0, q.shape[2], CHUNK):
@@ -75,13 +81,6 @@ def reference(q, k, v, state=None):
 
 
 @triton.jit
-def load(x, rows, cols, end, stride, WIDTH: tl.constexpr):
-    """A tile of x, 0 outside of it."""
-    mask = (rows[:, None] < end) & (cols[None, :] < WIDTH)
-    return tl.load(x + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def weights_of_rows(w, rows, end, H):
     """w at these rows, or 1 where there is none; 0 outside."""
     if w is None:
@@ -93,7 +92,8 @@ def weights_of_rows(w, rows, end, H):
 
 @triton.jit
 def selections(E_ij, all_weights, BD: tl.constexpr, TILES: tl.constexpr):
-    """E_i and E_j of all tiles of features, in turns: (BD, 64), with at most a single 1 in a column; and their weights."""
+    """E_i and E_j of all tiles of features, in turns: (BD, 64), with at most a single 1 in a column; and their
+    weights."""
     E, weights = (), ()
     for n in tl.static_range(TILES):
         r = n * TILE + tl.arange(0, TILE)
@@ -112,8 +112,8 @@ def factors(a, b, r, D: tl.constexpr, FIRST: tl.constexpr):
 
 @triton.jit
 def write(S, Z, k, v, w, E, weights, D: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):
-    """S + phi(K)^T V and z + phi(K)^T w, by tiles; the features are made transposed, as the product wants them. Their
-    weights are squared: those of phi(Q) are in here, too."""
+    """S + phi(K)^T V and z + phi(K)^T w, by tiles; the features are made transposed, as the product wants them.
+    Their weights are squared: those of phi(Q) are in here, too."""
     newS, newZ = (), ()
     for n in tl.static_range(TILES):
         a = tl.dot(tl.trans(E[2 * n]), tl.trans(k), input_precision=PRECISION)
@@ -156,8 +156,7 @@ def attend(q, k, v, o, z, S, Z, E, weights, e, start, end, H, D: tl.constexpr, V
         if DIVIDE:
             o_i /= z_i[:, None]
             tl.store(z + rows * H, z_i, mask=rows < end)
-        tl.store(o + rows[:, None] * (H * VALUES) + e[None, :], o_i.to(o.dtype.element_ty),
-                 mask=(rows[:, None] < end) & (e[None, :] < VALUES))
+        store(o, o_i, rows, e, end, H * VALUES, VALUES)
         if CAUSAL:
             S, Z = write(S, Z, k_i, v_i, weights_of_rows(None, rows, end, H), E, weights, D, TILES, PRECISION)
     return S, Z
@@ -167,7 +166,8 @@ def attend(q, k, v, o, z, S, Z, E, weights, e, start, end, H, D: tl.constexpr, V
 def differentiate(q, k, do, v, a, w, dq, S, Z, E, weights, start, end, H, D: tl.constexpr, VALUES: tl.constexpr,
                   BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, TILES: tl.constexpr, REVERSE: tl.constexpr,
                   CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
-    """dQ for A_ts = do_t . v_s + a_t w_s, the gradient of the weight of (t, s), from S = sum phi(k) v^T, Z = sum phi(k) w."""
+    """dQ for A_ts = do_t . v_s + a_t w_s, the gradient of the weight of (t, s), from S = sum phi(k) v^T, Z = sum
+    phi(k) w."""
     c, d, e = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BE)
     chunks = tl.cdiv(end - start, C)
     for step in range(chunks):
@@ -190,8 +190,7 @@ def differentiate(q, k, do, v, a, w, dq, S, Z, E, weights, start, end, H, D: tl.
             seen = c[:, None] <= c[None, :] if REVERSE else c[:, None] >= c[None, :]
             A = tl.where(seen, A * (1 + s), 0.0) * (1 / tl.sqrt(D * 1.0))
             dq_i = tl.dot(A.to(k_i.dtype), k_i, acc=dq_i, input_precision=PRECISION)
-        tl.store(dq + rows[:, None] * (H * D) + d[None, :], dq_i.to(dq.dtype.element_ty),
-                 mask=(rows[:, None] < end) & (d[None, :] < D))
+        store(dq, dq_i, rows, d, end, H * D, D)
         if CAUSAL:
             S, Z = write(S, Z, k_i, v_i, w_i, E, weights, D, TILES, PRECISION)
     return S, Z
@@ -199,7 +198,8 @@ def differentiate(q, k, do, v, a, w, dq, S, Z, E, weights, start, end, H, D: tl.
 
 @triton.jit
 def read_state(S, Z, at, e, weights, FEATURES: tl.constexpr, VALUES: tl.constexpr, TILES: tl.constexpr):
-    """S and Z and what stands at `at`: a state (FEATURES, VALUES + 1), z in its last column, without the weights of q."""
+    """S and Z and what stands at `at`: a state (FEATURES, VALUES + 1), z in its last column, without the weights of
+    q."""
     newS, newZ = (), ()
     for n in tl.static_range(TILES):
         r = n * TILE + tl.arange(0, TILE)
@@ -236,27 +236,21 @@ def enter(S0, states, head, segment, N, e, weights, FEATURES: tl.constexpr, VALU
 
 
 @triton.jit
-def place(b_h, H, T, WIDTH: tl.constexpr):
-    """Where a head of a (b, t, h, WIDTH) tensor begins."""
-    return (b_h // H).to(tl.int64) * T * H * WIDTH + b_h % H * WIDTH
-
-
-@triton.jit
 def segment_kernel(k, v, w, E_ij, all_weights, states, T, H, segment, D: tl.constexpr, VALUES: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, FEATURES: tl.constexpr, TILES: tl.constexpr,
                    PRECISION: tl.constexpr):
     """What each segment adds to the state."""
-    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    d, e = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE)
+    n, N, b_h = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    d, e = tl.arange(0, BD), tl.arange(0, BE)
     end = tl.minimum(T, (n + 1) * segment)
     if w is not None:
-        w += place(b_h, H, T, 1)
+        w += place(b_h, H, H, T, 1)
     E, weights = selections(E_ij, all_weights, BD, TILES)
     S, Z = enter(None, None, b_h, n, N, e, weights, FEATURES, VALUES, TILES, False)
     for step in range(tl.cdiv(end - n * segment, C)):
         rows = n * segment + step * C + tl.arange(0, C)
-        k_i = load(k + place(b_h, H, T, D), rows, d, end, H * D, D)
-        v_i = load(v + place(b_h, H, T, VALUES), rows, e, end, H * VALUES, VALUES)
+        k_i = load(k + place(b_h, H, H, T, D), rows, d, end, H * D, D)
+        v_i = load(v + place(b_h, H, H, T, VALUES), rows, e, end, H * VALUES, VALUES)
         S, Z = write(S, Z, k_i, v_i, weights_of_rows(w, rows, end, H), E, weights, D, TILES, PRECISION)
     store_state(S, Z, states + (b_h * N + n) * FEATURES * (VALUES + 1), e, weights, FEATURES, VALUES, TILES)
 
@@ -266,11 +260,11 @@ def attend_kernel(q, k, v, S0, states, E_ij, all_weights, o, z, S_T, T, H, segme
                   VALUES: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, FEATURES: tl.constexpr,
                   TILES: tl.constexpr, REVERSE: tl.constexpr, CAUSAL: tl.constexpr, DIVIDE: tl.constexpr,
                   PRECISION: tl.constexpr):
-    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    e, key, value = tl.program_id(0) * BE + tl.arange(0, BE), place(b_h, H, T, D), place(b_h, H, T, VALUES)
+    n, N, b_h = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    e, key, value = tl.arange(0, BE), place(b_h, H, H, T, D), place(b_h, H, H, T, VALUES)
     E, weights = selections(E_ij, all_weights, BD, TILES)
     S, Z = enter(S0, states, b_h, n, N, e, weights, FEATURES, VALUES, TILES, REVERSE)
-    S, Z = attend(q + key, k + key, v + value, o + value, z + place(b_h, H, T, 1), S, Z, E, weights, e, n * segment,
+    S, Z = attend(q + key, k + key, v + value, o + value, z + place(b_h, H, H, T, 1), S, Z, E, weights, e, n * segment,
                   tl.minimum(T, (n + 1) * segment), H, D, VALUES, BD, C, TILES, REVERSE, CAUSAL, DIVIDE, PRECISION)
     if S_T is not None:
         if n == (0 if REVERSE else N - 1):
@@ -282,8 +276,8 @@ def differentiate_kernel(q, k, do, v, a, w, S0, states, E_ij, all_weights, dq, S
                          VALUES: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr,
                          FEATURES: tl.constexpr, TILES: tl.constexpr, REVERSE: tl.constexpr, CAUSAL: tl.constexpr,
                          PRECISION: tl.constexpr):
-    n, N, b_h, e = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64), tl.arange(0, BE)
-    key, value, one = place(b_h, H, T, D), place(b_h, H, T, VALUES), place(b_h, H, T, 1)
+    n, N, b_h, e = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.arange(0, BE)
+    key, value, one = place(b_h, H, H, T, D), place(b_h, H, H, T, VALUES), place(b_h, H, H, T, 1)
     if a is not None:
         a += one
     if w is not None:
@@ -303,43 +297,44 @@ def normaliser_kernel(do, o, z, dN, da, n, VALUES: tl.constexpr, BE: tl.constexp
     rows, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
     do_i = load(do, rows, e, n, VALUES, VALUES).to(tl.float32) / tl.load(z + rows, mask=rows < n, other=1.0)[:, None]
     tl.store(da + rows, -tl.sum(do_i * load(o, rows, e, n, VALUES, VALUES).to(tl.float32), axis=1), mask=rows < n)
-    tl.store(dN + rows[:, None] * VALUES + e[None, :], do_i.to(dN.dtype.element_ty),
-             mask=(rows[:, None] < n) & (e[None, :] < VALUES))
+    store(dN, do_i, rows, e, n, VALUES, VALUES)
 
 
-def settings(q, v):
-    """Block sizes and segments, and the launch options that were fastest on an H100."""
+def settings(q, v, stages=3):
+    """Tables, sizes and segments, and the launch options that were fastest on an H100."""
     b, t, h, d, e = *q.shape, v.shape[-1]
     E, weights, features = feature_table(d, q.dtype, q.device)
-    sizes = {"D": d, "VALUES": e, "BD": E.shape[1], "C": CHUNK, "FEATURES": features, "TILES": E.shape[2] // 64,
-             "PRECISION": "tf32", "num_warps": 4 if d <= 16 else 8, "num_stages": 3 if d <= 16 else 2}
+    sizes = {"D": d, "VALUES": e, "BD": E.shape[1], "BE": max(16, triton.next_power_of_2(e)), "C": CHUNK,
+             "FEATURES": features, "TILES": E.shape[2] // 64, "PRECISION": "tf32", "num_warps": 4 if d <= 16 else 8,
+             "num_stages": stages if d <= 16 else 2}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         sizes |= {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
     segments = max(1, min(256 // (b * h), t // 1024))
     segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
-    return (E, weights), sizes, (t, h, segment), (triton.cdiv(t, segment), b * h), max(16, triton.next_power_of_2(e))
+    return (E, weights), sizes, (t, h, segment), (triton.cdiv(t, segment), b * h)
 
 
 def segment_states(k, v, w):
     """The states that the segments leave from zero: (b h, segments, F, e + 1)."""
-    table, sizes, shape, grid, BE = settings(k, v)
+    table, sizes, shape, grid = settings(k, v)
     states = torch.empty(grid[1], grid[0], sizes["FEATURES"], v.shape[-1] + 1, device=k.device)
-    segment_kernel[(1, *grid)](k, v, w, *table, states, *shape, BE=BE, **sizes)
+    segment_kernel[grid](k, v, w, *table, states, *shape, **sizes)
     return states
 
 
-def attend_with(q, k, v, S0, states=None, z=None, S_T=None, **how):
-    table, sizes, shape, grid, BE = settings(q, v)
-    o, block = torch.empty_like(v), min(BE, 64)
-    attend_kernel[(BE // block, *grid)](q, k, v, S0, states, *table, o, o if z is None else z, S_T, *shape, BE=block,
-                                        **how, **sizes)
+def attend_with(q, k, v, S0, states=None, z=None, S_T=None, *, REVERSE=False, CAUSAL=True, DIVIDE=False):
+    table, sizes, shape, grid = settings(q, v, 2 if DIVIDE else 3)
+    o = torch.empty_like(v)
+    attend_kernel[grid](q, k, v, S0, states, *table, o, o if z is None else z, S_T, *shape, REVERSE=REVERSE,
+                        CAUSAL=CAUSAL, DIVIDE=DIVIDE, **sizes)
     return o
 
 
-def differentiate_with(q, k, do, v, a, w, S0, states=None, S_T=None, **how):
-    table, sizes, shape, grid, BE = settings(q, v)
+def differentiate_with(q, k, do, v, a, w, S0, states=None, S_T=None, *, REVERSE=False, CAUSAL=True):
+    table, sizes, shape, grid = settings(q, v)
     dq = torch.empty_like(q)
-    differentiate_kernel[(1, *grid)](q, k, do, v, a, w, S0, states, *table, dq, S_T, *shape, BE=BE, **how, **sizes)
+    differentiate_kernel[grid](q, k, do, v, a, w, S0, states, *table, dq, S_T, *shape, REVERSE=REVERSE, CAUSAL=CAUSAL,
+                               **sizes)
     return dq
 
 
@@ -349,11 +344,11 @@ class TaylorAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, S0):
         b, t, h, _ = q.shape
-        _, sizes, _, grid, _ = settings(q, v)
+        _, sizes, _, grid = settings(q, v)
         z = torch.empty(b, t, h, device=q.device)
         S_T = torch.empty(b, h, sizes["FEATURES"], v.shape[-1] + 1, device=q.device)
         states = segment_states(k, v, None) if grid[0] > 1 else None
-        o = attend_with(q, k, v, S0, states, z, S_T, REVERSE=False, CAUSAL=True, DIVIDE=True)
+        o = attend_with(q, k, v, S0, states, z, S_T, DIVIDE=True)
         ctx.save_for_backward(q, k, v, S0, states, o, z)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -369,9 +364,9 @@ class TaylorAttention(torch.autograd.Function):
                                                          BE=triton.next_power_of_2(e), ROWS=64)
         dstates = None if states is None else segment_states(q, dN, da)
         dS0 = None if S0 is None else torch.empty_like(S0)
-        dq = differentiate_with(q, k, dN, v, da, None, S0, states, REVERSE=False, CAUSAL=True)
-        dk = differentiate_with(k, q, v, dN, None, da, dS, dstates, dS0, REVERSE=True, CAUSAL=True)
-        dv = attend_with(k, q, dN, dS, dstates, REVERSE=True, CAUSAL=True, DIVIDE=False)
+        dq = differentiate_with(q, k, dN, v, da, None, S0, states)
+        dk = differentiate_with(k, q, v, dN, None, da, dS, dstates, dS0, REVERSE=True)
+        dv = attend_with(k, q, dN, dS, dstates, REVERSE=True)
         return dq, dk, dv, dS0
 
 
@@ -388,14 +383,9 @@ class StateOf(torch.autograd.Function):
     def backward(ctx, dS):
         k, v, w = ctx.saved_tensors
         dS = dS.contiguous()
-        dk = differentiate_with(k, k, v, v, w, None, dS, REVERSE=False, CAUSAL=False)
-        dv = attend_with(k, k, v, dS, REVERSE=False, CAUSAL=False, DIVIDE=False)
+        dk = differentiate_with(k, k, v, v, w, None, dS, CAUSAL=False)
+        dv = attend_with(k, k, v, dS, CAUSAL=False)
         return dk, dv if w is None else dv * w[..., None].to(dv.dtype), None
-
-
-def in_one_piece(x):
-    """(b, h, t, d) -> (b, t, h, d), which is how lessons make heads: then nothing is copied."""
-    return x.transpose(1, 2).contiguous()
 
 
 def check_sizes(q):
@@ -414,11 +404,13 @@ def joined(parts):
 
 
 def taylor_attention(q, k, v, state=None):
-    """o_t = sum_{s <= t} (1 + s + s^2 / 2) v_s / (the same with v = 1), s = q_t . k_s / sqrt(d), and the state after.
+    """o_t = sum_{s <= t} (1 + s + s^2 / 2) v_s / (the same with v = 1), s = q_t . k_s / sqrt(d), and the state
+    after.
 
-    q, k: (b, h, t, d), v: (b, h, t, e), of one dtype, float32 or 16 bits; state: (b, h, F, e + 1), sums of phi(k) [v, 1]^T
-    in the order of lesson 04's taylor(), or None. Returns o: (b, h, t, e) and the state, float32. ValueError for d above
-    24: the state would not fit on chip. More than 64 value channels, which do not meet, are done in parts."""
+    q, k: (b, h, t, d), v: (b, h, t, e), of one dtype, float32 or 16 bits; state: (b, h, F, e + 1), sums of phi(k)
+    [v, 1]^T in the order of lesson 04's taylor(), or None. Returns o: (b, h, t, e) and the state, float32.
+    ValueError for d above 24: the state would not fit on chip. More than 64 value channels, which do not meet, are
+    done in parts."""
     check_sizes(q)
     if v.shape[-1] > 64:
         parts = [taylor_attention(q, k, v[..., i], part_of(state, i)) for i in (slice(0, 64), slice(64, v.shape[-1]))]
@@ -429,8 +421,8 @@ def taylor_attention(q, k, v, state=None):
 
 
 def state_of(k, v, inside=None):
-    """sum_t phi(k_t) [v_t, 1]^T, over the tokens where `inside` is 1 and not 0: JRT's encoder. k: (b, h, t, d), v: (b, h,
-    t, e), inside: broadcasts to (b, h, t), without a gradient. Returns (b, h, F, e + 1), float32."""
+    """sum_t phi(k_t) [v_t, 1]^T, over the tokens where `inside` is 1 and not 0: JRT's encoder. k: (b, h, t, d), v:
+    (b, h, t, e), inside: broadcasts to (b, h, t), without a gradient. Returns (b, h, F, e + 1), float32."""
     check_sizes(k)
     if v.shape[-1] > 64:
         return joined([state_of(k, v[..., i], inside) for i in (slice(0, 64), slice(64, v.shape[-1]))])
@@ -471,7 +463,8 @@ def main():
         q, k, v = shapes(t, n // t, 16)
         others = {"SDPA": sdpa} | ({"twin": lambda *x: reference(*x)[0]} if t == 8192 else {})
         flops = 2 * 16 * n * (CHUNK * (16 + 64) + 2 * 192 * 64 + 4 * 192 * 16)
-        rows.append((f"b {n // t} h 16 t {t} d 16 e 64", {"kernel": causal} | others, (q, k, v), 16 * n * 2 * 160, flops))
+        rows.append((f"b {n // t} h 16 t {t} d 16 e 64", {"kernel": causal} | others, (q, k, v), 16 * n * 2 * 160,
+                     flops))
         if t in (8192, 32768):
             rows.append((f"prefix of all, t {t}", {"kernel": prefix, "SDPA": sdpa}, (q, k, v, k, v), 16 * n * 2 * 240,
                          1.5 * flops))

@@ -1,4 +1,5 @@
-"""Every kernel against its twin, the twin against the lesson; on a CPU in Triton's interpreter, on a GPU compiled."""
+"""Every kernel against its twin, the twin against the lesson; on a CPU in Triton's interpreter, on a GPU
+compiled."""
 import importlib
 
 import pytest
@@ -11,7 +12,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 LENGTHS = (1, 17, 64, 100, 1000) if GPU else (1, 17, 64, 100)
 WITH_KERNEL = [name for name in MIXERS if "triton" in MIXERS[name].forms]
-attention, linear, based = (importlib.import_module(name) for name in ("01_attention", "02_linear_attention", "04_based"))
+attention, linear, based = map(importlib.import_module, ("01_attention", "02_linear_attention", "04_based"))
 
 
 def random(*shapes, seed=0):
@@ -30,10 +31,10 @@ def values_and_gradients(f, tensors, dtype, device):
     return [x.detach().double().cpu() for x in (*outputs, *gradients)]
 
 
-def check_kernel(kernel, twin, tensors, tolerance=2e-5):
+def check_kernel(kernel, twin, tensors, tolerance=2e-5, in_16_bits=0.03):
     """The kernel in float32 (on a GPU also in bfloat16) against its twin in float64: outputs and every gradient."""
     exact = values_and_gradients(twin, tensors, torch.float64, DEVICE)
-    for dtype, allowed in ((torch.float32, tolerance), *([(torch.bfloat16, 3e-2)] if GPU else [])):
+    for dtype, allowed in ((torch.float32, tolerance), *([(torch.bfloat16, in_16_bits)] if GPU else [])):
         rounded = [x if x is None else x.to(dtype).double() for x in tensors]
         results = values_and_gradients(kernel, rounded, dtype, DEVICE)
         twins = exact if dtype == torch.float32 else values_and_gradients(twin, rounded, torch.float64, DEVICE)
@@ -43,8 +44,8 @@ def check_kernel(kernel, twin, tensors, tolerance=2e-5):
 
 
 def in_segments(monkeypatch, module, place):
-    """Make the kernel cut short sequences into segments of 128 tokens, as it cuts long ones on a GPU. place: of the shape
-    (t, h, segment, ...) among the settings; the grid comes behind it."""
+    """Make the kernel cut short sequences into segments of 128 tokens, as it cuts long ones on a GPU. place: of the
+    shape (t, h, segment, ...) among the settings; the grid comes behind it."""
     settings = module.settings
 
     def cut(*args):
@@ -55,7 +56,7 @@ def in_segments(monkeypatch, module, place):
     monkeypatch.setattr(module, "settings", cut)
 
 
-# ------------------------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------------------------- attention
 
 
 @pytest.mark.parametrize("t", LENGTHS)
@@ -68,7 +69,8 @@ def test_flash_attention(t, window):
                  lambda *x: flash_attention.reference(*x, window), (q, k, v))
 
 
-@pytest.mark.parametrize("t, s, h, g, window", [(70, 70, 4, 2, None), (30, 130, 2, 1, None), (65, 200, 4, 1, 50), (1, 90, 2, 2, 7)])
+@pytest.mark.parametrize("t, s, h, g, window", [(70, 70, 4, 2, None), (30, 130, 2, 1, None), (65, 200, 4, 1, 50),
+                                                (1, 90, 2, 2, 7)])
 def test_flash_attention_with_a_cache_and_shared_heads(t, s, h, g, window):
     tensors = random((2, h, t, 16), (2, g, s, 16), (2, g, s, 16))
     twin = flash_attention.reference(*tensors, window)
@@ -113,7 +115,7 @@ def test_linear_attention(t, kind):
                                                                        linear_attention.reference)
     for a, b in zip(twin(q, k, v, wide, S), linear.recurrent(q, k, v, g, S), strict=True):
         check_close(a, b, 1e-11, "the twin and the lesson")
-    check_kernel(kernel, twin, (q, k, v, wide, S if t != 64 else None), 1e-4)       # a gate's gradient is a small difference
+    check_kernel(kernel, twin, (q, k, v, wide, S if t != 64 else None), 1e-4, 0.1)     # for g's gradient
 
 
 @pytest.mark.parametrize("kind", ["none", "scalar", "vector"])
@@ -125,11 +127,12 @@ def test_linear_attention_in_segments(monkeypatch, kind):
     check_kernel(gla.gla if kind == "vector" else linear_attention.linear_attention, module.reference, tensors, 1e-4)
 
 
-@pytest.mark.parametrize("kind, d, e", [("none", 300, 16), ("scalar", 16, 300), ("vector", 140, 16), ("vector", 16, 140),
-                                        ("scalar", 5, 3)])
+@pytest.mark.parametrize("kind, d, e", [("none", 300, 16), ("scalar", 16, 300), ("vector", 140, 16),
+                                        ("vector", 16, 140), ("scalar", 5, 3)])
 def test_linear_attention_of_any_width(kind, d, e):
     module, kernel = (gla, gla.gla) if kind == "vector" else (linear_attention, linear_attention.linear_attention)
-    tensors = [*random((1, 1, 20, d), (1, 1, 20, d), (1, 1, 20, e)), gate(kind, 1, 1, 20, d), *random((1, 1, d, e), seed=1)]
+    q, k, v, S = random((1, 1, 20, d), (1, 1, 20, d), (1, 1, 20, e), (1, 1, d, e))
+    tensors = q, k, v, gate(kind, 1, 1, 20, d), S
     check_kernel(kernel, module.reference, tensors, 1e-4)
 
 
@@ -146,7 +149,7 @@ def test_strong_forgetting_does_not_overflow(kind):
     check_kernel(kernel, twin, (q, k, v, g), 1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------------- based
+# -------------------------------------------------------------------------------------------------------------- based
 
 
 def taylor_state(b, h, d, e):
@@ -188,7 +191,7 @@ def test_taylor_attention_names_what_does_not_fit():
         taylor_attention.taylor_attention(*(torch.zeros(1, 1, 4, 32) for _ in range(3)))
 
 
-# ------------------------------------------------------------------------------------------------------------ generation
+# --------------------------------------------------------------------------------------------------------- generation
 
 
 @pytest.mark.parametrize("d, e, gates", [(16, 16, None), (20, 33, 1), (32, 65, 32)])
@@ -204,7 +207,8 @@ def test_a_step_of_linear_attention(d, e, gates):
         check_close(a.double().cpu(), b, 1e-5, "a step")
 
 
-@pytest.mark.parametrize("f, e, n, window", [(16, 64, 0, 64), (16, 64, 10, 64), (8, 24, 5, 5), (8, 16, 7, 8), (5, 16, 1, 1)])
+@pytest.mark.parametrize("f, e, n, window", [(16, 64, 0, 64), (16, 64, 10, 64), (8, 24, 5, 5), (8, 16, 7, 8),
+                                             (5, 16, 1, 1)])
 def test_a_step_of_based(f, e, n, window):
     q, k, v, q_w, k_w, past_k, past_v = random(*[(2, 2, f)] * 2, *[(2, 2, e)] * 3, *[(2, 2, n, e)] * 2)
     tensors = (q, k, v, taylor_state(2, 2, f, e), q_w, k_w, past_k, past_v)
@@ -213,7 +217,7 @@ def test_a_step_of_based(f, e, n, window):
         check_close(a.double().cpu(), b, 1e-5, "a step")
 
 
-# ---------------------------------------------------------------------------------------------------------------- mixers
+# ------------------------------------------------------------------------------------------------------------- mixers
 
 
 @pytest.mark.parametrize("name", WITH_KERNEL)

@@ -1,8 +1,18 @@
 """What every mixer promises, tested for all that the lessons list in MIXERS: list a mixer and it is tested."""
 import pytest
 import torch
-from harness import LENGTHS, MIXERS, check_forms, check_matrix, check_split, floats_in, inputs, make
-from harness import plain_forms, sees_future
+from harness import (
+    LENGTHS,
+    MIXERS,
+    check_forms,
+    check_matrix,
+    check_split,
+    floats_in,
+    inputs,
+    make,
+    plain_forms,
+    sees_future,
+)
 
 import train
 
