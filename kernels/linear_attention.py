@@ -270,35 +270,31 @@ def main():
     from kernels import bench
     rates = bench.print_machine()
 
-    def shapes(t):
-        q, k, v = bench.random(*[(1, 4, t, 64)] * 3)
+    def shapes(t, b=1, h=4):
+        q, k, v = bench.random(*[(b, h, t, 64)] * 3)
         return q * 0.125, k, v
 
-    def decayed(f):
-        return lambda q, k, v, g: f(q, k, v, -g.abs() / 10)[0]
+    def decays(t, b=1, h=4):
+        return -bench.random((b, h, t, 1), dtype=torch.float32, seed=2)[0].abs() / 10
 
-    def plain(f):
+    def output(f):
         return lambda *x: f(*x)[0]
-    bench.check(plain(linear_attention), plain(reference), ("twin", plain(reference)), shapes, "qkv")
+
+    def sdpa(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    bench.check(output(linear_attention), output(reference), ("twin", output(reference)), shapes, "qkv")
     print("with a decay for each token")
-    bench.check(decayed(linear_attention), decayed(reference), ("twin", decayed(reference)),
-                lambda t: (*shapes(t), bench.random((1, 4, t, 1), dtype=torch.float32)[0]), "qkvg", loose="g")
-    rows, scale = [], 64 ** -0.5
+    bench.check(output(linear_attention), output(reference), ("twin", output(reference)),
+                lambda t: (*shapes(t), decays(t)), "qkvg", loose="g")
+    gamma, rows = (1 - 2.0 ** (-5 - torch.arange(16, device="cuda") / 4)).log()[None, :, None, None], []
     for t in (2048, 8192, 32768):
-        b = 32768 // t
-        q, k, v = bench.random(*[(b, 16, t, 64)] * 3)
-        g, = bench.random((b, 16, t, 1), dtype=torch.float32)
-        gamma = (1 - 2.0 ** (-5 - torch.arange(16, device="cuda") / 4)).log()[None, :, None, None]
-        n_bytes, flops = 4 * 2 * q.numel(), q.numel() // 64 * (4 * CHUNK * 64 + 4 * 64 * 64)
-        others = {"SDPA": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
-        if t == 8192:
-            others["twin"] = lambda q, k, v: reference(q * scale, k, v)[0]
-        rows += [(f"no decay, b {b} h 16 t {t} d 64", {"kernel": lambda q, k, v: linear_attention(q, k, v)[0]} | others,
-                  (q, k, v), n_bytes, flops),
-                 (f"constant decay, t {t}", {"kernel": lambda q, k, v: linear_attention(q, k, v, gamma)[0]} | others,  # noqa: B023
-                  (q, k, v), n_bytes, flops),
-                 (f"decay of each token, t {t}", {"kernel": decayed(linear_attention)}, (q, k, v, g),
-                  n_bytes + 4 * g.numel(), flops)]
+        qkv, g = shapes(t, 32768 // t, 16), decays(t, 32768 // t, 16)
+        size, others = qkv[0].numel(), {"SDPA": sdpa} | ({"twin": output(reference)} if t == 8192 else {})
+        n_bytes, flops = 8 * size, size // 64 * (4 * CHUNK * 64 + 4 * 64 * 64)
+        mine = {"kernel": output(linear_attention)}
+        rows += [(f"no decay, b {32768 // t} h 16 t {t} d 64", mine | others, qkv, n_bytes, flops),
+                 (f"constant decay, t {t}", {"kernel": lambda *x: linear_attention(*x, gamma)[0]}, qkv, n_bytes, flops),
+                 (f"decay of each token, t {t}", mine, (*qkv, g), n_bytes + 4 * g.numel(), flops)]
     bench.compare(rows, rates)
 
 
