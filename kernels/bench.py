@@ -2,8 +2,7 @@
 
 Timings are medians of triton.testing.do_bench, the candidates in turns in one process, on random inputs, from the
 call to the result: what the host spends on a launch counts where the GPU waits for it. `limit` is the time that the
-device would need at least, for the bytes at its copy bandwidth or the FLOPs at its matmul rate, whichever is
-longer.
+device would need at least, for the bytes at its copy bandwidth or the FLOPs at its matmul rate, whichever is longer.
 """
 import platform
 import statistics
@@ -92,9 +91,9 @@ def forward_and_backward(f, tensors):
 
 
 def compare(rows, rates, gradients=True):
-    """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs
-    of the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the
-    others' times as multiples of it."""
+    """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of
+    the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the others'
+    times as multiples of it."""
     print(f"{'':38}{'limit':>8}{'share':>7}   forward, ms" + " " * 45 + ("forward + backward, ms" if gradients else ""))
     for name, candidates, tensors, n_bytes, flops in rows:
         pairs = {c: forward_and_backward(f, tensors) for c, f in candidates.items()}

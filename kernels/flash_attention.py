@@ -1,13 +1,11 @@
-"""FlashAttention: causal softmax attention with an optional window and shared key heads; the t x t matrix never in
-memory.
+"""FlashAttention: causal softmax attention, an optional window, shared key heads; the matrix is never in memory.
 
     P = 2^(S - m),  S = log2(e) Q K^T / sqrt(d);   l <- 2^(m - m') l + rowsum P;   O <- 2^(m - m') O + P V    m: rowmax
 
-A program owns a block of targets and walks over the blocks of sources that they see: first those that are seen
-whole, then those on the diagonal (and at the window's edge), which need a mask. Two products of 2 d FLOPs for a
-pair (t, s), half of all pairs: at t = 8192 an H100 could do them in 0.76 ms (32768 tokens, 16 heads of 64), and the
-2 t^2 powers of two for a head in 0.58 on a unit of their own. Bound by arithmetic: each token's 8 d bytes are moved
-in no time.
+A program owns a block of targets and walks over the blocks of sources that they see: first those that are seen whole,
+then those on the diagonal (and at the window's edge), which need a mask. Two products of 2 d FLOPs for a pair (t, s),
+half of all pairs: at t = 8192 an H100 could do them in 0.76 ms (32768 tokens, 16 heads of 64), and the t^2 / 2
+powers of two of each head in 0.58, on a unit of their own. Bound by arithmetic: each token's 8 d bytes are moved in no time.
 
 Backward, with L = m + log2 l and D = rowsum(dO * O):  P = 2^(S - L),  dS = P * (dO V^T - D),
 
@@ -55,8 +53,7 @@ def hidden(targets, sources, window):
 
 @triton.jit
 def sources_of(first, last, window, S, BN: tl.constexpr):
-    """Where the sources begin that positions first to last see, where those that all of them see, where these
-    end."""
+    """Where the sources begin that positions first to last see, where those that all of them see, where these end."""
     begin = tl.maximum(0, first - window + 1) // BN * BN
     whole = tl.minimum(tl.maximum(0, first + 1) // BN, S // BN) * BN                 # the last ones are on the diagonal
     return begin, tl.minimum(tl.maximum(tl.cdiv(last - window + 1, BN) * BN, begin), tl.maximum(whole, begin)), whole

@@ -2,17 +2,17 @@
 
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t                     forms and names as in lesson 02
 
-A walk over chunks of 64 tokens with the state on chip, as in kernels.linear_attention. What a vector gate makes
-hard is the matrix in a chunk, M_ts = sum_d q_td k_sd e^{g_{s+1,d} + ... + g_t,d}: q e^{G_t} times k e^{-G_s} would
+A walk over chunks of 64 tokens with the state on chip, as in kernels.linear_attention. What a vector gate makes hard
+is the matrix in a chunk, M_ts = sum_d q_td k_sd e^{g_{s+1,d} + ... + g_t,d}: q e^{G_t} times k e^{-G_s} would
 overflow where a channel forgets fast. Halving takes care of it: cut the chunk in two; with r the cut, all pairs (t,
 s) across it are
 
     (q_t e^{g_{r+1} + ... + g_t}) . (k_s e^{g_{s+1} + ... + g_r})                     no exponent is above 0
 
-one matrix product; then cut each half in two, and so on: 32, 16, ... 1. A token is a target or a source at a cut,
-so each of the log2(64) = 6 levels needs one exponential X a number, and one product of 64 x 64 x d, masked to the
-pairs that it cuts. The exponents are sums of g, found by a product with a matrix of zeros and ones (g in two halves
-of its digits).
+one matrix product; then cut each half in two, and so on: 32, 16, ... 1. A token is a target or a source at a cut, so
+each of the log2(64) = 6 levels needs one exponential X a number, and one product of 64 x 64 x d, masked to the pairs
+that it cuts. The exponents are sums of g, found by a product with a matrix of zeros and ones (g in two halves of its
+digits).
 
 Memory sees q, k, g, v and o once; tensor cores do some 20 products of 64 x 64 x d for a chunk.
 
@@ -41,8 +41,8 @@ def levels(t, device):
 
 
 def reference(q, k, v, g, state=None):
-    """The kernel's loop over chunks. q, k, g: (b, h, t, d), v: (b, h, t, e), state: (b, h, d, e) or None. Returns
-    o: (b, h, t, e) and the state after."""
+    """The kernel's loop over chunks. q, k, g: (b, h, t, d), v: (b, h, t, e), state: (b, h, d, e) or None. Returns o:
+    (b, h, t, e) and the state after."""
     more, o = torch.promote_types(q.dtype, torch.float32), []
     S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=more) if state is None else state
     for i in range(0, q.shape[2], CHUNK):
@@ -72,8 +72,8 @@ def sums(W, g, like, PRECISION: tl.constexpr):
 
 @triton.jit
 def cut(level, C: tl.constexpr):
-    """W and the pairs of the cut h = 2^level, as levels() yields them: t and s are cut where that is their first
-    bit that differs."""
+    """W and the pairs of the cut h = 2^level, as levels() yields them: t and s are cut where that is their first bit
+    that differs."""
     t, s, h = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], 1 << level
     W = ((t ^ s) < h) & (((t & h) != 0) == (s <= t))
     return W, (t > s) & ((t ^ s) >= h) & ((t ^ s) < 2 * h)

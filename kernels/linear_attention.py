@@ -7,19 +7,18 @@ on chip. With G the sum of g from the start of the chunk, up to and including it
 
     P = (Q K^T) * e^{G_t - G_s}, s <= t      O = P V + e^{G_t} Q S      S <- e^{G} S + (K e^{G - G_s})^T V
 
-so memory sees q, k, v once and o once: 8 d bytes for a token and head in bfloat16 (d = e), against 8 d (64 + d) /
-64 FLOPs on tensor cores, a third of what an H100 could do meanwhile: bound by memory.
+so memory sees q, k, v once and o once: 8 d bytes for a token and head in bfloat16 (d = e), against 4 d (64 + d) FLOPs
+on tensor cores, a quarter of what an H100 could do meanwhile: bound by memory.
 
 The gradients are the same walk, with the arguments in other places. From dP_ts = do_t . v_s,
 
     dV = walk(K, Q, dO) backwards in time      dK = walk(V, dO, Q) backwards      dQ = walk(dO, V, K) forwards
 
-and dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone. (A small difference of
-large sums: of the gradients, g's is the one that suffers from 16 bits, the more the longer the sequence.)
+and dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone. (A small difference of large
+sums: of the gradients, g's is the one that suffers from 16 bits, the more the longer the sequence.)
 
 Few heads leave most of the GPU idle. Then the sequence is cut into segments: a first pass finds the state that each
-segment would leave from zero; in a second, each starts from those before it, added up, and all segments run at
-once.
+segment would leave from zero; in a second, each starts from those before it, added up, and all segments run at once.
 
     python -m kernels.linear_attention      check, then a table
 """
@@ -34,9 +33,9 @@ CHUNK = 64
 
 
 def reference(q, k, v, g=None, state=None):
-    """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q,
-    k: (b, h, t, d), v: (b, h, t, e), g: log decay (b, h, t, 1) or None, state: (b, h, d, e) or None. Returns o: (b,
-    h, t, e) and the state after."""
+    """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q, k:
+    (b, h, t, d), v: (b, h, t, e), g: log decay (b, h, t, 1) or None, state: (b, h, d, e) or None. Returns o: (b, h,
+    t, e) and the state after."""
     more = torch.promote_types(q.dtype, torch.float32)
     S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=more) if state is None else state
     g, o = q.new_zeros(*q.shape[:3], 1, dtype=more) if g is None else g, []

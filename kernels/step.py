@@ -1,12 +1,11 @@
-"""Generation: one token through the recurrence, one launch a layer: read the state, update it, look up, write it
-back.
+"""Generation: one token through the recurrence in one launch: read the state, update it, look up, write it back.
 
     S' = e^g S + k v^T,  o = S'^T q                     linear attention, any decay; lesson 02's state
     the same with phi(k), phi(q), and divided           Based's linear part; lesson 04's state (F, e + 1)
     softmax over the last w keys                        Based's window, which moves on by one token
 
-Two FLOPs for a number of the state that is read and written: bound by memory. In float32 a head of Based with d =
-16, e = 64, w = 64 has 153 x 65 + 64 x (64 + 64) numbers, 72 KB: 0.05 microseconds of an H100. A step as PyTorch
+Two FLOPs for a number of the state that is read and written: bound by memory. In float32 a head of Based with d = 16,
+e = 64, w = 64 has 153 x 65 + 64 x (64 + 64) numbers, 72 KB: 0.05 microseconds of an H100. A step as PyTorch
 operations would move the features and the sums several times, and start a dozen kernels.
 
 The states that come in are left as they are. No gradients: training runs the other kernels.

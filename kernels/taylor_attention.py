@@ -3,15 +3,15 @@
     phi(x) = [1, x d^{-1/4}, x_i x_j (i <= j, weighted)]      1 + d + d (d + 1) / 2 features; d = 16: 153
     o_t = phi(q_t)^T S_t / phi(q_t)^T z_t,   S_t = sum_{s <= t} phi(k_s) v_s^T,   z_t = sum_{s <= t} phi(k_s)
 
-A program owns a head and walks over chunks of 64 tokens. Inside a chunk the weights are a
-polynomial of Q K^T. Between chunks there is the state, on chip in tiles of 64 features (d = 16: three). A tile of
-features is the product of two selections of columns, phi(X) = w * (X E_i) * (X E_j), with E of zeros and ones: two
-small matrix products put the numbers where the next product wants them, which no indexing could.
+A program owns a head and walks over chunks of 64 tokens. Inside a chunk the weights are a polynomial of Q K^T.
+Between chunks there is the state, on chip in tiles of 64 features (d = 16: three). A tile of features is the product
+of two selections of columns, phi(X) = w * (X E_i) * (X E_j), with E of zeros and ones: two small matrix products put
+the numbers where the next product wants them, which no indexing could.
 
-Memory sees q, k, v and o once, 2 (2 d + 2 e) bytes a token and head in bfloat16; a chunk multiplies 2 x 64 x (64 d
-+ 64 e + 2 F e + 4 F d) FLOPs with F = 192. At d = 16, e = 64 an H100 could move the bytes of 32768 tokens x 16
-heads in 0.06 ms and do the FLOPs in 0.09; registers (a state of 192 x 64 numbers) and waiting for matrix products
-are what bounds it.
+Memory sees q, k, v and o once, 2 (2 d + 2 e) bytes a token and head in bfloat16; a chunk multiplies 2 x 64 x (64 d +
+64 e + 2 F e + 4 F d) FLOPs with F = 192. At d = 16, e = 64 an H100 could move the bytes of 32768 tokens x 16 heads in
+0.06 ms and do the FLOPs in as much; registers (a state of 192 x 64 numbers) and waiting for matrix products are what
+bounds it.
 
 Gradients, with dN = do / z and da = -dN . o, so that A_ts = dN_t . v_s + da_t is the gradient of the weight of (t,
 s):
@@ -38,8 +38,8 @@ TABLES = {}
 
 @torch.compiler.assume_constant_result       # made once, also when torch.compile looks on
 def feature_table(d, dtype, device):
-    """Feature r is weight_r x_i x_j, where x_i or both may be missing. E: (2, BD, tiles x 64), 1 at (0, i, r) and
-    (1, j, r); weights: (tiles x 64,), 0 for rows that fill up the last tile. Also how many features there are."""
+    """Feature r is weight_r x_i x_j, where x_i or both may be missing. E: (2, BD, tiles x 64), 1 at (0, i, r) and (1,
+    j, r); weights: (tiles x 64,), 0 for rows that fill up the last tile. Also how many features there are."""
     if (d, dtype, device) in TABLES:
         return TABLES[d, dtype, device]
     i, j = torch.triu_indices(d, d)
@@ -64,9 +64,9 @@ def features(x):
 
 
 def reference(q, k, v, state=None):
-    """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q,
-    k: (b, h, t, d), v: (b, h, t, e), state: (b, h, F, e + 1), z in its last column, or None. Returns o: (b, h, t,
-    e) and the state after."""
+    """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q, k:
+    (b, h, t, d), v: (b, h, t, e), state: (b, h, F, e + 1), z in its last column, or None. Returns o: (b, h, t, e) and
+    the state after."""
     more, v, o = torch.promote_types(q.dtype, torch.float32), F.pad(v, (0, 1), value=1.0), []
     S = features(k[:, :, :1].to(more)).mT @ v[:, :, :1].to(more) * 0 if state is None else state
     for i in range(0, q.shape[2], CHUNK):
@@ -112,8 +112,8 @@ def factors(a, b, r, D: tl.constexpr, FIRST: tl.constexpr):
 
 @triton.jit
 def write(S, Z, k, v, w, E, weights, D: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):
-    """S + phi(K)^T V and z + phi(K)^T w, by tiles; the features are made transposed, as the product wants them.
-    Their weights are squared: those of phi(Q) are in here, too."""
+    """S + phi(K)^T V and z + phi(K)^T w, by tiles; the features are made transposed, as the product wants them. Their
+    weights are squared: those of phi(Q) are in here, too."""
     newS, newZ = (), ()
     for n in tl.static_range(TILES):
         a = tl.dot(tl.trans(E[2 * n]), tl.trans(k), input_precision=PRECISION)
