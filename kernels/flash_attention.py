@@ -5,7 +5,7 @@
 A program owns a block of targets and walks over the blocks of sources that they see: first those that are seen whole,
 then those on the diagonal (and at the window's edge), which need a mask. Two products of 2 d FLOPs for a pair (t, s),
 half of all pairs: at t = 8192 an H100 could do them in 0.76 ms (32768 tokens, 16 heads of 64), and the t^2 / 2
-powers of two of each head in 0.58, on a unit of their own. Bound by arithmetic: each token's 8 d bytes are moved in no time.
+powers of two of each head in 0.58, on a unit of their own. Bound by arithmetic, not by each token's 8 d bytes.
 
 Backward, with L = m + log2 l and D = rowsum(dO * O):  P = 2^(S - L),  dS = P * (dO V^T - D),
 
@@ -76,7 +76,8 @@ def softmax_step(q, k, v, m, l, acc, targets, start, d, e, window, S, k_row, v_r
 @triton.jit
 def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
-    block, b_h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)                 # the longest first
+    blocks = tl.cdiv(T, BM)
+    block, b_h = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks          # the longest first
     rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
     k, v, targets = k + place(b_h, H, G, S, D), v + place(b_h, H, G, S, E), rows + S - T
     q_i = load(q + place(b_h, H, H, T, D), rows, d, T, H * D, D)
@@ -120,7 +121,8 @@ def dq_step(q, k, v, do, L, delta, dq, targets, start, d, e, window, S, k_row, v
 @triton.jit
 def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
               BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
-    block, b_h = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(T, BM)
+    block, b_h = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks          # the longest first
     rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
     k, v, targets = k + place(b_h, H, G, S, D), v + place(b_h, H, G, S, E), rows + S - T
     q_i = load(q + place(b_h, H, H, T, D), rows, d, T, H * D, D)
@@ -165,7 +167,8 @@ def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, window, T, pas
 @triton.jit
 def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
-    block, b_g = tl.program_id(0), tl.program_id(1)                                          # the longest first
+    blocks = tl.cdiv(S, BN)
+    block, b_g = tl.program_id(0) % blocks, tl.program_id(0) // blocks                       # the longest first
     sources, d, e = block * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BE)
     key, value = place(b_g, G, G, S, D), place(b_g, G, G, S, E)
     k_i, v_i = load(k + key, sources, d, S, G * D, D), load(v + value, sources, e, S, G * E, E)
@@ -224,7 +227,7 @@ class FlashAttention(torch.autograd.Function):
         (b, t, h, _), e = q.shape, v.shape[-1]
         shape, sizes, (blocks, *_) = settings(q, k, v, window)
         o, L = q.new_empty(b, t, h, e), torch.empty(b, h, t, device=q.device)
-        forward_kernel[(triton.cdiv(t, blocks[0]), b * h)](q, k, v, o, L, *shape, **sizes, **launch(blocks))
+        forward_kernel[(triton.cdiv(t, blocks[0]) * b * h,)](q, k, v, o, L, *shape, **sizes, **launch(blocks))
         ctx.save_for_backward(q, k, v, o, L)
         ctx.window = window
         return o
@@ -237,9 +240,9 @@ class FlashAttention(torch.autograd.Function):
         shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window)
         delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         rowsum_kernel[(triton.cdiv(b * t * h, 64),)](do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
-        dkv_kernel[(triton.cdiv(s, for_dkv[1]), b * g)](q, k, v, do, L, delta, dk, dv, *shape, **sizes,
+        dkv_kernel[(triton.cdiv(s, for_dkv[1]) * b * g,)](q, k, v, do, L, delta, dk, dv, *shape, **sizes,
                                                         **launch(for_dkv))
-        dq_kernel[(triton.cdiv(t, for_dq[0]), b * h)](q, k, v, do, L, delta, dq, *shape, **sizes, **launch(for_dq))
+        dq_kernel[(triton.cdiv(t, for_dq[0]) * b * h,)](q, k, v, do, L, delta, dq, *shape, **sizes, **launch(for_dq))
         return dq, dk, dv, None
 
 

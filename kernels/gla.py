@@ -126,8 +126,8 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, D: tl.constexpr, E: t
                    BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr,
                    PRECISION: tl.constexpr):
     """What each segment adds to the state, and the sum of its g."""
-    n, b_h = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d, e, end = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
+    n, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    d, e, end = tl.arange(0, BD), tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
     key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     S, total = tl.zeros((BD, BE), tl.float32), tl.zeros((BD,), tl.float32)
     chunks = tl.cdiv(end - n * segment, C)
@@ -145,8 +145,8 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, D: tl.constexpr, E: t
 @triton.jit
 def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, D: tl.constexpr, E: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    d, e, end = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
+    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
+    d, e, end = tl.arange(0, BD), tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
     key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     S = enter(S0, states, decays, d, e, n, b_h, N, D, E, False)
     for step in range(tl.cdiv(end - n * segment, C)):
@@ -167,7 +167,7 @@ def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, D: tl.
 def dq_kernel(k, v, g, do, S0, states, decays, dq, T, H, segment, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
               BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """dQ = (dM with decay) K + e^{G} dO S^T, with dM_ts = do_t . v_s: forwards, as forward."""
-    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
     d, e, end = tl.arange(0, BD), tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
     t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
@@ -194,7 +194,7 @@ def dkv_kernel(q, k, v, g, do, dS_T, states, decays, dk, dv, dS0, T, H, segment,
                BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
     """dV = M^T dO + (K e^{G - G_s}) R,  dK = (dM with decay)^T Q + e^{G - G_s} V R^T,  with R the state of q and do:
     backwards."""
-    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
     start, end = n * segment, tl.minimum(T, (n + 1) * segment)
     d, e, t, s = tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
@@ -235,18 +235,18 @@ def settings(q, v):
         sizes |= {"C": CHUNK // 2, "LEVELS": sizes["LEVELS"] - 1, "PRECISION": "ieee", "num_stages": 1, "num_warps": 8}
     segments = max(1, min(256 // (b * h), t // 512))
     segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
-    return sizes, (t, h, segment), (triton.cdiv(t, segment), b * h)
+    return sizes, (t, h, segment), (b * h, triton.cdiv(t, segment))
 
 
 def segment_states(k, v, g, reverse):
     """The states that the segments leave from zero: (b h, segments, d, e), and the sums of g in each. None for
     one."""
     sizes, shape, grid = settings(k, v)
-    if grid[0] == 1:
+    if grid[1] == 1:
         return None, None
-    states = torch.empty(grid[1], grid[0], k.shape[-1], v.shape[-1], device=k.device)
-    decays = torch.empty(grid[1], grid[0], k.shape[-1], device=k.device)
-    segment_kernel[(1, *grid)](k, v, g, states, decays, *shape, REVERSE=reverse, **sizes)
+    states = torch.empty(*grid, k.shape[-1], v.shape[-1], device=k.device)
+    decays = torch.empty(*grid, k.shape[-1], device=k.device)
+    segment_kernel[grid](k, v, g, states, decays, *shape, REVERSE=reverse, **sizes)
     return states, decays
 
 
@@ -258,7 +258,7 @@ class GLA(torch.autograd.Function):
         sizes, shape, grid = settings(q, v)
         o, S_T = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
         states, decays = segment_states(k, v, g, False)
-        forward_kernel[(1, *grid)](q, k, v, g, S0, states, decays, o, S_T, *shape, **sizes)
+        forward_kernel[grid](q, k, v, g, S0, states, decays, o, S_T, *shape, **sizes)
         ctx.save_for_backward(q, k, v, g, S0, states, decays, S_T)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -273,8 +273,8 @@ class GLA(torch.autograd.Function):
         dq, dk = (torch.empty_like(x, dtype=torch.float32) for x in (q, k))      # dg is a sum of small differences
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
         dstates, ddecays = segment_states(q, do, g, True)
-        dq_kernel[(1, *grid)](k, v, g, do, S0, states, decays, dq, *shape, **sizes)
-        dkv_kernel[(1, *grid)](q, k, v, g, do, dS_T, dstates, ddecays, dk, dv, dS0, *shape, **sizes)
+        dq_kernel[grid](k, v, g, do, S0, states, decays, dq, *shape, **sizes)
+        dkv_kernel[grid](q, k, v, g, do, dS_T, dstates, ddecays, dk, dv, dS0, *shape, **sizes)
         dG = q * dq - k * dk                                                                 # (b, t, h, d)
         if dS_T is not None:
             dG[:, -1] += (S_T * dS_T).sum(dim=-1)

@@ -111,8 +111,8 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, g_b, g_h, g_t, D: tl.
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
                    PRECISION: tl.constexpr):
     """What each segment adds to the state."""
-    n, b_h = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    d, e = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE)
+    n, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    d, e = tl.arange(0, BD), tl.program_id(2) * BE + tl.arange(0, BE)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
     k, v, S = k + place(b_h, H, H, T, D), v + place(b_h, H, H, T, E), tl.zeros((BD, BE), tl.float32)
@@ -127,8 +127,8 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, g_b, g_h, g_t, D: tl.
 @triton.jit
 def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, g_b, g_h, g_t, D: tl.constexpr,
                    E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    d, e = tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE)
+    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
+    d, e = tl.arange(0, BD), tl.program_id(2) * BE + tl.arange(0, BE)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
     key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
@@ -145,9 +145,9 @@ def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, d
                     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
                     BLOCKS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     """Three walks at once. The states of dk and dq are those of dv and o, transposed."""
-    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
     start, end = n * segment, tl.minimum(T, (n + 1) * segment)
-    role, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    role, block = tl.program_id(2) // BLOCKS, tl.program_id(2) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
     d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, H, T, D), place(b_h, H, H, T, E)
@@ -181,18 +181,18 @@ def settings(q, v, g):
     segments = max(1, min((128 if g is None else 256) // (b * h * triton.cdiv(e, block)), t // 1024))
     segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
     strides = (0, 0, 0) if g is None else g.stride()[:3]
-    return block, sizes, (t, h, segment, *strides), (triton.cdiv(t, segment), b * h)
+    return block, sizes, (t, h, segment, *strides), (b * h, triton.cdiv(t, segment))
 
 
 def segment_states(k, v, g, block, sizes, shape, grid, reverse):
     """The states that the segments leave from zero: (b h, segments, d, e), and the sums of g in each. None for
     one."""
-    if grid[0] == 1:
+    if grid[1] == 1:
         return None, None
-    states = torch.empty(grid[1], grid[0], k.shape[-1], v.shape[-1], device=k.device)
-    decays = torch.empty(grid[1], grid[0], device=k.device)
+    states = torch.empty(*grid, k.shape[-1], v.shape[-1], device=k.device)
+    decays = torch.empty(*grid, device=k.device)
     blocks = triton.cdiv(v.shape[-1], block)
-    segment_kernel[(blocks, *grid)](k, v, g, states, decays, *shape, BE=block, REVERSE=reverse, **sizes)
+    segment_kernel[(*grid, blocks)](k, v, g, states, decays, *shape, BE=block, REVERSE=reverse, **sizes)
     return states, decays
 
 
@@ -205,7 +205,7 @@ class LinearAttention(torch.autograd.Function):
         o, S_T = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
         states, decays = segment_states(k, v, g, block, sizes, shape, grid, False)
         blocks = triton.cdiv(v.shape[-1], block)
-        forward_kernel[(blocks, *grid)](q, k, v, g, S0, states, decays, o, S_T, *shape, BE=block, **sizes)
+        forward_kernel[(*grid, blocks)](q, k, v, g, S0, states, decays, o, S_T, *shape, BE=block, **sizes)
         ctx.save_for_backward(q, k, v, g, S0, states, decays, S_T)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -224,7 +224,7 @@ class LinearAttention(torch.autograd.Function):
         block = block if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
         sizes["num_stages"] = min(sizes["num_stages"], 4 if g is None else 2)
         blocks = triton.cdiv(max(q.shape[-1], v.shape[-1]), block)
-        backward_kernel[(3 * blocks, *grid)](
+        backward_kernel[(*grid, 3 * blocks)](
             q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, *shape, BLOCK=block, BLOCKS=blocks,
             BE=max(16, triton.next_power_of_2(v.shape[-1])), **sizes)
         dg = None

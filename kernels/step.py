@@ -42,7 +42,7 @@ def based_reference(q, k, v, S, q_window, k_window, past_k, past_v, window):
 @triton.jit
 def linear_kernel(q, k, v, g, S, o, new, D: tl.constexpr, E: tl.constexpr, GD: tl.constexpr, BD: tl.constexpr,
                   BE: tl.constexpr):
-    head, d, e = tl.program_id(1).to(tl.int64), tl.arange(0, BD), tl.program_id(0) * BE + tl.arange(0, BE)
+    head, d, e = tl.program_id(0).to(tl.int64), tl.arange(0, BD), tl.program_id(1) * BE + tl.arange(0, BE)
     at, inside = (head * D + d[:, None]) * E + e[None, :], (d[:, None] < D) & (e[None, :] < E)
     S_i = tl.load(S + at, mask=inside, other=0.0)
     if g is not None:
@@ -102,7 +102,7 @@ def linear_step(q, k, v, g, state):
     g = None if g is None else g.expand(b, h, -1).contiguous()
     o, new, BD = torch.empty_like(v), torch.empty_like(state), triton.next_power_of_2(d)
     BE = min(triton.next_power_of_2(e), max(16, 4096 // BD))
-    linear_kernel[(triton.cdiv(e, BE), b * h)](q, k, v, g, state, o, new, D=d, E=e, GD=1 if g is None else g.shape[-1],
+    linear_kernel[(b * h, triton.cdiv(e, BE))](q, k, v, g, state, o, new, D=d, E=e, GD=1 if g is None else g.shape[-1],
                                                BD=BD, BE=BE, num_warps=4)
     return o, new
 

@@ -240,7 +240,7 @@ def segment_kernel(k, v, w, E_ij, all_weights, states, T, H, segment, D: tl.cons
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, FEATURES: tl.constexpr, TILES: tl.constexpr,
                    PRECISION: tl.constexpr):
     """What each segment adds to the state."""
-    n, N, b_h = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     end = tl.minimum(T, (n + 1) * segment)
     if w is not None:
@@ -260,7 +260,7 @@ def attend_kernel(q, k, v, S0, states, E_ij, all_weights, o, z, S_T, T, H, segme
                   VALUES: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, FEATURES: tl.constexpr,
                   TILES: tl.constexpr, REVERSE: tl.constexpr, CAUSAL: tl.constexpr, DIVIDE: tl.constexpr,
                   PRECISION: tl.constexpr):
-    n, N, b_h = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
     e, key, value = tl.arange(0, BE), place(b_h, H, H, T, D), place(b_h, H, H, T, VALUES)
     E, weights = selections(E_ij, all_weights, BD, TILES)
     S, Z = enter(S0, states, b_h, n, N, e, weights, FEATURES, VALUES, TILES, REVERSE)
@@ -276,7 +276,7 @@ def differentiate_kernel(q, k, do, v, a, w, S0, states, E_ij, all_weights, dq, S
                          VALUES: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr,
                          FEATURES: tl.constexpr, TILES: tl.constexpr, REVERSE: tl.constexpr, CAUSAL: tl.constexpr,
                          PRECISION: tl.constexpr):
-    n, N, b_h, e = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64), tl.arange(0, BE)
+    n, N, b_h, e = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64), tl.arange(0, BE)
     key, value, one = place(b_h, H, H, T, D), place(b_h, H, H, T, VALUES), place(b_h, H, H, T, 1)
     if a is not None:
         a += one
@@ -311,13 +311,13 @@ def settings(q, v, stages=3):
         sizes |= {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
     segments = max(1, min(256 // (b * h), t // 1024))
     segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
-    return (E, weights), sizes, (t, h, segment), (triton.cdiv(t, segment), b * h)
+    return (E, weights), sizes, (t, h, segment), (b * h, triton.cdiv(t, segment))
 
 
 def segment_states(k, v, w):
     """The states that the segments leave from zero: (b h, segments, F, e + 1)."""
     table, sizes, shape, grid = settings(k, v)
-    states = torch.empty(grid[1], grid[0], sizes["FEATURES"], v.shape[-1] + 1, device=k.device)
+    states = torch.empty(*grid, sizes["FEATURES"], v.shape[-1] + 1, device=k.device)
     segment_kernel[grid](k, v, w, *table, states, *shape, **sizes)
     return states
 
@@ -347,7 +347,7 @@ class TaylorAttention(torch.autograd.Function):
         _, sizes, _, grid = settings(q, v)
         z = torch.empty(b, t, h, device=q.device)
         S_T = torch.empty(b, h, sizes["FEATURES"], v.shape[-1] + 1, device=q.device)
-        states = segment_states(k, v, None) if grid[0] > 1 else None
+        states = segment_states(k, v, None) if grid[1] > 1 else None
         o = attend_with(q, k, v, S0, states, z, S_T, DIVIDE=True)
         ctx.save_for_backward(q, k, v, S0, states, o, z)
         ctx.set_materialize_grads(False)

@@ -32,7 +32,10 @@ def place(head, H, HEADS, T, WIDTH: tl.constexpr):
 
 
 def in_one_piece(x, multiple=1):
-    """(b, h, t, d) -> (b, t, h, d). Nothing is copied if x is a lesson's heads, and d a multiple of `multiple`; if
-    it is not, zeros fill up."""
+    """(b, h, t, d) -> (b, t, h, d). Nothing is copied if x is a lesson's heads and d a multiple of `multiple`; if not,
+    zeros fill up. ValueError for sequences so large that 32 bits cannot count their numbers."""
     x, missing = x.transpose(1, 2), -x.shape[-1] % multiple
+    if x.shape[1] * x.shape[2] * (x.shape[3] + missing) >= 2 ** 31:
+        raise ValueError(f"a sequence of {x.shape[1]} x {x.shape[2]} heads x {x.shape[3]} numbers: the kernels count "
+                         "to 2^31 in a sequence; split it, and go on from the state")
     return (F.pad(x, (0, missing)) if missing else x).contiguous()

@@ -7,6 +7,7 @@ import torch
 from harness import D_MODEL, MIXERS, check_close, inputs, make, run
 
 from kernels import flash_attention, gla, linear_attention, step, taylor_attention
+from kernels.tiles import in_one_piece
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -50,8 +51,8 @@ def in_segments(monkeypatch, module, place):
 
     def cut(*args):
         results = list(settings(*args))
-        (t, h, _, *more), (_, programs) = results[place:place + 2]
-        results[place:place + 2] = (t, h, 128, *more), (-(-t // 128), programs)
+        (t, h, _, *more), (programs, _) = results[place:place + 2]
+        results[place:place + 2] = (t, h, 128, *more), (programs, -(-t // 128))
         return results
     monkeypatch.setattr(module, "settings", cut)
 
@@ -134,6 +135,31 @@ def test_linear_attention_of_any_width(kind, d, e):
     q, k, v, S = random((1, 1, 20, d), (1, 1, 20, d), (1, 1, 20, e), (1, 1, d, e))
     tensors = q, k, v, gate(kind, 1, 1, 20, d), S
     check_kernel(kernel, module.reference, tensors, 1e-4)
+
+
+@pytest.mark.parametrize("kernel", [linear_attention.linear_attention, gla.gla])
+def test_what_is_too_long_to_count_is_refused(kernel):
+    x = torch.zeros(1, 1, 1, 1).expand(1, 4, 2 ** 28, 16)
+    with pytest.raises(ValueError, match="count to 2.31"):
+        kernel(x, x, x, None if kernel is linear_attention.linear_attention else x)
+
+
+def test_nothing_is_copied_where_heads_lie_as_a_lesson_makes_them():
+    x = torch.randn(2, 5, 64).unflatten(-1, (4, 16)).transpose(1, 2)
+    assert in_one_piece(x).data_ptr() == x.data_ptr() == in_one_piece(x, 16).data_ptr()
+    assert in_one_piece(x[..., :9], 16).shape == (2, 5, 4, 16)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: 70,000 programs are too many to interpret")
+def test_more_heads_than_a_grids_second_axis_can_have():
+    q, k, v = (x.float() for x in random(*[(17500, 4, 3, 16)] * 3))
+    exact = {"linear": linear.parallel(q, k, v)[0], "flash": attention.parallel_attention(q, k, v)}
+    for name, kernel in (("linear", lambda *x: linear_attention.linear_attention(*x)[0]),
+                         ("flash", flash_attention.flash_attention)):
+        check_close(kernel(q.cuda(), k.cuda(), v.cuda()).cpu(), exact[name], 1e-4, name)
+    state = torch.zeros(17500, 4, 16, 16).cuda()
+    o, _ = step.linear_step(*(x[:, :, 0].cuda() for x in (q, k, v)), None, state)
+    check_close(o.cpu(), exact["linear"][:, :, 0], 1e-4, "a step")
 
 
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
