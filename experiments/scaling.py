@@ -17,7 +17,7 @@ SLOW = 2.0
 
 
 def seconds(mixer, form, t, d_model, extras):
-    x = torch.randn(1, t, d_model, device=DEVICE)
+    x = torch.randn(1, t, d_model, device=DEVICE, dtype=next(mixer.parameters()).dtype)
     reads = {name: extras[name][:, :t] for name in getattr(mixer, "reads", ()) if name in extras}
 
     def once():
@@ -33,7 +33,8 @@ def measure(cell):
     torch.manual_seed(0)
     make = train.from_lessons("MIXERS")[cell["mixer"]]
     longest = {"max_len": max(cell["lengths"])} if "max_len" in train.options_of(make) else {}
-    mixer, times = make(cell["d_model"], **longest).to(DEVICE), {}
+    dtype = torch.bfloat16 if cell["form"] == "triton" else torch.float32                    # what the kernels are for
+    mixer, times = make(cell["d_model"], **longest).to(DEVICE, dtype), {}
     extras = {"ids": torch.randint(0, 500, (1, max(cell["lengths"])), device=DEVICE)}
     with torch.no_grad():
         for t in cell["lengths"]:
@@ -53,7 +54,7 @@ if __name__ == "__main__":
     known = train.from_lessons("MIXERS")
     chosen = ("attention", "linear_attention", "s4d", "based") if args.quick else known
     cells = [{"mixer": name, "form": form, "d_model": 128, "lengths": lengths}
-             for name in chosen for form in known[name].forms]
+             for name in chosen for form in known[name].forms if form != "triton" or DEVICE == "cuda"]
     rows = lab.sweep(args, "scaling", cells, measure)
     fig, (left, right) = lab.figure(14, 5.5, columns=2)
     shown = ("attention", "window", "linear_attention", "based", "mamba", "s4d", "hyena", "rwkv4")
