@@ -286,3 +286,15 @@ def test_the_kernels_form_is_refused_where_it_cannot_run(monkeypatch):
         mixer.float()(torch.zeros(1, 4, D_MODEL), "triton")
     assert "triton" not in MIXERS["attention"](1024, n_heads=2).forms
     assert "triton" not in MIXERS["based"](32, feature_dim=32).forms and "triton" in MIXERS["based"](32).forms
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: torch.compile does not look into the interpreter")
+@pytest.mark.parametrize("name", WITH_KERNEL)
+def test_the_kernels_form_compiles_to_one_graph(name):
+    mixer = make(name, torch.float32).cuda()
+    x = inputs(mixer, LONG, dtype=torch.float32)[0].cuda()
+    torch._dynamo.reset()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = torch.compile(lambda x: mixer(x, "triton"), fullgraph=True, backend="aot_eager")(x)
+        check_close(y, mixer(x, "triton"), 1e-2, name)
+        y.sum().backward()
