@@ -151,7 +151,7 @@ def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, window, T, pas
     rows = start + tl.arange(0, BM)
     q_i, do_i = load(q, rows, d, T, H * D, D, MASK), load(do, rows, e, T, H * E, E, MASK)
     if MASK:
-        L_i = tl.load(L + rows, mask=rows < T, other=1e30)                                   # no weight outside
+        L_i = tl.load(L + rows, mask=rows < T, other=0.0)                                    # outside, q and do are 0
         delta_i = tl.load(delta + rows, mask=rows < T, other=0.0)
     else:
         L_i, delta_i = tl.load(L + rows), tl.load(delta + rows)

@@ -371,7 +371,7 @@ class TaylorAttention(torch.autograd.Function):
 
 
 class StateOf(torch.autograd.Function):
-    """sum_t w_t phi(k_t) [v_t, 1]^T. k, v: (b, t, h, d) in one piece; w: (b, t, h) or None."""
+    """sum_t phi(k_t) [v_t, w_t]^T. k, v: (b, t, h, d) in one piece; w: (b, t, h) or None."""
 
     @staticmethod
     def forward(ctx, k, v, w):
@@ -384,8 +384,7 @@ class StateOf(torch.autograd.Function):
         k, v, w = ctx.saved_tensors
         dS = dS.contiguous()
         dk = differentiate_with(k, k, v, v, w, None, dS, CAUSAL=False)
-        dv = attend_with(k, k, v, dS, CAUSAL=False)
-        return dk, dv if w is None else dv * w[..., None].to(dv.dtype), None
+        return dk, attend_with(k, k, v, dS, CAUSAL=False), None
 
 
 def check_sizes(q):
