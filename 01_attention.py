@@ -24,7 +24,7 @@ attention  chunked parallel recurrent     t^2             2 g d t   (the KV cach
 window     chunked parallel recurrent     t w             2 g d w   (a ring of w slots)
 linformer  parallel                       t k             none: not causal, so it cannot generate
 ngram      parallel recurrent             t^2 compares    one sum of values per n-gram seen, at most n t (c + 1)
-(attention and window also triton: one kernel, the default on a GPU in 16 bits)
+(attention and window also triton: one kernel, the default on a GPU in bfloat16)
 
     python 01_attention.py                    every form against every other, and the time of each
     python 01_attention.py --plot FILE.png    the mixing matrices M
@@ -210,8 +210,10 @@ def pick_form(mixer, x, form=None):
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
     if form is None:
-        in_16_bits = x.is_cuda and (x.dtype.itemsize == 2 or torch.is_autocast_enabled("cuda"))
-        return "triton" if in_16_bits and KERNELS and "triton" in mixer.forms else mixer.forms[0]
+        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
+        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
+        return "triton" if fast else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
     if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
@@ -287,7 +289,7 @@ class Attention(nn.Module):
         return Cache(empty, empty, torch.zeros(batch_size, slots, dtype=torch.bool, device=empty.device), 0)
 
     def prefill(self, x, state=None, real=None):
-        fresh = state is None and real is None and pick_form(self, x) == "triton"
+        fresh = pick_form(self, x) == "triton" and state is None and real is None
         state = self.init_state(len(x)) if state is None else state
         real = all_real(x) if real is None else real
         q, k, v = self.project(x, state.length)

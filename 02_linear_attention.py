@@ -32,7 +32,7 @@ rwkv6                             vector, data        chunked parallel recurrent
 gateloop                          complex, data       scan parallel recurrent          2 c
 rwkv4                             vector, constant    scan parallel recurrent          3 c and the last token
 deltanet gated_deltanet           none; scalar, data  chunked parallel recurrent       h d e and 3 inputs of the convs
-(all but the delta rule, gateloop and rwkv4 also triton: one kernel, the default on a GPU in 16 bits)
+(all but the delta rule, gateloop and rwkv4 also triton: one kernel, the default on a GPU in bfloat16)
 
     python 02_linear_attention.py                  forms compared and timed; how well each feature map mimics softmax
     python 02_linear_attention.py --plot FILE.png  the feature maps' weights beside softmax's, and the mixing matrices
@@ -408,8 +408,10 @@ def pick_form(mixer, x, form=None):
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
     if form is None:
-        in_16_bits = x.is_cuda and (x.dtype.itemsize == 2 or torch.is_autocast_enabled("cuda"))
-        return "triton" if in_16_bits and KERNELS and "triton" in mixer.forms else mixer.forms[0]
+        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
+        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
+        return "triton" if fast else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
     if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):

@@ -219,8 +219,10 @@ def pick_form(mixer, x, form=None):
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
     if form is None:
-        in_16_bits = x.is_cuda and (x.dtype.itemsize == 2 or torch.is_autocast_enabled("cuda"))
-        return "triton" if in_16_bits and KERNELS and "triton" in mixer.forms else mixer.forms[0]
+        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
+        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
+        return "triton" if fast else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
     if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):

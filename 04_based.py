@@ -31,7 +31,7 @@ short_conv        conv recurrent parallel     t               2 c (k - 1)
 repeat_attention  parallel recurrent          t repeats       2 c t
 based             chunked parallel recurrent  t (D + w)       h D (e + 1) + 2 c w, D = 1 + f + f (f + 1) / 2
 scatterbrain      chunked parallel recurrent  t (m + w)       h m (e + 1) + 2 c w
-(based also triton: a kernel for each part, the default on a GPU in 16 bits)
+(based also triton: a kernel for each part, the default on a GPU in bfloat16)
 
     python 04_based.py                  forms compared; the theory, run: constructions, degrees, bits, Scatterbrain
     python 04_based.py --plot FILE.png  e^x and its Taylor series; Based's matrix as the sum of its two parts
@@ -306,8 +306,10 @@ def pick_form(mixer, x, form=None):
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
     if form is None:
-        in_16_bits = x.is_cuda and (x.dtype.itemsize == 2 or torch.is_autocast_enabled("cuda"))
-        return "triton" if in_16_bits and KERNELS and "triton" in mixer.forms else mixer.forms[0]
+        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
+        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
+        return "triton" if fast else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
     if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
@@ -527,9 +529,10 @@ class Based(LookBack):
         return {name: terms[name] for name in self.dims}
 
     def step(self, x_t, state):
-        """On a GPU both parts are one kernel, kernels/step.py."""
+        """On a GPU both parts are one kernel, kernels/step.py, if the window is small enough to be held on chip."""
         x = x_t[:, None]
-        if pick_form(self, x) != "triton" or len(state) < 3 or torch.is_grad_enabled():
+        fused = len(self.dims) == 2 and self.window <= 128 and not torch.is_grad_enabled()
+        if pick_form(self, x) != "triton" or not fused:
             return super().step(x_t, state)
         from kernels.step import based_step
         start, S, past = state

@@ -4,8 +4,8 @@
 
 Tokens per second of a whole model: one prefill of `length` tokens, then steps behind it; the bytes of state, and the
 peak of memory. On a GPU in bfloat16. The crossover is the length from which on a mixer generates faster than attention.
-First, at equal width and depth, 1024 tokens for each of 128 prompts, as in Based's Figure. Writes throughput.csv and
-.png. (Attention's cache is lesson 01's: it grows by a copy a token, so that earlier states stay what they were.)
+First, at equal width and depth, 1024 tokens for each of 128 prompts, as the Based paper does. Writes throughput.csv
+and .png. (Attention's cache is lesson 01's: it grows by a copy a token, so that earlier states stay what they were.)
 """
 import sys
 import time

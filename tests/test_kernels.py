@@ -267,6 +267,24 @@ def test_the_kernels_form_is_the_others(name):
                 check_close(y_t, mixer(x, "recurrent")[:, i], 3e-2, f"{name}: step to {i}")
 
 
+@pytest.mark.parametrize("name, options", [
+    ("attention", {}), ("window", {"window": 9}), ("linear_attention", {}), ("mamba2", {}), ("gla", {}), ("rwkv6", {}),
+    ("based", {"window": 9}), ("based", {"window": 10 ** 9}), ("based", {"window": None}), ("jrt", {})])
+def test_generation_where_the_kernels_are_the_default(monkeypatch, name, options):
+    """What a GPU does in bfloat16, prefill and steps by kernels, done wherever the tests run, in float32."""
+    torch.manual_seed(0)
+    mixer, x = MIXERS[name](D_MODEL, **options).to(DEVICE), torch.randn(1, 15, D_MODEL, device=DEVICE)
+    y = mixer(x, "recurrent")
+    module = importlib.import_module(type(mixer).__module__)
+    monkeypatch.setattr(module, "pick_form", lambda mixer, x, form=None: form or "triton")
+    with torch.no_grad():
+        first, state = mixer.prefill(x[:, :12])
+        check_close(first, y[:, :12], 1e-4, f"{name}: prefill")
+        for i in range(12, 15):
+            y_t, state = mixer.step(x[:, i], state)
+            check_close(y_t, y[:, i], 1e-4, f"{name}: step to {i}")
+
+
 def test_the_kernels_form_reads_a_prefix():
     mixer = make("jrt", torch.float32).to(DEVICE)
     x, _ = inputs(mixer, LONG, dtype=torch.float32)

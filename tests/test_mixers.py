@@ -107,3 +107,12 @@ def test_on_a_gpu_every_form_is_the_cpus(name):
         mixed.sum().backward()
     assert (mixed.float().cpu() - y).abs().max() < 0.05 * y.abs().max()
     assert all(p.grad is None or p.grad.isfinite().all() for p in mixer.parameters())
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_an_empty_block_behind_a_state_is_refused(name):
+    mixer = make(name)
+    x, extras = inputs(mixer, 5)
+    _, state = mixer.prefill(x, **extras)
+    with pytest.raises(ValueError, match="at least one"):
+        mixer.prefill(x[:, :0], state)
