@@ -65,6 +65,16 @@ def fft_conv(u, K):
     return torch.fft.irfft(U * V, n=n)[..., :u.shape[-1]].to(u.dtype)
 
 
+def triton_conv(u, K, pre=None, post=None):
+    """post * (K * (pre * u)) as matrix products, on a GPU: kernels/fft_conv.py. In the dtype of autocast, if it is
+    on."""
+    from kernels.fft_conv import fft_conv
+    autocast = u.is_cuda and torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else u.dtype
+    u, pre, post = (x if x is None else x.to(dtype) for x in (u, pre, post))
+    return fft_conv(u, K, pre, post)
+
+
 def toeplitz(K):
     """The matrix of that convolution, T_ts = K_{t-s} for s <= t: (c, t) -> (c, t, s)."""
     t = torch.arange(K.shape[-1], device=K.device)
@@ -102,6 +112,12 @@ def chunks(a, b, h=None, chunk=32):
         out.append(scan_from(a[:, :, i:i + chunk], b[:, :, i:i + chunk], h))
         h = out[-1][:, :, -1]
     return torch.cat(out, dim=2)
+
+
+def triton_scan(a, b, h=None):
+    """The same in one pass over memory, on a GPU: kernels/scan.py."""
+    from kernels.scan import scan
+    return scan(a.movedim(2, -1), b.movedim(2, -1), h)[0].movedim(-1, 2)
 
 
 # A continuous system h' = A h + B u, diagonal A, sampled at steps dt, as (log a, b). Elementwise; Re A < 0.
@@ -276,8 +292,9 @@ class ConvMixer(nn.Module):
 
     M_ts = post_t K_{t-s} pre_s. Without a finite state, prefill and step keep all inputs u = pre v and sum over
     them."""
-    forms = ("conv", "parallel")
+    forms = ("conv", "parallel", "triton")
     causal = True
+    longest = 2 ** 17        # that the kernel takes
 
     def project(self, x, carry):
         return x.mT, None, None, carry
@@ -304,8 +321,13 @@ class ConvMixer(nn.Module):
         return self.finish(y.to(x.dtype), x), (carry, after)
 
     def forward(self, x, form=None):
-        form = pick_form(self, x, form)
-        return self.run(x, self.init_carry(len(x)), lambda u: (self.convolve(form, u), None))[0]
+        chosen = pick_form(self, x, form)
+        if form is None and x.shape[1] > self.longest:
+            chosen = "conv"
+        if chosen == "triton":
+            v, pre, post, _ = self.project(x, self.init_carry(len(x)))
+            return self.finish(triton_conv(v, self.kernel(x.shape[1]), pre, post), x)
+        return self.run(x, self.init_carry(len(x)), lambda u: (self.convolve(chosen, u), None))[0]
 
     def init_state(self, batch_size):
         like = at_least_float32(next(self.parameters()))
@@ -349,17 +371,19 @@ class ConvMixer(nn.Module):
 class DiagonalMixer(ConvMixer):
     """A time-invariant mixer with a diagonal state: discrete() -> log a, b, C: (c, n) each, D: (c,), Re(log a) <= 0,
     and y_t = Re(C h_t) + D u_t with h_t = a h_{t-1} + b u_t. Hence K_l = Re(C a^l b), and two forms more."""
-    forms = ("conv", "recurrent", "scan", "parallel")
+    forms = ("conv", "recurrent", "scan", "parallel", "triton")
 
-    def powers(self, t):
-        """a^0, ..., a^{t-1}: (c, n, t)"""
+    def powers(self, t, step=1):
+        """a^0, a^step, ..., t of them: (c, n, t)"""
         log_a = self.discrete()[0]
-        return torch.exp(log_a[..., None] * torch.arange(t, device=log_a.device))
+        return torch.exp(log_a[..., None] * (step * torch.arange(t, device=log_a.device)))
 
     def kernel(self, t):
+        """With l = m i + j, K_l = Re sum_n (C b a^{m i}) a^j: two short tables of powers instead of a long one."""
         _, b, C, D = self.discrete()
-        K = torch.einsum("cn,cnl->cl", C * b, self.powers(t)).real
-        return K + F.pad(D[:, None], (0, t - 1))
+        m = math.ceil(t ** 0.5)
+        K = ((C * b)[..., None] * self.powers(-(-t // m), m)).mT @ self.powers(m)            # (c, i, j)
+        return K.real.flatten(1)[:, :t] + F.pad(D[:, None], (0, t - 1))
 
     def convolve(self, form, u):
         if form in ("conv", "parallel"):
@@ -517,7 +541,7 @@ class EMA(DiagonalMixer):
 class DenseMixer(ConvMixer):
     """A time-invariant mixer with one dense system for all channels: discrete() -> a: (n, n), b: (n,), C: (c, n), D:
     (c,). h: (b, c, n). The kernel is K_l = C a^l b, by making a^0 b, a^1 b, ... twice as many at a time (Krylov)."""
-    forms = ("conv", "recurrent", "parallel")
+    forms = ("conv", "recurrent", "parallel", "triton")
 
     def krylov(self, a, b, t):
         """b, a b, ..., a^{t-1} b: (n, t)"""
@@ -708,9 +732,9 @@ class H3(S4D):
         return tuple(x.repeat_interleave(self.head_dim ** 2, dim=0) for x in super().discrete())
 
     def project(self, x, carry):
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        k, carry = self.shift(k, carry)
-        q, k, v = (y.mT.unflatten(1, (-1, self.head_dim)) for y in (q, k, v))        # (b, h, d, t)
+        q, k, v = (self.qkv.weight @ x.mT).chunk(3, dim=1)
+        k, carry = self.shift(k.mT, carry)
+        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in (q, k.mT, v))        # (b, h, d, t)
         grid = (-1, -1, self.head_dim, self.head_dim, -1)                            # (b, h, d of k, d of v, t)
         v, k, q = (y.expand(grid).flatten(1, 3) for y in (v[:, :, None], k[:, :, :, None], q[:, :, :, None]))
         return v, k, q, carry
@@ -796,7 +820,7 @@ class Hyena(HyenaGates, ConvMixer):
 class BiGS(nn.Module):
     """Bidirectional gated SSM [W22]: one system runs forward, one backward, their outputs are multiplied and gated.
     Not causal, so no recurrence. (M here is the forward system's; the backward one is a gate on what it gives.)"""
-    forms = ("conv", "parallel")
+    forms = ("conv", "parallel", "triton")
     causal = False
 
     def __init__(self, d_model, n_heads=None, n_state=64):
@@ -809,16 +833,20 @@ class BiGS(nn.Module):
         return F.gelu(self.v(x)).mT[..., None]
 
     def output(self, o, x, form="conv"):
-        with torch.autocast(x.device.type, enabled=False):
-            back = self.back.convolve(form, at_least_float32(self.values(x)[..., 0].flip(-1))).flip(-1)
+        back = self.one_way(self.back, form, self.values(x)[..., 0].flip(-1)).flip(-1)
         o, back = (y.to(x.dtype).mT for y in (o[..., 0], back))
         return self.out(self.up_ahead(o) * self.up_back(back) * F.gelu(self.gate(x)))
 
     def forward(self, x, form=None):
         form = pick_form(self, x, form)
-        with torch.autocast(x.device.type, enabled=False):
-            o = self.ahead.convolve(form, at_least_float32(self.values(x)[..., 0]))
+        o = self.one_way(self.ahead, form, self.values(x)[..., 0])
         return self.output(o[..., None], x, form)
+
+    def one_way(self, system, form, v):
+        if form == "triton":
+            return triton_conv(v, system.kernel(v.shape[-1]))
+        with torch.autocast(v.device.type, enabled=False):
+            return system.convolve(form, at_least_float32(v))
 
     def matrix(self, x):
         return toeplitz(at_least_float32(self.ahead.kernel(x.shape[1])))[None].expand(len(x), -1, -1, -1)
@@ -900,6 +928,7 @@ class MonarchMixer(HyenaGates, ConvMixer):
     degrees are kept below half of the transform, so that products do not wrap around, and no term of lower degree
     arises: exactly causal. It is not Toeplitz: the polynomials (lower triangular R) differ from block to block. Gates
     and projections as Hyena's."""
+    forms = ("conv", "parallel")
 
     def __init__(self, d_model, n_heads=None, max_len=1024, m=32):
         super().__init__()
@@ -953,19 +982,25 @@ class SelectiveMixer(nn.Module):
     """h_t = e^{g_t} h_{t-1} + k_t v_t, y_t = sum_n q_t h_t + D v_t, where g, k, q depend on the token: no kernel, no
     convolution. A mixer defines
 
-    project(x, carry) -> v: (b, c, t), g, k, q: broadcast to (b, c, t, n), more, carry
-    finish(y, more)   -> (b, t, c)
+    project(x, carry)   -> inputs, more, carry
+    discretise(*inputs) -> v: (b, c, t), g, k, q: broadcast to (b, c, t, n); by default the inputs are these
+    finish(y, more)     -> (b, t, c)
 
     M_ts = sum_n q_tn e^{g_{s+1} + ... + g_t} k_sn: lesson 02's recurrence, with a head for each channel."""
-    forms = ("scan", "recurrent", "parallel")
+    forms = ("scan", "recurrent", "parallel", "triton")
     causal = True
-    hows = {"scan": scan_from, "recurrent": loop, "chunked": chunks}
+    hows = {"scan": scan_from, "recurrent": loop, "chunked": chunks, "triton": triton_scan}
     n_state = 1
 
     def skip(self):
         return None
 
-    def system(self, form, v, g, k, q, h):
+    def discretise(self, *inputs):
+        return inputs
+
+    def system(self, form, inputs, h):
+        """y, and the state after it."""
+        v, g, k, q = (at_least_float32(z) for z in self.discretise(*inputs))
         if form == "parallel":
             return (self.weights(v, g, k, q) @ v[..., None])[..., 0], None
         u = k * v[..., None]                                                         # (b, c, t, n)
@@ -986,7 +1021,7 @@ class SelectiveMixer(nn.Module):
             raise ValueError(f"the state is of {len(h)} sequences, x of {len(x)}")
         inputs, more, carry = self.project(x, carry)
         with torch.autocast(x.device.type, enabled=False):
-            y, h = self.system(form, *(at_least_float32(z) for z in inputs), h)
+            y, h = self.system(form, inputs, h)
         return self.finish(y if y.is_complex() else y.to(x.dtype), more), (carry, h)
 
     def forward(self, x, form=None):
@@ -1013,7 +1048,8 @@ class SelectiveMixer(nn.Module):
         return self.finish(o[..., 0], self.project(x, self.init_carry(len(x)))[1])
 
     def matrix(self, x):
-        return self.weights(*(at_least_float32(z) for z in self.project(x, self.init_carry(len(x)))[0]))
+        inputs = self.project(x, self.init_carry(len(x)))[0]
+        return self.weights(*(at_least_float32(z) for z in self.discretise(*inputs)))
 
     def state_size(self, t):
         return self.channels * self.n_state + self.init_carry(1).numel()
@@ -1023,8 +1059,8 @@ class Mamba(SelectiveMixer):
     """Mamba [GD23, algorithm 2]: h_t = e^{dt_t A} h_{t-1} + dt_t B_t x_t, y_t = C_t h_t + D x_t, with dt =
     softplus(W_up W_down x + bias), B, C linear in x, A = -(1, ..., n) at first; a short filter and SiLU before, a
     SiLU gate after; inner width 2 c. The chunked form is the scan chunk by chunk: all states of one chunk at a
-    time."""
-    forms = ("chunked", "scan", "recurrent", "parallel")
+    time. Everything lies along time, (b, c, t), as convolution and kernel want it."""
+    forms = ("chunked", "scan", "recurrent", "parallel", "triton")
 
     def __init__(self, d_model, n_heads=None, n_state=16, expand=2):
         super().__init__()
@@ -1046,11 +1082,20 @@ class Mamba(SelectiveMixer):
 
     def project(self, x, carry):
         u, carry = self.short(self.x(x), carry)
-        u = F.silu(u)
-        dt, B, C = self.dt_B_C(u).split([self.rank, self.n_state, self.n_state], dim=-1)
-        dt = F.softplus(at_least_float32(self.dt(dt))).mT[..., None]                 # (b, c, t, 1)
-        g = -dt * self.log_A.exp()[:, None]                                          # (b, c, t, n)
-        return (u.mT, g, dt * B[:, None], C[:, None]), F.silu(self.gate(x)), carry
+        u = F.silu(u).mT                                                             # (b, c, t)
+        dt, B, C = (self.dt_B_C.weight @ u).split([self.rank, self.n_state, self.n_state], dim=1)    # (b, n, t)
+        dt = F.softplus(at_least_float32(self.dt.weight @ dt + self.dt.bias[:, None]))               # (b, c, t)
+        return (u, dt, B, C), F.silu(self.gate(x)), carry
+
+    def discretise(self, u, dt, B, C):
+        return u, -dt[..., None] * self.log_A.exp()[:, None], dt[..., None] * B.mT[:, None], C.mT[:, None]
+
+    def system(self, form, inputs, h):
+        if form == "triton":
+            from kernels.selective_scan import selective_scan
+            u, dt, B, C = inputs
+            return selective_scan(u, dt, -self.log_A.exp(), B, C, self.D, h)
+        return super().system(form, inputs, h)
 
     def finish(self, y, gate):
         return self.out(y.mT * gate)

@@ -31,7 +31,7 @@ short_conv        conv recurrent parallel     t               2 c (k - 1)
 repeat_attention  parallel recurrent          t repeats       2 c t
 based             chunked parallel recurrent  t (D + w)       h D (e + 1) + 2 c w, D = 1 + f + f (f + 1) / 2
 scatterbrain      chunked parallel recurrent  t (m + w)       h m (e + 1) + 2 c w
-(based also triton: a kernel for each part, the default on a GPU in bfloat16)
+(based and baseconv also triton: kernels for each part, the default on a GPU in bfloat16)
 
     python 04_based.py                  forms compared; the theory, run: constructions, degrees, bits, Scatterbrain
     python 04_based.py --plot FILE.png  e^x and its Taylor series; Based's matrix as the sum of its two parts
@@ -59,6 +59,16 @@ def fft_conv(u, K):
     n = 2 * u.shape[-1]
     U, V = (torch.fft.rfft(at_least_float32(x), n=n) for x in (u, K))
     return torch.fft.irfft(U * V, n=n)[..., :u.shape[-1]].to(u.dtype)
+
+
+def triton_conv(u, K, pre=None, post=None):
+    """post * (K * (pre * u)) as matrix products, on a GPU: kernels/fft_conv.py. In the dtype of autocast, if it is
+    on."""
+    from kernels.fft_conv import fft_conv
+    autocast = u.is_cuda and torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else u.dtype
+    u, pre, post = (x if x is None else x.to(dtype) for x in (u, pre, post))
+    return fft_conv(u, K, pre, post)
 
 
 def short_conv(u, K):
@@ -344,7 +354,7 @@ def linear(d_in, d_out, bias=False):
 class BaseConv(nn.Module):
     """y = (u W + b_1) * (h conv u + b_2) [A23, eq. 1]: a gate times a convolution, the least that Hyena, H3 and RWKV
     have in common. h: a free number for each channel and tap, so nothing beyond `taps` tokens back is seen."""
-    forms = ("conv", "parallel")
+    forms = ("conv", "parallel", "triton")
     causal = True
 
     def __init__(self, d_model, n_heads=None, taps=1024):          # n_heads is not used: each channel has its filter
@@ -352,6 +362,8 @@ class BaseConv(nn.Module):
         if taps < 1:
             raise ValueError(f"taps {taps} is below 1: a filter sees at least the own token")
         self.taps, self.channels = taps, d_model
+        if taps <= 16:                                             # summed up one by one, which needs no kernel
+            self.forms = tuple(form for form in self.forms if form != "triton")
         self.gate, self.b2 = linear(d_model, d_model, bias=True), nn.Parameter(torch.zeros(d_model))
         self.h = nn.Parameter(torch.empty(d_model, taps).uniform_(-1, 1) * taps ** -0.5)
 
@@ -369,6 +381,8 @@ class BaseConv(nn.Module):
     def convolve(self, form, u):
         if form == "parallel":
             return (toeplitz(self.filter(u.shape[-1])).to(u.dtype) @ u[..., None])[..., 0]
+        if form == "triton":
+            return triton_conv(u, self.h)
         return short_conv(u, self.h) if self.taps <= 16 else fft_conv(u, self.filter(u.shape[-1]))
 
     def forward(self, x, form=None):

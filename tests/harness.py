@@ -11,9 +11,9 @@ D_MODEL = 32
 LENGTHS = (1, 2, 7, 64, 65, 130)
 
 
-def make(name, dtype=torch.float64, seed=0):
+def make(name, dtype=torch.float64, seed=0, **options):
     torch.manual_seed(seed)
-    mixer = MIXERS[name](D_MODEL)
+    mixer = MIXERS[name](D_MODEL, **options)
     with torch.no_grad():                    # parameters that start at zero would hide what they multiply
         for p in mixer.parameters():
             p.add_(0.05 * torch.randn_like(p))

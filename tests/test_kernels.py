@@ -6,7 +6,7 @@ import pytest
 import torch
 from harness import D_MODEL, MIXERS, check_close, inputs, make, run
 
-from kernels import flash_attention, gla, linear_attention, step, taylor_attention
+from kernels import fft_conv, flash_attention, gla, linear_attention, scan, selective_scan, step, taylor_attention
 from kernels.tiles import in_one_piece
 
 GPU = torch.cuda.is_available()
@@ -14,7 +14,9 @@ DEVICE = "cuda" if GPU else "cpu"
 LENGTHS = (1, 17, 64, 100, 1000) if GPU else (1, 64, 100)
 LONG = 70 if GPU else 40                         # of a mixer's test: more than one chunk
 WITH_KERNEL = [name for name in MIXERS if "triton" in MIXERS[name].forms]
-attention, linear, based = map(importlib.import_module, ("01_attention", "02_linear_attention", "04_based"))
+LIKE_S4D = "lssl s4 dss s4d_inv s4d_legs lru ema sgconv liquid_s4 gss modal qrnn sru".split()     # the same two calls
+attention, linear, ssm, based = map(importlib.import_module, ("01_attention", "02_linear_attention", "03_ssm",
+                                                              "04_based"))
 
 
 def random(*shapes, seed=0):
@@ -219,6 +221,121 @@ def test_taylor_attention_names_what_does_not_fit():
         taylor_attention.taylor_attention(*(torch.zeros(1, 1, 4, 32) for _ in range(3)))
 
 
+# --------------------------------------------------------------------------------------------------------------- scans
+
+
+@pytest.mark.parametrize("t", (1, 17, 1000, 8192, 65536) if GPU else (1, 17, 100))
+@pytest.mark.parametrize("state", [False, True])
+def test_scan(t, state):
+    a, b, h0 = random((2, 3, t), (2, 3, t), (2, 3))
+    a, h0 = a.sigmoid(), h0 if state else None
+    lesson = ssm.loop(*(x[..., None] for x in (a[..., :100], b[..., :100])), None if h0 is None else h0[..., None])
+    check_close(scan.reference(a, b, h0)[0][..., :100], lesson[..., 0], 1e-12, "the twin and the lesson")
+    check_kernel(scan.scan, scan.reference, (a, b, h0))
+
+
+@pytest.mark.parametrize("t", (1, 17, 1000, 65536) if GPU else (1, 100))
+def test_complex_scan(t):
+    r, angle, b, bi, h, hi = random(*[(2, 3, t)] * 4, (2, 3), (2, 3))
+
+    def parts(f):
+        def g(r, angle, b, bi, h, hi):
+            r, angle, b, bi, h, hi = (ssm.at_least_float32(x) for x in (r, angle, b, bi, h, hi))
+            h, end = f(torch.polar(r, angle), torch.complex(b, bi), torch.complex(h, hi))
+            return h.real, h.imag, end.real, end.imag
+        return g
+    tensors = r.sigmoid(), angle, b, bi, h, hi
+    check_kernel(parts(scan.scan), parts(scan.reference), tensors, 1e-4 if t > 1000 else 2e-5)
+
+
+def test_scan_in_tiles(monkeypatch):
+    monkeypatch.setattr(scan, "tile", lambda *_: (32, 1))
+    a, b, h0 = random((3, 100), (3, 100), (3,))
+    check_kernel(scan.scan, scan.reference, (a.sigmoid(), b, h0))
+    a, b, h0 = (torch.complex(x, x.flip(-1)) / 2 for x in (a, b, h0))
+    results = scan.scan(*(x.to(DEVICE, torch.complex64) for x in (a, b, h0)))
+    for x, y in zip(results, scan.reference(a, b, h0), strict=True):
+        check_close(x.cpu().to(y.dtype), y, 1e-5, "complex")
+
+
+def test_scan_names_what_does_not_fit():
+    with pytest.raises(ValueError, match="both must be real"):
+        scan.scan(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="have a time step"):
+        scan.scan(torch.zeros(2, 0), torch.zeros(2, 0))
+
+
+def selective_inputs(t, b=2, c=6, n=5):
+    u, dt, A, B, C, D, h0 = random((b, c, t), (b, c, t), (c, n), (b, n, t), (b, n, t), (c,), (b, c, n))
+    return u, torch.nn.functional.softplus(dt - 1), -A.exp(), B, C, D, h0
+
+
+@pytest.mark.parametrize("t", (1, 17, 1000, 4096) if GPU else (1, 17, 70))
+def test_selective_scan(t):
+    u, dt, A, B, C, D, h0 = inputs = selective_inputs(t)
+    mixer = ssm.Mamba(3, n_state=5).double()
+    mixer.log_A.data, mixer.D.data = (-A).log(), D
+    lesson = mixer.system("recurrent", (u, dt, B, C), h0)
+    for x, y in zip(selective_scan.reference(*inputs), lesson, strict=True):
+        check_close(x, y, 1e-11, "the twin and the lesson")
+    inputs = inputs if t != 17 else (*inputs[:6], None)
+    check_kernel(selective_scan.selective_scan, selective_scan.reference, inputs, 1e-4)
+
+
+def test_selective_scan_in_chunks(monkeypatch):
+    settings = selective_scan.settings
+    monkeypatch.setattr(selective_scan, "settings", lambda u, A: (*settings(u, A)[:2], settings(u, A)[2] | {"BT": 32}))
+    check_kernel(selective_scan.selective_scan, selective_scan.reference, selective_inputs(70), 1e-4)
+
+
+def test_selective_scan_names_what_does_not_fit():
+    u, dt, A, B, C, D, _ = selective_inputs(8)
+    with pytest.raises(ValueError, match=r"B of shape \(2, 4, 8\) should be \(2, 5, 8\)"):
+        selective_scan.selective_scan(u, dt, A, B[:, 1:], C, D)
+
+
+# --------------------------------------------------------------------------------------------------- long convolutions
+
+
+@pytest.mark.parametrize("t, taps, gates", [(1, 1, False), (17, 17, True), (100, 300, False), (1500, 1500, False),
+                                            (2500, 700, True), (9000, 9000, True),
+                                            *([(5000, 5000, True), (8192, 8192, True), (32768, 32768, True),
+                                               (20000, 9000, False), (50000, 2000, True)] if GPU else [])])
+def test_fft_conv(t, taps, gates):
+    b = 2 if GPU or t < 5000 else 1
+    u, K, pre, post = random((b, 2, t), (2, taps), (b, 2, t), (b, 2, t))
+    K = K * torch.exp(-torch.arange(taps) / 50)
+    tensors = (u, K, pre, post) if gates else (u, K)
+    v, one = (u * pre, post) if gates else (u, 1)
+    exact = one * ssm.fft_conv(v, torch.nn.functional.pad(K, (0, max(0, t - taps)))[:, :t])
+    check_close(fft_conv.reference(*tensors), exact, 1e-11, "the twin and the lesson")
+    check_kernel(fft_conv.fft_conv, fft_conv.reference, tensors, 1e-5)
+    if not GPU:                                                  # the interpreter multiplies float16, not bfloat16
+        y = fft_conv.fft_conv(*(x.half() for x in tensors))
+        check_close(y.double(), exact, 1e-2, "in float16")
+
+
+def test_fft_conv_takes_numbers_of_any_size():
+    """What is far above or below float16's range in between, and rows of zeros."""
+    u, K = random((2, 3, 1500), (3, 1500))
+    for scale_u, scale_K in ((1e30, 1e-20), (1e-30, 1e20), (1e5, 1e5)):
+        exact = fft_conv.reference(u * scale_u, K * scale_K) / (scale_u * scale_K)
+        dtype = torch.bfloat16 if GPU else torch.float32
+        y = fft_conv.fft_conv((u * scale_u).to(DEVICE, dtype), (K * scale_K).to(DEVICE))
+        check_close(y.double().cpu() / (scale_u * scale_K), exact, 2e-2 if GPU else 1e-5, f"{scale_u}, {scale_K}")
+    assert (fft_conv.fft_conv(torch.zeros(1, 3, 1500, device=DEVICE), K.to(DEVICE)) == 0).all()
+
+
+def test_fft_conv_names_what_does_not_fit():
+    u, K = torch.zeros(1, 2, 140000, dtype=torch.float16), torch.zeros(2, 140000)
+    with pytest.raises(ValueError, match="up to 131072 steps"):
+        fft_conv.fft_conv(u, K)
+    with pytest.raises(ValueError, match=r"K of shape \(2, 140000\) should be \(1, taps\)"):
+        fft_conv.fft_conv(u[:, :1], K)
+    with pytest.raises(ValueError, match="pre of torch.float64"):
+        fft_conv.fft_conv(u, K, u.double())
+
+
 # --------------------------------------------------------------------------------------------------------- generation
 
 
@@ -248,33 +365,35 @@ def test_a_step_of_based(f, e, n, window):
 # ------------------------------------------------------------------------------------------------------------- mixers
 
 
-@pytest.mark.parametrize("name", WITH_KERNEL)
+@pytest.mark.parametrize("name", [name for name in WITH_KERNEL if GPU or name not in LIKE_S4D])
 def test_the_kernels_form_is_the_others(name):
     """In values and all gradients; and what prefill and steps give on a GPU."""
-    mixer = make(name, torch.float32).to(DEVICE)
+    small = {"n_state": 2, "expand": 1} if name == "mamba" and not GPU else {}    # scans are slow in the interpreter
+    mixer = make(name, torch.float32, **small).to(DEVICE)
     x, extras = inputs(mixer, LONG, b=1, dtype=torch.float32)
     x, extras = x.to(DEVICE), {key: value.to(DEVICE) for key, value in extras.items()}
-    results = [run(mixer, form, x, extras) for form in ("triton", "chunked")]
+    results = [run(mixer, form, x, extras) for form in ("triton", mixer.forms[0])]
     assert results[0].keys() == results[1].keys()
     for what, exact in results[1].items():
         kernels = torch.zeros_like(exact) if results[0][what] is None else results[0][what]          # not used
         check_close(kernels, exact, 5e-4, f"{name}: {what}")
-    if GPU:
+    if GPU and mixer.causal:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             y, state = mixer.prefill(x[:, :LONG - 10])
             for i in range(LONG - 10, LONG):
                 y_t, state = mixer.step(x[:, i], state)
-                check_close(y_t, mixer(x, "recurrent")[:, i], 3e-2, f"{name}: step to {i}")
+                check_close(y_t, mixer(x, mixer.forms[0])[:, i], 3e-2, f"{name}: step to {i}")
 
 
 @pytest.mark.parametrize("name, options", [
     ("attention", {}), ("window", {"window": 9}), ("linear_attention", {}), ("mamba2", {}), ("gla", {}), ("rwkv6", {}),
-    ("based", {"window": 9}), ("based", {"window": 10 ** 9}), ("based", {"window": None}), ("jrt", {})])
+    ("based", {"window": 9}), ("based", {"window": 10 ** 9}), ("based", {"window": None}), ("jrt", {}),
+    ("mamba", {"n_state": 2}), ("rglru", {}), ("s5", {}), ("h3", {}), ("hyena", {})])
 def test_generation_where_the_kernels_are_the_default(monkeypatch, name, options):
     """What a GPU does in bfloat16, prefill and steps by kernels, done wherever the tests run, in float32."""
     torch.manual_seed(0)
     mixer, x = MIXERS[name](D_MODEL, **options).to(DEVICE), torch.randn(1, 15, D_MODEL, device=DEVICE)
-    y = mixer(x, "recurrent")
+    y = mixer(x, mixer.forms[0])
     module = importlib.import_module(type(mixer).__module__)
     monkeypatch.setattr(module, "pick_form", lambda mixer, x, form=None: form or "triton")
     with torch.no_grad():

@@ -168,7 +168,8 @@ def test_what_stands_in_two_lessons_is_the_same():
     three, four = importlib.import_module("03_ssm"), importlib.import_module("04_based")
     five = importlib.import_module("05_jrt")
     copies = {"pick_form": (one, two, three, four, five), "join_heads": (one, two, four, five), "scan": (two, three),
-              "fft_conv": (three, four), "toeplitz": (three, four), "products": (two, four, five), "rope": (two, four),
+              "fft_conv": (three, four), "triton_conv": (three, four), "toeplitz": (three, four),
+              "products": (two, four, five), "rope": (two, four),
               "hash_rows": (one, four), "head_dim": (two, four, five), "taylor": (four, five),
               "linear": (two, three, four, five), "with_one": (four, five), "normalised": (four, five)}
     for name, lessons in copies.items():

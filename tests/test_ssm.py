@@ -253,12 +253,12 @@ def test_mamba_with_constant_dt_b_c_is_s4d_under_euler():
     mixer = lesson.Mamba(8, n_state=4).double()
     u, dt = torch.randn(2, 16, 50, dtype=double), torch.rand(16, 1, dtype=double) + 0.1
     A, B, C = -mixer.log_A.exp(), torch.randn(4, dtype=double), torch.randn(4, dtype=double)
-    g, k, q = (dt * A)[None, :, None], (dt * B)[None, :, None], C.expand(1, 1, 1, 4)
     log_a, b = lesson.euler(A, dt)
     K = torch.einsum("cn,cnl->cl", b * B * C, torch.exp(log_a[..., None] * torch.arange(50)))
     K = K + F.pad(mixer.D[:, None], (0, 49))
     for form in plain_forms(mixer):
-        check_close(mixer.system(form, u, g.expand(2, -1, 50, -1), k, q, None)[0], lesson.fft_conv(u, K), 1e-11, form)
+        inputs = u, dt.expand(2, -1, 50), B[:, None].expand(2, -1, 50), C[:, None].expand(2, -1, 50)
+        check_close(mixer.system(form, inputs, None)[0], lesson.fft_conv(u, K), 1e-11, form)
 
 
 def test_dss_prefixes_do_not_depend_on_the_length():
