@@ -38,6 +38,8 @@ bigs monarch             (see there)                 conv parallel              
 liquid_s4                a of the token              scan recurrent parallel           c n
 mamba                    a, b, C of the token        chunked scan recurrent parallel   2 c n, and 3 inputs of the filter
 rglru qrnn sru           a of the token              scan recurrent parallel           c, and the short filter's past
+(all but monarch and monarch_mixer also triton: a kernel for the convolution or the scan, the default on a GPU in
+bfloat16)
 
     python 03_ssm.py                  every form against every other, with times; HiPPO's reconstruction errors
     python 03_ssm.py --plot FILE.png  mixing matrices, kernels at initialisation, HiPPO's reconstruction

@@ -21,8 +21,8 @@ def cells(quick):
     if quick:
         return [common | {"mixer": mixer, "task": task, "lr": 3e-3, "steps": 1200, "seed": 0}
                 for task in TASKS for mixer in ("attention", "h3", "s4d")]
-    return [common | {"mixer": mixer, "task": task, "lr": lr, "steps": 30000, "seed": seed}
-            for seed in (0, 1, 2) for task in TASKS for mixer in PAPER for lr in (5e-4, 2e-3, 5e-3)]
+    return [common | {"mixer": mixer, "task": task, "lr": lr, "steps": 10000, "seed": seed}
+            for seed in (0, 1, 2) for task in TASKS for mixer in PAPER for lr in (2e-3, 5e-3)]
 
 
 if __name__ == "__main__":

@@ -246,6 +246,7 @@ def test_parameters_may_bring_their_own_learning_rate():
     ("--steps many", "invalid int value"), ("--nonsense 3", "unrecognized arguments"), ("--device cuda:99", "cuda:99"),
     ("--task induction:length=3", "length"), ("--vocab_size 100", "257"), ("--resume /no/run", "has no checkpoint"),
     ("--sample hello", "there is no run"), ("--out /proc/no/folder", "cannot write"),
+    ("--form scan", "--form scan: .* has .*parallel"), ("--capture --device cpu", "--capture is for one GPU"),
     ("--tokenizer gpt3", "invalid choice")])
 def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
     assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
@@ -394,8 +395,26 @@ def test_a_task_is_told_how_far_the_training_is():
     assert all((batch[1] != -100).sum() == 16 for batch in data.held_out(2, 3))
 
 
+def test_the_form_that_was_asked_for_is_trained():
+    """Where a mixer has it; the others take their fastest."""
+    args = train.parse(["--mixer", "h3,attention", "--form", "scan"])[0]
+    model = train.build_model(args, 300)
+    assert [block.form for block in model.blocks] == ["scan", None]
+    seen = []
+    model.blocks[0].mixer.forward = lambda x, form: seen.append(form) or x
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    assert seen == ["scan"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: it records CUDA graphs")
+def test_a_recorded_step_is_the_step(text, tmp_path):
+    for name, flags in (("as usual", []), ("recorded", ["--capture"])):
+        train.main([*SMALL, "--device", "cuda", "--data", text, "--steps", "30", "--out", str(tmp_path / name), *flags])
+    assert losses(tmp_path / "as usual") == pytest.approx(losses(tmp_path / "recorded"), rel=1e-2)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("flags", [[], ["--compile"]])
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--capture"]])
 def test_trains_on_a_gpu(flags, text, tmp_path):
     train.main([*SMALL, "--device", "cuda", "--data", text, "--steps", "60", "--lr", "0.01",
                 "--out", str(tmp_path / "r"), *flags])
