@@ -707,7 +707,7 @@ class Mamba2(LinearMixer):
     def project(self, x, carry):
         xbc, carry = self.conv(self.xbc(x), carry)
         v, k, q = xbc.split([self.d_inner, self.n_state, self.n_state], dim=-1)
-        dt = F.softplus(at_least_float32(self.dt(x)) + self.dt_bias).mT[..., None]   # (b, h, t, 1)
+        dt = F.softplus(at_least_float32(self.dt.weight @ x.mT) + self.dt_bias[:, None])[..., None]  # (b, h, t, 1)
         g = -dt * self.A_log.exp()[:, None, None]
         return (q[:, None], k[:, None] * dt, split_heads(v, self.n_heads), g), F.silu(self.z(x)), carry
 

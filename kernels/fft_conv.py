@@ -24,6 +24,7 @@ them there are 16 complex transforms of length M, without w.
 
     python -m kernels.fft_conv      check, then a table
 """
+import functools
 import math
 
 import torch
@@ -49,12 +50,17 @@ def factors(n1, n2, weights=True):
     return e(-k * k.mT / n1) / n1 ** 0.5, e(-k * (w / n1 + b / (n1 * n2))), e(-b[:, None] * b / n2) / n2 ** 0.5
 
 
+@functools.cache
+def kept(n1, n2, dtype, device):
+    return [x.to(device, dtype) for x in factors(n1, n2)]
+
+
 def reference(u, K, pre=None, post=None):
     """The same in complex numbers, for a power of two above t; in float32 or float64. Shapes as in fft_conv."""
     dtype, t = torch.promote_types(u.dtype, torch.float32), u.shape[-1]
     bits = max(2, math.ceil(math.log2(t)))
     n1, n2 = 2 ** (bits - bits // 2), 2 ** (bits // 2)
-    F, T, G = (x.to(u.device, dtype.to_complex()) for x in factors(n1, n2))
+    F, T, G = kept(n1, n2, dtype.to_complex(), u.device)
 
     def transform(x):
         x = torch.nn.functional.pad(x.to(dtype), (0, n1 * n2 - x.shape[-1])).unflatten(-1, (n1, n2))

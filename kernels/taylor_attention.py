@@ -438,22 +438,25 @@ def main():
     def shapes(t, b=1, h=4, d=16, e=64):
         return bench.random((b, h, t, d), (b, h, t, d), (b, h, t, e))
 
-    def causal(*x):
-        return taylor_attention(*x)[0]
+    def causal(q, k, v, *_):
+        return taylor_attention(q, k, v)[0]
 
-    def prefix(q, k, v, k_enc, v_enc):
+    def twin(q, k, v, *_):
+        return reference(q, k, v)[0]
+
+    def prefix(q, k, v, k_enc, v_enc, *_):
         return taylor_attention(q, k, v, state_of(k_enc, v_enc))[0]
 
     def prefix_twin(q, k, v, k_enc, v_enc):
         k_enc, v_enc = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (k_enc, v_enc))
         return reference(q, k, v, features(k_enc).mT @ F.pad(v_enc, (0, 1), value=1.0))[0]
 
-    def sdpa(q, k, v, *_):
-        return F.scaled_dot_product_attention(v, v, v, is_causal=True)                       # heads of 64
+    def sdpa(*x):
+        """Of the last three tensors: heads of 64."""
+        return F.scaled_dot_product_attention(*x[-3:], is_causal=True)
     for d in (8, 16, 24):
         print(f"d = {d}")
-        bench.check(causal, lambda *x: reference(*x)[0], ("twin", lambda *x: reference(*x)[0]),
-                    lambda t: shapes(t, d=d), "qkv")                                         # noqa: B023
+        bench.check(causal, twin, ("twin", twin), lambda t: shapes(t, d=d), "qkv")           # noqa: B023
     print("with a prefix of the whole length")
     bench.check(prefix, prefix_twin, ("twin", prefix_twin), lambda t: [*shapes(t), *shapes(t)[1:]],
                 ("q", "k", "v", "k'", "v'"))
@@ -461,12 +464,13 @@ def main():
     for t in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072):
         n = max(32768, t)
         q, k, v = shapes(t, n // t, 16)
-        others = {"SDPA": sdpa} | ({"twin": lambda *x: reference(*x)[0]} if t == 8192 else {})
+        heads = [torch.randn_like(v) for _ in range(3)]
+        others = {"SDPA": sdpa} | ({"twin": twin} if t == 8192 else {})
         flops = 2 * 16 * n * (CHUNK * (16 + 64) + 2 * 192 * 64 + 4 * 192 * 16)
-        rows.append((f"b {n // t} h 16 t {t} d 16 e 64", {"kernel": causal} | others, (q, k, v), 16 * n * 2 * 160,
+        rows.append((f"b {n // t} h 16 t {t} d 16 e 64", {"kernel": causal} | others, (q, k, v, *heads), 16 * n * 2 * 160,
                      flops))
         if t in (8192, 32768):
-            rows.append((f"prefix of all, t {t}", {"kernel": prefix, "SDPA": sdpa}, (q, k, v, k, v), 16 * n * 2 * 240,
+            rows.append((f"prefix of all, t {t}", {"kernel": prefix, "SDPA": sdpa}, (q, k, v, k, v, *heads), 16 * n * 2 * 240,
                          1.5 * flops))
     bench.compare(rows, rates)
 

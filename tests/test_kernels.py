@@ -6,7 +6,17 @@ import pytest
 import torch
 from harness import D_MODEL, MIXERS, check_close, inputs, make, run
 
-from kernels import fft_conv, flash_attention, gla, linear_attention, scan, selective_scan, step, taylor_attention
+from kernels import (
+    fft_conv,
+    flash_attention,
+    gla,
+    linear_attention,
+    scan,
+    selective_scan,
+    step,
+    taylor_attention,
+    tiles,
+)
 from kernels.tiles import in_one_piece
 
 GPU = torch.cuda.is_available()
@@ -435,3 +445,23 @@ def test_the_kernels_form_compiles_to_one_graph(name):
         y = torch.compile(lambda x: mixer(x, "triton"), fullgraph=True, backend="aot_eager")(x)
         check_close(y, mixer(x, "triton"), 1e-2, name)
         y.sum().backward()
+
+
+class Nothing:
+    """A kernel that does nothing: for what stands around it."""
+
+    def __getitem__(self, grid):
+        return lambda *_, **__: None
+
+
+@pytest.mark.skipif(GPU, reason="a GPU runs the kernels themselves")
+@pytest.mark.parametrize("name", ["attention", "mamba2", "gla", "based", "mamba", "h3"])
+def test_what_stands_around_the_kernels_compiles(monkeypatch, name):
+    """Forward and backward, with the strides that a compiler expects."""
+    for module in (flash_attention, linear_attention, gla, taylor_attention, scan, selective_scan, fft_conv, tiles):
+        for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
+            monkeypatch.setattr(module, kernel, Nothing())
+    mixer, x = make(name, torch.float32), torch.randn(2, LONG, D_MODEL)
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(lambda x: mixer(x, "triton"), backend="aot_eager")(x).sum().backward()
