@@ -466,12 +466,12 @@ def main():
         q, k, v = shapes(t, n // t, 16)
         heads = [torch.randn_like(v) for _ in range(3)]
         others = {"SDPA": sdpa} | ({"twin": twin} if t == 8192 else {})
-        flops = 2 * 16 * n * (CHUNK * (16 + 64) + 2 * 192 * 64 + 4 * 192 * 16)
-        rows.append((f"b {n // t} h 16 t {t} d 16 e 64", {"kernel": causal} | others, (q, k, v, *heads), 16 * n * 2 * 160,
+        tokens, flops = 16 * n, 2 * 16 * n * (CHUNK * (16 + 64) + 2 * 192 * 64 + 4 * 192 * 16)
+        rows.append((f"b {n // t} h 16 t {t} d 16 e 64", {"kernel": causal} | others, (q, k, v, *heads), tokens * 320,
                      flops))
         if t in (8192, 32768):
-            rows.append((f"prefix of all, t {t}", {"kernel": prefix, "SDPA": sdpa}, (q, k, v, k, v, *heads), 16 * n * 2 * 240,
-                         1.5 * flops))
+            rows.append((f"prefix of all, t {t}", {"kernel": prefix, "SDPA": sdpa}, (q, k, v, k, v, *heads),
+                         tokens * 480, 1.5 * flops))
     bench.compare(rows, rates)
 
 
