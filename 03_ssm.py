@@ -67,14 +67,15 @@ def fft_conv(u, K):
     return torch.fft.irfft(U * V, n=n)[..., :u.shape[-1]].to(u.dtype)
 
 
-def triton_conv(u, K, pre=None, post=None):
-    """post * (K * (pre * u)) as matrix products, on a GPU: kernels/fft_conv.py. In the dtype of autocast, if it is
-    on."""
+def triton_conv(u, kernel, pre=None, post=None):
+    """post * (K * (pre * u)), K = kernel(t), as matrix products, on a GPU: kernels/fft_conv.py. u, pre and post in the
+    dtype of autocast, if it is on; K as ever without it."""
     from kernels.fft_conv import fft_conv
     autocast = u.is_cuda and torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else u.dtype
     u, pre, post = (x if x is None else x.to(dtype) for x in (u, pre, post))
-    return fft_conv(u, K, pre, post)
+    with torch.autocast(u.device.type, enabled=False):
+        return fft_conv(u, kernel(u.shape[-1]), pre, post)
 
 
 def toeplitz(K):
@@ -240,7 +241,7 @@ def pick_form(mixer, x, form=None):
         autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
         fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        return "triton" if fast else mixer.forms[0]
+        return "triton" if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]) else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
     if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
@@ -323,13 +324,11 @@ class ConvMixer(nn.Module):
         return self.finish(y.to(x.dtype), x), (carry, after)
 
     def forward(self, x, form=None):
-        chosen = pick_form(self, x, form)
-        if form is None and x.shape[1] > self.longest:
-            chosen = "conv"
-        if chosen == "triton":
+        form = pick_form(self, x, form)
+        if form == "triton":
             v, pre, post, _ = self.project(x, self.init_carry(len(x)))
-            return self.finish(triton_conv(v, self.kernel(x.shape[1]), pre, post), x)
-        return self.run(x, self.init_carry(len(x)), lambda u: (self.convolve(chosen, u), None))[0]
+            return self.finish(triton_conv(v, self.kernel, pre, post), x)
+        return self.run(x, self.init_carry(len(x)), lambda u: (self.convolve(form, u), None))[0]
 
     def init_state(self, batch_size):
         like = at_least_float32(next(self.parameters()))
@@ -824,6 +823,7 @@ class BiGS(nn.Module):
     Not causal, so no recurrence. (M here is the forward system's; the backward one is a gate on what it gives.)"""
     forms = ("conv", "parallel", "triton")
     causal = False
+    longest = 2 ** 17
 
     def __init__(self, d_model, n_heads=None, n_state=64):
         super().__init__()
@@ -846,7 +846,7 @@ class BiGS(nn.Module):
 
     def one_way(self, system, form, v):
         if form == "triton":
-            return triton_conv(v, system.kernel(v.shape[-1]))
+            return triton_conv(v, system.kernel)
         with torch.autocast(v.device.type, enabled=False):
             return system.convolve(form, at_least_float32(v))
 

@@ -61,14 +61,15 @@ def fft_conv(u, K):
     return torch.fft.irfft(U * V, n=n)[..., :u.shape[-1]].to(u.dtype)
 
 
-def triton_conv(u, K, pre=None, post=None):
-    """post * (K * (pre * u)) as matrix products, on a GPU: kernels/fft_conv.py. In the dtype of autocast, if it is
-    on."""
+def triton_conv(u, kernel, pre=None, post=None):
+    """post * (K * (pre * u)), K = kernel(t), as matrix products, on a GPU: kernels/fft_conv.py. u, pre and post in the
+    dtype of autocast, if it is on; K as ever without it."""
     from kernels.fft_conv import fft_conv
     autocast = u.is_cuda and torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else u.dtype
     u, pre, post = (x if x is None else x.to(dtype) for x in (u, pre, post))
-    return fft_conv(u, K, pre, post)
+    with torch.autocast(u.device.type, enabled=False):
+        return fft_conv(u, kernel(u.shape[-1]), pre, post)
 
 
 def short_conv(u, K):
@@ -319,7 +320,7 @@ def pick_form(mixer, x, form=None):
         autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
         fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        return "triton" if fast else mixer.forms[0]
+        return "triton" if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]) else mixer.forms[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
     if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
@@ -364,6 +365,7 @@ class BaseConv(nn.Module):
         self.taps, self.channels = taps, d_model
         if taps <= 16:                                             # summed up one by one, which needs no kernel
             self.forms = tuple(form for form in self.forms if form != "triton")
+        self.longest = 2 ** 17 if taps > 8192 else math.inf        # that the kernel takes
         self.gate, self.b2 = linear(d_model, d_model, bias=True), nn.Parameter(torch.zeros(d_model))
         self.h = nn.Parameter(torch.empty(d_model, taps).uniform_(-1, 1) * taps ** -0.5)
 
@@ -382,7 +384,7 @@ class BaseConv(nn.Module):
         if form == "parallel":
             return (toeplitz(self.filter(u.shape[-1])).to(u.dtype) @ u[..., None])[..., 0]
         if form == "triton":
-            return triton_conv(u, self.h)
+            return triton_conv(u, lambda t: self.h)
         return short_conv(u, self.h) if self.taps <= 16 else fft_conv(u, self.filter(u.shape[-1]))
 
     def forward(self, x, form=None):

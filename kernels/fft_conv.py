@@ -31,6 +31,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.tiles import check_dtypes
+
 PIECES = tl.constexpr(16)                                  # of a sequence that is too long for one program
 LONGEST = 8192                                             # that is not
 TABLES = {}
@@ -52,7 +54,8 @@ def factors(n1, n2, weights=True):
 
 @functools.cache
 def kept(n1, n2, dtype, device):
-    return [x.to(device, dtype) for x in factors(n1, n2)]
+    with torch.inference_mode(False):                            # whoever asks first, a gradient may pass them later
+        return [x.to(device, dtype) for x in factors(n1, n2)]
 
 
 def reference(u, K, pre=None, post=None):
@@ -127,10 +130,15 @@ def turned(x):
 
 @triton.jit
 def unit(x):
-    """x scaled to a largest number of 1, and the scale."""
+    """x scaled to a largest number of 1, and the scale: 0 for zeros."""
     scale = tl.max(tl.max(tl.abs(x), axis=1), axis=0)
-    scale = tl.where(scale > 0, scale, 1.0)
-    return x * (1 / scale), scale
+    return x * over(scale), scale
+
+
+@triton.jit
+def over(scale):
+    """1 / scale, or 1 where that would not be a number: there is nothing to be scaled."""
+    return 1 / tl.where(scale > 1e-37, scale, 1.0)
 
 
 @triton.jit
@@ -275,9 +283,12 @@ def filter_kernel(u, pre, u_scales, dy, post, dy_scales, out, out_scale, F, T, G
         else:
             dK_hat += times(U, D.to(x.dtype), True) * (scale * dy_scale)
         total += scale * dy_scale
-    total = tl.where(total > 0, total, 1.0) * most               # no number of dK_hat / total is above N / most
+    if COMPLEX:                                                  # one scale for all pieces
+        total *= most                                            # no number of dK_hat / total is above N / most
+    else:
+        total = tl.max(tl.max(tl.abs(dK_hat), axis=1), axis=0)
     at = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
-    tl.store(out + row * (2 * N1 * N2) + at, dK_hat * (root / total))
+    tl.store(out + row * (2 * N1 * N2) + at, dK_hat * (root * over(total)))
     tl.store(out_scale + (row // PIECES if COMPLEX else row), total * root)
 
 
@@ -292,13 +303,12 @@ def split_kernel(u, pre, out, scales, F, T, C, steps, u_b, pre_b, M: tl.constexp
         at = i[:, None] * M + m + j[None, :]
         x = read(u, pre, b * u_b + row * steps, b * pre_b + row * steps, at, at < steps)
         top = tl.maximum(top, tl.max(tl.max(tl.abs(x), axis=1), axis=0))
-    scale = tl.where(top > 0, top, 1.0)
-    tl.store(scales + tl.program_id(0), scale)
+    tl.store(scales + tl.program_id(0), top)
     F_r, F_i = table(F, PIECES, PIECES), table(F + PIECES * PIECES, PIECES, PIECES)
     for m in range(0, M, BLOCK):
         at = i[:, None] * M + m + j[None, :]
         x = read(u, pre, b * u_b + row * steps, b * pre_b + row * steps, at, at < steps)
-        x = (x * (1 / scale)).to(F.dtype.element_ty)
+        x = (x * over(top)).to(F.dtype.element_ty)
         A_r, A_i = tl.dot(F_r, x, input_precision=PRECISION), tl.dot(F_i, x, input_precision=PRECISION)
         T_r, T_i = tl.load(T + at), tl.load(T + PIECES * M + at)
         to = out + tl.program_id(0).to(tl.int64) * (2 * PIECES * M) + i[:, None] * (2 * M) + m + j[None, :]
@@ -445,9 +455,12 @@ def fft_conv(u, K, pre=None, post=None):
     """y_t = post_t sum_{s <= t} K_{t-s} pre_s u_s for each channel.
 
     u: (b, c, t); K: (c, taps), taps beyond t do nothing; pre, post: (b, c, t) or None. u, pre, post of one dtype,
-    float32 or 16 bits, K of any real one. Returns y: (b, c, t) in u's dtype. ValueError if the shapes do not agree, or
-    for more than 131072 steps with more than 8192 taps (a quarter of both in float32). (The result leaks from the
-    future into the past at the level of rounding, as that of any FFT.)"""
+    float32 or 16 bits, K of any of these. Returns y: (b, c, t) in u's dtype. ValueError if the shapes do not agree, for
+    other dtypes, or for more than 131072 steps with more than 8192 taps (a quarter of both in float32). As with any
+    FFT, rounding, infinities and what is not a number get from the future into the past."""
+    if u.ndim != 3 or 0 in u.shape:
+        raise ValueError(f"u of shape {tuple(u.shape)} should be (b, c, t), with at least one of each")
+    check_dtypes(u=u, K=K)
     b, c, t = u.shape
     for name, x in (("pre", pre), ("post", post)):
         if x is not None and (x.shape != u.shape or x.dtype != u.dtype):

@@ -3,7 +3,7 @@
 A step h -> a h + b followed by another is again such a step: (a_1, b_1) then (a_2, b_2) is (a_1 a_2, a_2 b_1 + b_2).
 A program owns one row. It scans a tile of time steps in log rounds on chip, lets the state before the tile in, writes
 the tile's states, and goes on from the last. Memory sees a, b and h once: 12 bytes a number in float32, for 3 FLOPs.
-Rows lie along time, (b, c, t): then a tile is one piece of memory, and W @ x.mT makes that layout for nothing.
+Rows lie along time, (b, c, t): then a tile is one piece of memory, and W @ x.mT has that layout.
 
 The gradient of b is the same scan back in time, g_t = dh_t + conj(a_{t+1}) g_{t+1}; that of a is g_t conj(h_{t-1}).
 
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
+from kernels.tiles import check_dtypes
 
 
 def reference(a, b, h0=None):
@@ -114,13 +116,18 @@ class Scan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dh, dend):
         a, h, h0 = ctx.saved_tensors
-        dh = torch.zeros_like(h) if dh is None else dh.resolve_conj().contiguous()
+        dh = torch.zeros_like(h) if dh is None else plain(dh)
         g, da = torch.empty_like(h), torch.empty_like(a)
-        launch(a, dh, None if dend is None else dend.resolve_conj().contiguous(), g, None, h, da, back=True)
+        launch(a, dh, None if dend is None else plain(dend), g, None, h, da, back=True)
         if h0 is None:
             return da, g, None
         da[..., 0] = g[..., 0] * h0.conj()
         return da, g, a[..., 0].conj() * g[..., 0]
+
+
+def plain(x):
+    """In one piece, without a conj or a minus that is still to be done."""
+    return x.resolve_conj().resolve_neg().contiguous()
 
 
 def state_dtype(x):
@@ -130,15 +137,18 @@ def state_dtype(x):
 def scan(a, b, h0=None):
     """h_t = a_t h_{t-1} + b_t along the last axis, from h0 (0 if None), and the last state.
 
-    a, b: (..., t), both real (float32 or 16 bits, each) or both complex64; h0: (...). The shapes of a and h0 broadcast
-    to b's. Returns h: (..., t) in b's dtype and h_t: (...) in float32 or complex64. ValueError for a real and a complex
-    one, or without a time step."""
-    if a.is_complex() != b.is_complex() or b.shape[-1] < 1:
-        raise ValueError(f"a of {a.dtype} and b of {b.dtype} {tuple(b.shape)}: both must be real, or both complex, and "
-                         "have a time step")
+    a, b: (..., t), both real (float32 or 16 bits, each) or both complex64, |a| at most about 1: products of many are
+    taken, which must not overflow; h0: (...). The shapes of a and h0 broadcast to b's. Returns h: (..., t) in b's dtype
+    and h_t: (...) in float32 or complex64. ValueError for a real and a complex one, other dtypes, or no time step."""
+    kinds = {x.is_complex() for x in (a, b, h0) if x is not None}
+    if len(kinds) > 1 or b.ndim < 1 or b.shape[-1] < 1:
+        dtypes = ", ".join(f"{name} of {x.dtype}" for name, x in (("a", a), ("b", b), ("h0", h0)) if x is not None)
+        raise ValueError(f"{dtypes}: all must be real, or all complex; and b {tuple(b.shape)} must have a time step")
+    if a.dtype != torch.complex64 or b.dtype != torch.complex64:
+        check_dtypes(a=a, b=b)
     if h0 is not None:
-        h0 = h0.to(state_dtype(b)).expand(b.shape[:-1]).resolve_conj().contiguous()
-    return Scan.apply(a.expand_as(b).resolve_conj().contiguous(), b.resolve_conj().contiguous(), h0)
+        h0 = plain(h0.to(state_dtype(b)).expand(b.shape[:-1]))
+    return Scan.apply(plain(a.expand_as(b)), plain(b), h0)
 
 
 def main():

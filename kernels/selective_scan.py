@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from kernels.scan import after
+from kernels.tiles import check_dtypes
 
 CHUNK = 64
 
@@ -178,8 +179,16 @@ def selective_scan(u, dt, A, B, C, D, h0=None):
 
     u, dt: (b, c, t), dt positive; A: (c, n), negative; B, C: (b, n, t); D: (c,); h0: (b, c, n). u, dt, B and C in
     float32 or 16 bits, each; the rest is computed in float32. Returns y: (b, c, t) in u's dtype and h_t: (b, c, n) in
-    float32. ValueError if the shapes do not agree. (dB and dC are added up in no fixed order: their last bits vary.)"""
+    float32. ValueError if the shapes do not agree, for other dtypes, and for sequences too large to be counted. (dB and
+    dC are added up in no fixed order: their last bits vary.)"""
+    if u.ndim != 3 or A.ndim != 2 or 0 in u.shape:
+        raise ValueError(f"u of shape {tuple(u.shape)} and A of {tuple(A.shape)} should be (b, c, t) and (c, n), with "
+                         "at least one of each")
+    check_dtypes(u=u, dt=dt, A=A, B=B, C=C, D=D, h0=h0)
     (b, c, t), n = u.shape, A.shape[-1]
+    if c * t >= 2 ** 31 or b >= 2 ** 16:
+        raise ValueError(f"{b} sequences of {c} x {t} numbers: the kernel counts to 2^16 sequences, and to 2^31 in "
+                         "one; split them, and go on from the state")
     shapes = {"dt": (dt, (b, c, t)), "A": (A, (c, n)), "B": (B, (b, n, t)), "C": (C, (b, n, t)), "D": (D, (c,)),
               "h0": (h0, (b, c, n))}
     for name, (x, shape) in shapes.items():

@@ -32,6 +32,13 @@ def place(head, H, HEADS, T, WIDTH: tl.constexpr):
     return (head // H).to(tl.int64) * T * HEADS * WIDTH + head % H // (H // HEADS) * WIDTH
 
 
+def check_dtypes(**tensors):
+    """ValueError for tensors whose numbers the kernels do not compute with."""
+    for name, x in tensors.items():
+        if x is not None and x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} of {x.dtype}: the kernels take float32, bfloat16 and float16")
+
+
 def in_one_piece(x, multiple=1):
     """(b, h, t, d) -> (b, t, h, d). Nothing is copied if x is a lesson's heads and d a multiple of `multiple`; if not,
     zeros fill up. ValueError for sequences so large that 32 bits cannot count their numbers."""

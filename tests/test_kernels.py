@@ -269,10 +269,19 @@ def test_scan_in_tiles(monkeypatch):
 
 
 def test_scan_names_what_does_not_fit():
-    with pytest.raises(ValueError, match="both must be real"):
-        scan.scan(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.complex64))
-    with pytest.raises(ValueError, match="have a time step"):
-        scan.scan(torch.zeros(2, 0), torch.zeros(2, 0))
+    x = torch.zeros(2, 3)
+    for a, b, h0 in ((x, x + 0j, None), (x, x, x[:, 0] + 0j)):
+        with pytest.raises(ValueError, match="all must be real, or all complex"):
+            scan.scan(a, b, h0)
+    for b in (x[:, :0], x[0, 0]):
+        with pytest.raises(ValueError, match="have a time step"):
+            scan.scan(b, b)
+    for dtype in (torch.float64, torch.int64, torch.complex128):
+        with pytest.raises(ValueError, match=f"of {dtype}: the kernels take"):
+            scan.scan(x.to(dtype), x.to(dtype))
+    z = torch.randn(2, 3, dtype=torch.complex64)
+    check_close(scan.scan(x.to(DEVICE) + 0.5, z.conj().imag.to(DEVICE))[0].cpu(),
+                scan.reference(x + 0.5, z.conj().imag)[0], 1e-6, "a minus that is still to be done")
 
 
 def selective_inputs(t, b=2, c=6, n=5):
@@ -301,7 +310,14 @@ def test_selective_scan_in_chunks(monkeypatch):
 def test_selective_scan_names_what_does_not_fit():
     u, dt, A, B, C, D, _ = selective_inputs(8)
     with pytest.raises(ValueError, match=r"B of shape \(2, 4, 8\) should be \(2, 5, 8\)"):
-        selective_scan.selective_scan(u, dt, A, B[:, 1:], C, D)
+        selective_scan.selective_scan(*(x.float() for x in (u, dt, A, B[:, 1:], C, D)))
+    with pytest.raises(ValueError, match="should be .b, c, t. and .c, n."):
+        selective_scan.selective_scan(u[0], dt, A, B, C, D)
+    with pytest.raises(ValueError, match="u of torch.float64: the kernels take"):
+        selective_scan.selective_scan(u, dt, A, B, C, D)
+    u, A, D = torch.zeros(1, 1, 1).expand(1, 2 ** 11, 2 ** 20), torch.zeros(2 ** 11, 1), torch.zeros(2 ** 11)
+    with pytest.raises(ValueError, match="counts to .* 2.31 in one"):
+        selective_scan.selective_scan(u, u, A, u[:, :1], u[:, :1], D)
 
 
 # --------------------------------------------------------------------------------------------------- long convolutions
@@ -331,9 +347,46 @@ def test_fft_conv_takes_numbers_of_any_size():
     for scale_u, scale_K in ((1e30, 1e-20), (1e-30, 1e20), (1e5, 1e5)):
         exact = fft_conv.reference(u * scale_u, K * scale_K) / (scale_u * scale_K)
         dtype = torch.bfloat16 if GPU else torch.float32
-        y = fft_conv.fft_conv((u * scale_u).to(DEVICE, dtype), (K * scale_K).to(DEVICE))
+        y = fft_conv.fft_conv((u * scale_u).to(DEVICE, dtype), (K * scale_K).float().to(DEVICE))
         check_close(y.double().cpu() / (scale_u * scale_K), exact, 2e-2 if GPU else 1e-5, f"{scale_u}, {scale_K}")
-    assert (fft_conv.fft_conv(torch.zeros(1, 3, 1500, device=DEVICE), K.to(DEVICE)) == 0).all()
+    assert (fft_conv.fft_conv(torch.zeros(1, 3, 1500, device=DEVICE), K.float().to(DEVICE)) == 0).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-7, 1e-25])
+@pytest.mark.parametrize("where", ["a sequence of zeros", "a block of zeros", "blocks of other sizes"])
+def test_a_filters_gradient_keeps_its_digits(size, where):
+    """In 16 bits, where parts of what it is a sum of are much larger than others, or nothing."""
+    u, dy = random((2, 1, 2048), (2, 1, 2048))
+    if where == "a sequence of zeros":
+        dy[0] = 0
+    elif where == "a block of zeros":
+        dy[..., :1024] = 0
+    else:
+        u[..., :1024], dy[..., 1024:] = 1e4 * u[..., :1024], 1e4 * dy[..., 1024:]
+    K = random((1, 1000), seed=1)[0] * torch.exp(-torch.arange(1000) / 100)
+    u, dy, results = u.bfloat16(), (size * dy).bfloat16(), []
+    for f, dtype in ((fft_conv.fft_conv, torch.bfloat16), (fft_conv.reference, torch.float64)):
+        taps = K.to(DEVICE, torch.promote_types(dtype, torch.float32)).requires_grad_()
+        results += torch.autograd.grad(f(u.to(DEVICE, dtype), taps), taps, dy.to(DEVICE, dtype))
+    gap = (results[0].double() - results[1]).norm() / results[1].norm()
+    assert gap < 5e-3, f"{where}: {gap:.1e}"
+
+
+@pytest.mark.parametrize("u, dy", [(1e-40, 1.0), (1.0, 1e-39), (1e-20, 1e-20)])
+def test_the_smallest_numbers_make_no_nan(u, dy):
+    x, K, d = random((1, 2, 100), (2, 100), (1, 2, 100))
+    leaves = [(x * u).float().to(DEVICE).requires_grad_(), K.float().to(DEVICE).requires_grad_()]
+    y = fft_conv.fft_conv(*leaves)
+    for result in (y, *torch.autograd.grad(y, leaves, (d * dy).float().to(DEVICE))):
+        assert result.isfinite().all()
+
+
+def test_what_a_test_makes_does_not_hinder_a_training():
+    fft_conv.kept.cache_clear()
+    u, K = torch.zeros(1, 1, 20), torch.zeros(1, 20)
+    with torch.inference_mode():
+        fft_conv.reference(u, K)
+    fft_conv.reference(u.requires_grad_(), K).sum().backward()
 
 
 def test_fft_conv_names_what_does_not_fit():
@@ -344,6 +397,13 @@ def test_fft_conv_names_what_does_not_fit():
         fft_conv.fft_conv(u[:, :1], K)
     with pytest.raises(ValueError, match="pre of torch.float64"):
         fft_conv.fft_conv(u, K, u.double())
+    for pair in ((u[:, :, :0], K), (u[0], K), (u[:, :0], K[:0])):
+        with pytest.raises(ValueError, match="should be .b, c, t., with at least one of each"):
+            fft_conv.fft_conv(*pair)
+    u = torch.zeros(1, 1, 4)
+    for name, pair in (("u", (u.double(), u[0])), ("u", (u.long(), u[0])), ("K", (u, u[0] + 0j))):
+        with pytest.raises(ValueError, match=f"{name} of torch.*: the kernels take"):
+            fft_conv.fft_conv(*pair)
 
 
 # --------------------------------------------------------------------------------------------------------- generation
@@ -412,6 +472,22 @@ def test_generation_where_the_kernels_are_the_default(monkeypatch, name, options
         for i in range(12, 15):
             y_t, state = mixer.step(x[:, i], state)
             check_close(y_t, y[:, i], 1e-4, f"{name}: step to {i}")
+
+
+@pytest.mark.parametrize("name", ["hyena", "lssl", "ema", "bigs"])
+def test_filters_are_made_without_autocast(name):
+    """As in the other forms; sines of large numbers do not survive 16 bits."""
+    mixer, x = make(name, torch.float32).to(DEVICE), torch.randn(1, 100, D_MODEL, device=DEVICE)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        check_close(mixer(x, "triton").float(), mixer(x, "conv").float(), 3e-2, name)
+
+
+@pytest.mark.parametrize("name, longest", [("ema", 2 ** 17), ("bigs", 2 ** 17), ("baseconv", None), ("mamba", None)])
+def test_texts_too_long_for_a_kernel_take_another_form(name, longest):
+    mixer = MIXERS[name](4)
+    assert getattr(mixer, "longest", float("inf")) == (longest or float("inf"))
+    if name == "baseconv":
+        assert MIXERS[name](4, taps=10000).longest == 2 ** 17
 
 
 def test_the_kernels_form_reads_a_prefix():

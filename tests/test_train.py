@@ -406,6 +406,18 @@ def test_the_form_that_was_asked_for_is_trained():
     assert seen == ["scan"]
 
 
+def test_only_so_many_shapes_are_recorded():
+    args = train.parse(["--task", "induction", "--batch_size", "4", *SMALL])[0]
+    data, machine = train.Task(args), train.Machine("cpu")
+    model = train.build_model(args, data.vocab_size)
+    optimizer = train.optimizer_for(model, args)
+    captured = train.Captured(optimizer, machine.device)
+    captured.graphs = dict.fromkeys(range(8))
+    for _ in range(2):                                           # as usual, also where it is seen again
+        train.train_step(model, optimizer, data.batch(4, torch.Generator().manual_seed(0)), args, machine, captured)
+    assert len(captured.graphs) == 8
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: it records CUDA graphs")
 def test_a_recorded_step_is_the_step(text, tmp_path):
     for name, flags in (("as usual", []), ("recorded", ["--capture"])):
