@@ -39,6 +39,20 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     assert all(row["torch"] and row["machine"] for row in rows)
 
 
+def test_what_cannot_be_recorded_is_trained_as_usual(monkeypatch):
+    """On a GPU the experiments record a step as a CUDA graph."""
+    def train_(args, say):
+        asked.append(args.capture)
+        if args.capture:
+            raise train.BadInput("leave --capture away")
+        return {"accuracy": 1.0}
+
+    asked = []
+    monkeypatch.setattr(lab.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train, "train", train_)
+    assert lab.trained({"task": "mqar"}) == {"accuracy": 1.0} and asked == [True, False]
+
+
 def test_the_best_setting_is_that_of_the_best_mean():
     rows = [{"m": "a", "lr": lr, "s": s} for lr, scores in ((1, (0.9, 0.1)), (2, (0.6, 0.7))) for s in scores]
     assert lab.best(rows, ("m",), "s") == {("a",): (pytest.approx(0.65), 0.6, 0.7)}
