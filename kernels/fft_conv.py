@@ -343,6 +343,7 @@ def options(n):
 class Plan:
     """How a convolution of t steps and so many taps is cut: N = n1 n2 in one program, over `blocks` of it, or 16
     pieces of N. ValueError for filters and sequences too long for both."""
+    programs = 528               # at least, if there are as many sequences: four for each multiprocessor of an H100
 
     def __init__(self, u, taps):
         t, n, exact = u.shape[-1], max(1024, triton.next_power_of_2(taps)), u.dtype == torch.float32
@@ -392,7 +393,7 @@ class Plan:
         x, gate, scales = self.split(u, gate)
         rows = len(K)
         out = torch.empty_like(x) if self.pieces else y[0]
-        parts = min(b, triton.cdiv(528, rows))
+        parts = min(b, triton.cdiv(self.programs, rows))
         inner = (None, None, None) if self.pieces else (post[0], y[1], post[1])
         conv_kernel[(rows, parts)](
             x, gate, scales, K, K_scale, out, *inner, *self.tables, b, t, blocks, stride(x), stride(gate),

@@ -341,6 +341,24 @@ def test_fft_conv(t, taps, gates):
         check_close(y.double(), exact, 1e-2, "in float16")
 
 
+@pytest.mark.parametrize("programs, taps", [(1, 1300), (4, 500), (1, 500)])
+def test_a_program_convolves_several_sequences(monkeypatch, programs, taps):
+    """One after the other, as where there are many channels; in blocks, too."""
+    monkeypatch.setattr(fft_conv.Plan, "programs", programs)
+    u, K, pre = random((3, 2, 2048), (2, taps), (3, 2, 2048))
+    check_kernel(fft_conv.fft_conv, fft_conv.reference, (u, K * torch.exp(-torch.arange(taps) / 50), pre), 1e-5)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: too long to interpret")
+@pytest.mark.parametrize("t", [8192, 65536, 131072])
+def test_what_does_not_change_does_not_overflow(t):
+    """Constant sequences and filters: all that is added up has one sign."""
+    tensors = torch.ones(1, 2, t), torch.ones(2, t)
+    exact = values_and_gradients(fft_conv.reference, tensors, torch.float64, DEVICE)
+    for a, b in zip(values_and_gradients(fft_conv.fft_conv, tensors, torch.bfloat16, DEVICE), exact, strict=True):
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
 def test_fft_conv_takes_numbers_of_any_size():
     """What is far above or below float16's range in between, and rows of zeros."""
     u, K = random((2, 3, 1500), (3, 1500))
