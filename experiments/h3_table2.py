@@ -40,5 +40,5 @@ if __name__ == "__main__":
                       f"({100 * low:.1f} to {100 * high:.1f})")
         ax.set_xticks(range(len(PAPER)), PAPER)
         ax.set(title=task, ylabel="accuracy, %")
-    axes[0].legend()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     lab.save(fig, args.out / "h3_table2.png")
