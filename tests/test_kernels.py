@@ -405,6 +405,7 @@ def test_what_a_test_makes_does_not_hinder_a_training():
     with torch.inference_mode():
         fft_conv.reference(u, K)
     fft_conv.reference(u.requires_grad_(), K).sum().backward()
+    assert u.grad.shape == u.shape
 
 
 def test_fft_conv_names_what_does_not_fit():
@@ -555,7 +556,8 @@ def test_what_stands_around_the_kernels_compiles(monkeypatch, name):
     for module in (flash_attention, linear_attention, gla, taylor_attention, scan, selective_scan, fft_conv, tiles):
         for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
             monkeypatch.setattr(module, kernel, Nothing())
-    mixer, x = make(name, torch.float32), torch.randn(2, LONG, D_MODEL)
+    mixer, x = make(name, torch.float32), torch.randn(2, LONG, D_MODEL, requires_grad=True)
     torch._dynamo.reset()
     with torch.autocast("cpu", torch.bfloat16):
         torch.compile(lambda x: mixer(x, "triton"), backend="aot_eager")(x).sum().backward()
+    assert x.grad.shape == x.shape
