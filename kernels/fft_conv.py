@@ -4,16 +4,16 @@ Products of polynomials mod X^N - i. Of two real ones, what is below X^N comes o
 around comes back times i, as the imaginary part: the real part is the causal convolution. So nothing is padded to 2 N
 ("right-angle" convolution). With w^N = i it is a cyclic one of w^j u_j, whose transform is two matrix products with a
 factor between them, a Monarch matrix [Fu et al. 2023, FlashFFTConv, arXiv:2311.05908]: for N = N1 N2, j = N2 j1 + j2,
-k = k1 + N1 k2, and e(x) = e^{2 pi i x}, w = e(1 / 4N),
+k = k1 + N1 k2, and e(x) = e^{2 pi i x}, w = e(1 / (4 N)),
 
     U_k = sum_j w^j u_j e(-j k / N)       U = ((F u) * T) G       F_{k1 j1} = e(-(k1 - 1/4) (j1 - 1/4) / N1)
-                                                                  T_{k1 j2} = e(-(k1 - 1/4) (1 / 4 N1 + j2 / N))
+                                                                  T_{k1 j2} = e(-(k1 - 1/4) (1 / (4 N1) + j2 / N))
     y = Re F* ((V G*) * T*),  V = U * transform of K              G_{j2 k2} = e(-j2 k2 / N2)
 
 where * is conj: F and G are symmetric. Complex columns lie as pairs of real ones, so G acts as a real matrix of twice
 the size. A program owns a channel and does all this for one sequence after the other: memory sees u and y once, 4 bytes
-a number in 16 bits, for 8 N1 + 16 N2 FLOPs. F, T, G are unitary and tiles are scaled by their largest number, so that
-float16 holds all that is in between. The gradient of u is the same with conj(K); that of K is sum conj(U) dY,
+a number in 16 bits, for 8 N1 + 16 N2 FLOPs a number. F, T, G are unitary and tiles are scaled by their largest number,
+so that float16 holds all that is in between. The gradient of u is the same with conj(K); that of K is sum conj(U) dY,
 transformed back.
 
 A filter shorter than the sequence (partial convolution): blocks of N. What wraps around belongs to the next block, and
