@@ -498,19 +498,20 @@ def icll(batch_size=32, generator=None, length=256, vocab_size=19):
     state = torch.arange(max_states)
     cannot = (state == state[:, None]) | (state >= n_states)                            # no way to itself
     targets = rand(max_states, max_states).masked_fill(cannot, 2).argsort(dim=2)[..., :3]      # (b, state, way)
-    ways = uniform(1, 3, max_states)
-    row = torch.arange(b)
-    tokens = torch.empty(b, length + 1, dtype=torch.long)
-    valid = torch.zeros(b, length + 1, vocab_size, dtype=torch.bool)
-    now, left = torch.zeros(b, dtype=torch.long), uniform(1, 49)
+    ways = uniform(1, 3, max_states)                                                      # (b, state)
+    ends = torch.zeros(b, 50 * (length + 1), dtype=torch.bool)                            # where a separator stands
+    ends = ends.scatter(1, (uniform(1, 49, length + 1) + 1).cumsum(dim=1) - 1, True)[:, :length + 1]
+    row, chance, steps = torch.arange(b), rand(length + 1), []
+    now = torch.zeros(b, dtype=torch.long)
     for i in range(length + 1):
-        way = (rand() * ways[row, now]).long()
-        open_ways = torch.arange(3) < ways[row, now][:, None]                           # (b, 3)
-        valid[:, i].scatter_(1, letters[row, now], open_ways)
-        ends = left == 0
-        tokens[:, i] = torch.where(ends, n_letters, letters[row, now, way])
-        now = torch.where(ends, 0, targets[row, now, way])
-        left = torch.where(ends, uniform(1, 49), left - 1)
+        way = (chance[:, i] * ways[row, now]).long()
+        steps.append((now, way))
+        now = targets[row, now, way].masked_fill(ends[:, i], 0)
+    now, way = (torch.stack(x, dim=1) for x in zip(*steps, strict=True))                  # (b, length + 1)
+    open_letters = letters[row[:, None], now]                                             # (b, length + 1, way)
+    tokens = open_letters.gather(2, way[..., None])[..., 0].masked_fill(ends, n_letters)
+    is_open = torch.arange(3) < ways.gather(1, now)[..., None]
+    valid = torch.zeros(b, length + 1, vocab_size, dtype=torch.bool).scatter_(2, open_letters, is_open)
     return tokens[:, :-1], tokens[:, 1:].masked_fill(tokens[:, 1:] == n_letters, -100), {"valid": valid[:, 1:]}
 
 

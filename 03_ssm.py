@@ -49,6 +49,7 @@ import math
 import os
 import time
 from pathlib import Path
+from random import Random
 
 import torch
 import torch.nn as nn
@@ -1322,22 +1323,30 @@ def listops(batch_size=32, generator=None, length=100, vocab_size=16, max_depth=
     if vocab_size != 16 or length < 8:
         raise ValueError(f"listops needs length >= 8 and its 16 tokens, not {length} and {vocab_size}")
 
-    def draw(n):
-        return int(torch.randint(n, (), generator=generator))
+    random = Random(int(torch.randint(2 ** 62, (), generator=generator))).random                 # one number at a time
 
-    def expression(depth):
-        if depth > 1 and (depth == max_depth or draw(4) > 0):
-            digit = draw(10)
-            return [digit], digit
-        op, parts = 10 + draw(4), [expression(depth + 1) for _ in range(2 + draw(max_args - 1))]
-        value = LISTOPS[op]([v for _, v in parts])
-        return [op, *(token for tokens, _ in parts for token in tokens), LISTOPS_END], value
+    def expression(tokens, depth=1):
+        """Write an expression behind the tokens and return its value: None, and no more, if it becomes too long."""
+        if len(tokens) >= length:
+            return None
+        if depth > 1 and (depth == max_depth or random() < 0.75):
+            tokens.append(int(10 * random()))
+            return tokens[-1]
+        op, values = 10 + int(4 * random()), []
+        tokens.append(op)
+        for _ in range(2 + int((max_args - 1) * random())):
+            values.append(expression(tokens, depth + 1))
+            if values[-1] is None:
+                return None
+        tokens.append(LISTOPS_END)
+        return LISTOPS[op](values)
 
     ids, answers = torch.full((batch_size, length), LISTOPS_PAD), []
     for row in ids:
-        tokens, value = expression(1)
-        while not length // 4 <= len(tokens) <= length:
-            tokens, value = expression(1)
+        tokens, value = [], None
+        while value is None or not length // 4 <= len(tokens) <= length:
+            tokens = []
+            value = expression(tokens)
         row[length - len(tokens):] = torch.tensor(tokens)
         answers.append(value)
     return ask_at_the_end(ids, torch.tensor(answers))

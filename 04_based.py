@@ -687,8 +687,13 @@ def mqar(batch_size=32, generator=None, length=64, n_pairs=4, vocab_size=8192, f
                          f"length {length}, n_pairs {n_pairs}, vocab_size {vocab_size}")
 
     def different(n):
-        """n_pairs different numbers below n in each row."""
-        return torch.rand(batch_size, n, generator=generator).topk(n_pairs, dim=1).indices
+        """n_pairs different numbers below n in each row, in any order: of j + 1 numbers one is drawn, or, if the row
+        has it, the new one, j [Floyd, in Bentley 1987]."""
+        drawn = torch.full((batch_size, n_pairs), -1)
+        for i, j in enumerate(range(n - n_pairs, n)):
+            x = torch.randint(j + 1, (batch_size, 1), generator=generator)
+            drawn[:, i:i + 1] = x.where((drawn != x).all(dim=1, keepdim=True), j)
+        return drawn.gather(1, torch.rand(batch_size, n_pairs, generator=generator).argsort(dim=1))
 
     keys, values = 1 + different(half - 1), half + different(vocab_size - half)
     chance = torch.arange(1, places + 1, dtype=torch.float64) ** (power - 1)

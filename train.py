@@ -454,7 +454,7 @@ class Task:
     def scores(self, batch, logits, nats, everything):
         """Accuracy where something is asked: the likeliest token is the target, or "valid" if the task says what is."""
         _, targets, extras = batch
-        asked, answer = targets != -100, logits.argmax(dim=-1)
+        asked, answer = targets != -100, logits.argmax(dim=-1).cpu()
         right = extras["valid"][asked].gather(1, answer[:, None]) if "valid" in extras else answer == targets[asked]
         yield "accuracy", right.sum(), asked.sum()
 
@@ -641,8 +641,8 @@ def evaluate(model, data, args, machine, n_batches=None):
     model.eval()
     sums, counts = {}, {}
     for batch in data.held_out(max(1, args.batch_size // (machine.world * args.accumulate)), n_batches):
-        nats, weights, logits = (x.cpu() for x in ask(model, batch, machine))
-        nats = nats.double()
+        nats, weights, logits = ask(model, batch, machine)
+        nats, weights = nats.double().cpu(), weights.cpu()
         own = data.scores(batch, logits, nats, n_batches is None)
         for name, value, count in [("loss", (nats * weights).sum(), weights.sum()), *own]:
             sums[name], counts[name] = sums.get(name, 0.0) + float(value), counts.get(name, 0.0) + float(count)

@@ -155,6 +155,9 @@ def test_mqar_is_zoologys():
     p = torch.arange(1, 29) ** -0.99
     first = asked[:, 8::2].float().mean(dim=0)                   # without replacement: flatter than p, and falling
     assert first[0] > 0.6 and first[0] > 3 * first[5] > 3 * first[20] > 0 and first[0] < 4 * p[0] / p.sum()
+    ids, _ = based.mqar(20000, torch.Generator().manual_seed(0), length=32, n_pairs=8, vocab_size=20)
+    for place in (0, 6, 14):                                              # each of the keys 1 to 9 as often, anywhere
+        assert (ids[:, place].bincount(minlength=10)[1:] - 20000 / 9).abs().max() < 5 * (20000 / 9) ** 0.5
     filled, _ = based.mqar(20, torch.Generator().manual_seed(0), filler=True, vocab_size=64)
     assert (filled == 0).float().mean() < 0.1
 
