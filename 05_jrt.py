@@ -308,19 +308,24 @@ class Bidirectional(nn.Module):
 # ------------------------------------------------------------------------------------------------ task and transforms
 
 
-def set_disjointness(batch_size=32, generator=None, first=16, second=64, vocab_size=2048, prompt=True,
-                     easy=0.0, progress=1.0):
+SIZES = ((4, 16), (8, 32), (16, 64), (4, 128), (16, 256), (4, 256))        # of the sets that the authors train on
+
+
+def set_disjointness(batch_size=32, generator=None, first=16, second=64, vocab_size=2048, prompt=True, mixed=0.0,
+                     progress=1.0):
     """[1] A [2] B [3] and then the one token that is in both sets [A24b, code]: A has `first` tokens, B
     has `second`, all different but for the answer, in random places. Loss on the answer alone. prompt: also
     return {"prefix": t}, all of it is prompt, for a mixer that reads a prefix; without it that mixer is causal, too.
-    easy: while progress, the share of the training that is done, is below it, the sets are a sixteenth, an eighth, a
-    quarter, a half of their sizes (the authors mix sizes; from large sets alone little is learned).
+    mixed: while progress, the share of the training that is done, is below it, each batch has one of SIZES instead, in
+    either order, drawn at random (from large sets alone little is learned).
     Returns ids and targets, (b, first + second + 3) int64; -100 where nothing is asked."""
-    if min(first, second) < 1 or first + second + 4 > vocab_size:
-        raise ValueError(f"set_disjointness needs sets of 1 token or more, and vocab_size above their sum + 3; not "
-                         f"first {first}, second {second}, vocab_size {vocab_size}")
-    if progress < easy:
-        first, second = (max(1, size >> 4 - int(4 * progress / easy)) for size in (first, second))
+    for a, b in ((first, second), *(SIZES if mixed else ())):
+        if min(a, b) < 1 or a + b + 4 > vocab_size:
+            raise ValueError(f"set_disjointness needs sets of 1 token or more, and vocab_size above their sum + 3; not "
+                             f"first {a}, second {b}, vocab_size {vocab_size}")
+    if progress < mixed:
+        which = torch.randint(2 * len(SIZES), (), generator=generator)
+        first, second = SIZES[which // 2][::1 if which % 2 else -1]
     tokens = 4 + torch.rand(batch_size, vocab_size - 4, generator=generator).topk(first + second, dim=1).indices
     A, B = tokens.split([first, second], dim=1)
     answer = A.gather(1, torch.randint(first, (batch_size, 1), generator=generator))

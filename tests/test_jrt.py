@@ -153,15 +153,19 @@ def test_set_disjointness_puts_the_answer_anywhere():
     assert lesson.set_disjointness(2, prompt=False)[2] == {}
 
 
-def test_sets_grow_in_training():
-    def sizes(progress):
-        ids, targets, extras = lesson.set_disjointness(5, torch.Generator().manual_seed(0), 16, 256, easy=0.8,
+def test_sets_of_many_sizes_in_training():
+    def sizes(seed, progress):
+        ids, targets, extras = lesson.set_disjointness(3, torch.Generator().manual_seed(seed), 5, 7, mixed=0.8,
                                                        progress=progress)
-        assert torch.equal(ids == 2, (ids == 2) & (torch.arange(ids.shape[1]) == (ids[0] == 2).nonzero()[0]))
         assert extras["prefix"] == ids.shape[1] and (targets[:, -1] != -100).all()
-        return (ids[0] == 2).nonzero().item() - 1, ids.shape[1] - (ids[0] == 2).nonzero().item() - 2
+        second = (ids == 2).nonzero()
+        assert len(second) == 3 and len(second[:, 1].unique()) == 1
+        return second[0, 1].item() - 1, ids.shape[1] - second[0, 1].item() - 2
 
-    assert [sizes(p) for p in (0.0, 0.4, 0.8, 1.0)] == [(1, 16), (4, 64), (16, 256), (16, 256)]
+    assert {sizes(seed, 0.79) for seed in range(150)} == {*lesson.SIZES, *((b, a) for a, b in lesson.SIZES)}
+    assert {sizes(seed, 0.8) for seed in range(20)} == {(5, 7)}
+    with pytest.raises(ValueError, match="not first 16, second 256, vocab_size 263"):
+        lesson.set_disjointness(3, vocab_size=263, mixed=0.8)
 
 
 def test_the_order_matters_for_who_reads_once():
