@@ -17,7 +17,7 @@ def measure(cell):
 
 def cells(quick):
     common = {"d_model": 64, "batch_size": 32}
-    models, lrs, seeds, steps, length = MIXERS, (1e-3, 3e-3), (0, 1, 2), 10000, 256
+    models, lrs, seeds, steps, length = MIXERS, (1e-3, 3e-3), (0, 1, 2), 5000, 256
     if quick:
         models, lrs, seeds, steps, length = MIXERS[:2], (3e-3,), (0,), 60, 96
     layers = {False: lambda m: f"{m.split(',')[-1]},{m}" if "," in m else f"{m},{m},{m}",
@@ -29,7 +29,8 @@ def cells(quick):
 
 if __name__ == "__main__":
     args = lab.options(__doc__)
-    results = lab.best(lab.sweep(args, "icll", cells(args.quick), measure), ("model", "ngram"), "accuracy")
+    rows = lab.sweep(args, "icll", cells(args.quick), measure, ("model", "ngram"), "accuracy")
+    results = lab.best(rows, ("model", "ngram"), "accuracy")
     fig, ax = lab.figure(10, 4)
     models = list(dict.fromkeys(model for model, _ in results))
     for (model, ngram), (mean, low, high) in results.items():

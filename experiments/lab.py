@@ -8,6 +8,7 @@ import argparse
 import csv
 import itertools
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -29,6 +30,7 @@ def options(doc, argv=None, **more):
     p.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
     p.add_argument("--steps", type=int, help="another number of training steps")
     p.add_argument("--cells", type=int, help="only the first so many runs")
+    p.add_argument("--draw", action="store_true", help="run nothing: draw what the table has")
     p.add_argument("--out", type=Path, help="folder for table and picture (default experiments/results)")
     for name, text in more.items():
         p.add_argument(f"--{name}", help=text)
@@ -99,27 +101,65 @@ def one(measure, cell, threads):
     return measure(cell)
 
 
+def take_a_gpu(taken):
+    """A process of a sweep takes the next GPU in turn, as one of torchrun's would."""
+    with taken.get_lock():
+        os.environ["LOCAL_RANK"] = str(taken.value % max(1, torch.cuda.device_count()))
+        taken.value += 1
+
+
 def in_turn(measure, cells, jobs):
-    """(cell, result) as they are finished; several at a time in processes of their own."""
+    """(cell, result) as they are finished; several at a time in processes of their own, over all GPUs. The result of a
+    run that cannot be finished (the loss is no number, say) is the error."""
     if jobs == 1:
-        yield from ((cell, measure(cell)) for cell in cells)
+        yield from ((cell, attempt(measure, cell)) for cell in cells)
         return
-    threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(one, measure, cell, threads): cell for cell in cells}
+    threads, spawn = max(1, torch.get_num_threads() // jobs), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, take_a_gpu, (spawn.Value("i", 0),)) as pool:
+        running = {pool.submit(attempt, measure, cell, threads): cell for cell in cells}
         yield from ((running[future], future.result()) for future in as_completed(running))
 
 
-def sweep(args, name, cells, measure):
-    """Measure the cells that NAME.csv does not have yet, a row each as soon as it is there. Returns the cells' rows."""
+def attempt(measure, cell, threads=None):
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        return measure(cell)
+    except (train.BadInput, torch.cuda.OutOfMemoryError) as e:
+        return e
+
+
+def sweep(args, name, cells, measure, by=None, score=None):
+    """Measure the cells that NAME.csv does not have yet, a row each as soon as it is there. Returns the cells' rows.
+
+    With `by`, names of columns: all learning rates are tried with the first seed; with the other seeds, the one that
+    had the best score (-score: the smallest) among the rows that are equal in these columns."""
     def key(row):
         return tuple(str(number(str(row.get(name)))) for name in cells[0])
 
-    path, where = args.out / f"{name}.csv", machine()
+    def rows(cells):
+        wanted = {key(cell) for cell in cells}
+        return [row for row in read(path) if key(row) in wanted]
+
+    path = args.out / f"{name}.csv"
     cells = [cell | ({"steps": args.steps} if args.steps and "steps" in cell else {}) for cell in cells[:args.cells]]
-    done = {key(row) for row in read(path)}
-    todo, start = [cell for cell in cells if key(cell) not in done], time.perf_counter()
-    for i, (cell, result) in enumerate(in_turn(measure, todo, args.jobs), 1):
+    first = [cell for cell in cells if not by or cell["seed"] == cells[0]["seed"]]
+    run(args, path, [cell for cell in first if key(cell) not in {key(row) for row in read(path)}], measure)
+    if by:
+        rates = {name: found[0]["lr"] for name, found in chosen(rows(first), by, score).items()}
+        cells = [cell for cell in cells if cell in first or cell["lr"] == rates.get(tuple(cell[c] for c in by))]
+        run(args, path, [cell for cell in cells if key(cell) not in {key(row) for row in read(path)}], measure)
+    return rows(cells)
+
+
+def run(args, path, todo, measure):
+    """Measure the cells and add a row for each to the table."""
+    start, where = time.perf_counter(), machine()
+    for i, (cell, result) in enumerate(in_turn(measure, [] if args.draw else todo, args.jobs), 1):
+        said = "  ".join(f"{k}={v}" for k, v in cell.items())
+        if isinstance(result, Exception):
+            print(f"{i}/{len(todo)}, no result: {result}   {said}", flush=True)
+            continue
         row, new = cell | result | where, not path.exists()
         with open(path, "a", newline="") as f:
             writer = csv.DictWriter(f, row)
@@ -127,24 +167,26 @@ def sweep(args, name, cells, measure):
                 writer.writeheader()
             writer.writerow(row)
         left = int((time.perf_counter() - start) / i * (len(todo) - i))
-        said = "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in (cell | result).items())
+        said += "  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items())
         print(f"{i}/{len(todo)}, {left // 60}:{left % 60:02d} left   {said}", flush=True)
-    wanted = {key(cell) for cell in cells}
-    return [row for row in read(path) if key(row) in wanted]
 
 
-def best(rows, by, score, over="lr", judge=None):
-    """{values of `by`: (mean, smallest, largest) of score over the seeds}, at the value of `over` with the best mean of
-    judge (default: score). A judge that starts with - is better when smaller."""
-    judge, groups, result = judge or score, {}, {}
-    sign, judge = (-1, judge[1:]) if judge[0] == "-" else (1, judge)
+def chosen(rows, by, score, over="lr"):
+    """{values of `by`: the rows at the value of `over` with the best mean of score (-score: the smallest), among those
+    that were tried with most seeds}."""
+    groups, sign = {}, -1 if score[0] == "-" else 1
     for row in rows:
         groups.setdefault(tuple(row[name] for name in by), {}).setdefault(row[over], []).append(row)
-    for name, settings in groups.items():
-        chosen = max(settings.values(), key=lambda seeds: sign * statistics.mean(row[judge] for row in seeds))
-        scores = [row[score] for row in chosen]
-        result[name] = statistics.mean(scores), min(scores), max(scores)
-    return result
+    def worth(seeds):
+        return len(seeds), sign * statistics.mean(row[score.strip("-")] for row in seeds)
+    return {name: max(settings.values(), key=worth) for name, settings in groups.items()}
+
+
+def best(rows, by, score, judge=None):
+    """{values of `by`: (mean, smallest, largest) of score over the seeds}, at the learning rate with the best mean of
+    judge (default: score). A judge that starts with - is better when smaller."""
+    groups = {name: [row[score] for row in seeds] for name, seeds in chosen(rows, by, judge or score).items()}
+    return {name: (statistics.mean(scores), min(scores), max(scores)) for name, scores in groups.items()}
 
 
 def figure(*size, rows=1, columns=1, **settings):

@@ -15,17 +15,18 @@ def measure(cell):
 
 
 def cells(quick):
-    common = {"d_model": 64, "n_layers": 4, "batch_size": 64}
+    common = {"d_model": 64, "n_layers": 4, "batch_size": 32}
     if quick:
         common |= {"task": "listops:length=30", "d_model": 32, "n_layers": 2, "batch_size": 16}
         return [common | {"mixer": m, "lr": 3e-3, "seed": 0, "steps": 150} for m in MIXERS[:3]]
-    return [common | {"mixer": m, "task": "listops:length=100", "lr": lr, "seed": seed, "steps": 20000}
+    return [common | {"mixer": m, "task": "listops:length=100", "lr": lr, "seed": seed, "steps": 10000}
             for seed in (0, 1, 2) for m in MIXERS for lr in (5e-4, 1e-3, 3e-3)]
 
 
 if __name__ == "__main__":
     args = lab.options(__doc__)
-    results = lab.best(lab.sweep(args, "listops", cells(args.quick), measure), ("mixer",), "accuracy")
+    rows = lab.sweep(args, "listops", cells(args.quick), measure, ("mixer",), "accuracy")
+    results = lab.best(rows, ("mixer",), "accuracy")
     fig, ax = lab.figure(6, 3.6)
     for i, ((name,), (mean, low, high)) in enumerate(results.items()):
         ax.bar(i, mean, yerr=[[mean - low], [high - mean]], capsize=3)

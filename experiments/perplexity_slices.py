@@ -5,16 +5,21 @@
 A recall token ends a bigram that occurred earlier in the context and at most 10 times in the training text. The share
 of the gap to attention that recall explains: (nats on recall - attention's) x (share of recall tokens) / (nats
 overall - attention's), capped at 100% (Zoology, section 3). The width is chosen so that all models have about as many
-parameters as attention's. Writes perplexity_slices.csv and .png.
+parameters as attention's. Two texts: the plays, and code, the folder _inductor of the torch that is installed. Writes
+perplexity_slices.csv and .png.
 """
 import math
+from pathlib import Path
 
 import lab
+import torch
 from lab import train
 
 MIXERS = {"attention": "attention", "Based": "short_conv,based", "Mamba": "mamba", "RWKV-6": "rwkv6", "GLA": "gla",
           "RetNet": "retnet", "linear attention": "linear_attention", "window 64": "window:window=64", "Hyena": "hyena",
           "H3": "h3", "BaseConv": "baseconv", "S4D": "s4d"}
+TEXTS = {"plays": {}, "code": {"data": Path(torch.__file__).parent / "_inductor"}}
+SCORES = ("loss", "recall", "recall_share", "recall_new", "recall_new_share", "rest", "bits_per_byte")
 
 
 def parameters(flags):
@@ -30,39 +35,44 @@ def equal_size(flags):
 
 
 def measure(cell):
-    flags = equal_size({name: value for name, value in cell.items() if name != "name"})
-    scores = lab.trained(flags)
-    return {"width": flags["d_model"], "parameters": parameters(flags)} | {
-        name: round(scores[name], 5) for name in ("loss", "recall", "recall_share", "recall_new", "recall_new_share",
-                                                  "rest", "bits_per_byte")}
+    flags = equal_size({name: value for name, value in cell.items() if name not in ("text", "name")})
+    scores = lab.trained(flags | TEXTS[cell["text"]])
+    return {"width": flags["d_model"], "parameters": parameters(flags)} | {k: round(scores[k], 5) for k in SCORES}
 
 
 def cells(quick):
     if quick:
-        common = {"d_model": 64, "context": 256, "batch_size": 8, "steps": 60, "lr": 3e-3, "seed": 0}
+        common = {"text": "plays", "d_model": 64, "context": 256, "batch_size": 8, "steps": 60, "lr": 3e-3, "seed": 0}
         return [common | {"name": name, "mixer": MIXERS[name]} for name in ("attention", "BaseConv", "Based")]
-    common = {"d_model": 256, "n_layers": 6, "context": 1024, "batch_size": 32, "steps": 3000, "warmup": 200}
-    return [common | {"name": name, "mixer": mixer, "lr": lr, "seed": seed}
-            for seed in (0, 1, 2) for name, mixer in MIXERS.items() for lr in (1e-3, 3e-3)]
+    common = {"d_model": 256, "n_layers": 6, "context": 1024, "batch_size": 4, "warmup": 200}
+    return [{"text": text} | common | {"steps": steps, "name": name, "mixer": mixer, "lr": lr, "seed": seed}
+            for seed in (0, 1, 2) for text, steps in (("plays", 1200), ("code", 2000))
+            for name, mixer in MIXERS.items() for lr in (1e-3, 3e-3)]
+
+
+def share_of_gap(m, base):
+    """How much of the distance to attention's loss lies on the recall tokens; None for what is not behind attention."""
+    gap = m["loss"] - base["loss"]
+    return min(1, (m["recall"] - base["recall"]) * m["recall_share"] / gap) if gap > 0 else None
 
 
 if __name__ == "__main__":
     args = lab.options(__doc__)
-    rows = lab.sweep(args, "perplexity_slices", cells(args.quick), measure)
+    rows = lab.sweep(args, "perplexity_slices", cells(args.quick), measure, ("text", "name"), "-loss")
     mean = {}
     for key in ("loss", "recall", "recall_share", "rest"):
-        for (name,), (value, *_) in lab.best(rows, ("name",), key, judge="-loss").items():
-            mean.setdefault(name, {})[key] = value
-    base = mean["attention"]
-    print(f"{'model':18}{'overall':>9}{'recall':>9}{'rest':>9}{'% of the gap':>14}")
-    for name, m in sorted(mean.items(), key=lambda item: item[1]["loss"]):
-        gap = (m["recall"] - base["recall"]) * m["recall_share"] / (m["loss"] - base["loss"]) if m is not base else 0
-        share = f"{min(1, gap):14.0%}" if m["loss"] > base["loss"] else f"{'':14}"
-        print(f"{name:18}" + "".join(f"{math.exp(m[key]):9.2f}" for key in ("loss", "recall", "rest")) + share)
-    fig, axes = lab.figure(13, 4.5, columns=3)
-    for ax, key in zip(axes, ("loss", "recall", "rest"), strict=True):
-        names = sorted(mean, key=lambda name: mean[name][key])
-        ax.barh(names, [math.exp(mean[name][key]) for name in names])
-        ax.set_title(f"perplexity, {'overall' if key == 'loss' else key}")
-        ax.invert_yaxis()
+        for (text, name), (value, *_) in lab.best(rows, ("text", "name"), key, judge="-loss").items():
+            mean.setdefault(text, {}).setdefault(name, {})[key] = value
+    fig, axes = lab.figure(13, 4.2 * len(mean), rows=len(mean), columns=3, squeeze=False)
+    for row, (text, models) in zip(axes, mean.items(), strict=True):
+        print(f"{text:18}{'overall':>9}{'recall':>9}{'rest':>9}{'% of the gap':>14}")
+        for name, m in sorted(models.items(), key=lambda item: item[1]["loss"]):
+            share = share_of_gap(m, models["attention"])
+            print(f"{name:18}" + "".join(f"{math.exp(m[key]):9.2f}" for key in ("loss", "recall", "rest")) +
+                  (f"{share:14.0%}" if share is not None else ""))
+        for ax, key in zip(row, ("loss", "recall", "rest"), strict=True):
+            names = sorted(models, key=lambda name: models[name][key])
+            ax.barh(names, [math.exp(models[name][key]) for name in names])
+            ax.set_title(f"{text}: perplexity {'overall' if key == 'loss' else 'on ' + key}")
+            ax.invert_yaxis()
     lab.save(fig, args.out / "perplexity_slices.png")

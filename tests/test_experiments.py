@@ -39,6 +39,33 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     assert all(row["torch"] and row["machine"] for row in rows)
 
 
+def test_all_learning_rates_with_one_seed_and_the_best_one_with_the_others(tmp_path, capsys):
+    def measure(cell):
+        asked.append(cell)
+        return {"loss": abs(cell["lr"] - {"a": 1e-3, "b": 1e-2}[cell["mixer"]]) + 0.02 * cell["seed"]}
+
+    asked, args = [], lab.options("", ["--out", str(tmp_path)])
+    cells = lab.grid(seed=[0, 1], mixer=["a", "b"], lr=[1e-3, 1e-2])
+    rows = lab.sweep(args, "table", cells, measure, ("mixer",), "-loss")
+    assert asked == cells[:4] + lab.grid(seed=[1], mixer=["a"], lr=[1e-3]) + lab.grid(seed=[1], mixer=["b"], lr=[1e-2])
+    assert len(rows) == 6 and lab.sweep(args, "table", cells, None, ("mixer",), "-loss") == rows
+    found = lab.best(rows, ("mixer",), "loss", "-loss")                                   # of both seeds, though worse
+    assert found == {(name,): (pytest.approx(0.01), 0, 0.02) for name in "ab"}
+
+
+def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):
+    def measure(cell):
+        if cell["a"] == 2:
+            raise train.BadInput("the loss is nan")
+        return {"b": cell["a"]}
+
+    args = lab.options("", ["--out", str(tmp_path)])
+    assert [row["b"] for row in lab.sweep(args, "table", lab.grid(a=[1, 2, 3]), measure)] == [1, 3]
+    assert "2/3, no result: the loss is nan   a=2" in capsys.readouterr().out
+    args = lab.options("", ["--out", str(tmp_path), "--draw"])
+    assert [row["b"] for row in lab.sweep(args, "table", lab.grid(a=[1, 2, 3]), None)] == [1, 3]
+
+
 def test_what_cannot_be_recorded_is_trained_as_usual(monkeypatch):
     """On a GPU the experiments record a step as a CUDA graph."""
     def train_(args, say):
