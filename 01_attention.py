@@ -166,7 +166,7 @@ def remember(cache, k, v, real, window=None):
     if window is None:
         return Cache(torch.cat([cache.k, k], 2), torch.cat([cache.v, v], 2), torch.cat([cache.real, real], 1), length)
     n = min(window, k.shape[2])
-    slots = torch.arange(length - n, length, device=k.device) % window
+    slots = (length - n + torch.arange(n, device=k.device)) % window
     return Cache(cache.k.index_copy(2, slots, k[:, :, -n:]), cache.v.index_copy(2, slots, v[:, :, -n:]),
                  cache.real.index_copy(1, slots, real[:, -n:]), length)
 
@@ -194,7 +194,7 @@ def rope(x, start=0, base=10000.0):
     that q . k depends on the difference of positions only. x: (b, h, t, d), d even; its first position is `start`."""
     t, d = x.shape[-2:]
     theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)           # (d/2,)
-    angle = torch.arange(start, start + t, device=x.device, dtype=torch.float64)[:, None] * theta  # (t, d/2)
+    angle = (start + torch.arange(t, device=x.device, dtype=torch.float64))[:, None] * theta     # (t, d/2)
     cos, sin = (f(angle).to(torch.promote_types(x.dtype, torch.float32)) for f in (torch.cos, torch.sin))
     return (x * torch.cat([cos, cos], -1) + x.roll(d // 2, -1) * torch.cat([-sin, sin], -1)).to(x.dtype)
 

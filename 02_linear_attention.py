@@ -876,7 +876,7 @@ def rope(x, start=0, base=10000.0):
     """Rotary positions (lesson 01): the pair (x_i, x_{i + d/2}) at position p turned by the angle p base^(-2i/d)."""
     t, d = x.shape[-2:]
     theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)           # (d/2,)
-    angle = torch.arange(start, start + t, device=x.device, dtype=torch.float64)[:, None] * theta
+    angle = (start + torch.arange(t, device=x.device, dtype=torch.float64))[:, None] * theta
     cos, sin = (f(angle).to(torch.promote_types(x.dtype, torch.float32)) for f in (torch.cos, torch.sin))
     return (x * torch.cat([cos, cos], -1) + x.roll(d // 2, -1) * torch.cat([-sin, sin], -1)).to(x.dtype)
 

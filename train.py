@@ -205,14 +205,52 @@ def build_model(args, vocab_size):
 def generate(model, ids, n_tokens, temperature=1.0, top_k=None, generator=None, extras=None):
     """Yield n_tokens tokens that follow ids: (1, t): one prefill, then one step a token."""
     logits, states = model.prefill(ids, extras=extras)
-    logits = logits[:, -1]
+    logits, step = logits[:, -1], Decoder(model, states)
     for _ in range(n_tokens):
         logits = logits.float().cpu() / max(temperature, 1e-6)
         if top_k:
             logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
         token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
         yield token.item()
-        logits, states = model.step(token.to(ids.device), states)
+        logits = step(token.to(ids.device))
+
+
+class Decoder:
+    """model.step with the states kept here. On a GPU, where the launches of a step's kernels take longer than their
+    work, it becomes a CUDA graph as soon as a step has left every size as it was: so not with a cache that grows.
+    Called with ids_t: (b,), returns the logits: (b, v), which the next call may overwrite."""
+
+    def __init__(self, model, states):
+        self.model, self.states, self.graph, self.tried = model, states, None, False
+
+    def __call__(self, ids_t):
+        if self.graph:
+            self.ids.copy_(ids_t)
+            self.graph.replay()
+            return self.logits
+        logits, after = self.model.step(ids_t, self.states)
+        (before, as_before), (leaves, structure) = tree_flatten(self.states), tree_flatten(after)
+        self.states = after
+        stays = structure == as_before and all(not torch.is_tensor(x) or x.is_cuda and x.shape == y.shape
+                                               for x, y in zip(leaves, before, strict=True))
+        if stays and ids_t.is_cuda and not self.tried:
+            self.record(ids_t, leaves, structure)
+        return logits
+
+    def record(self, ids_t, leaves, structure):
+        """A step that leaves the states where it found them. What counts the tokens must be a tensor now."""
+        self.tried, self.ids, graph = True, ids_t.clone(), torch.cuda.CUDAGraph()
+        try:
+            kept = [torch.as_tensor(x, device=ids_t.device).clone() for x in leaves]
+            with torch.cuda.graph(graph):
+                self.logits, after = self.model.step(self.ids, tree_unflatten(kept, structure))
+                mine = {x.untyped_storage().data_ptr() for x in kept}
+                after = [x.clone() if x.untyped_storage().data_ptr() in mine else x for x in tree_flatten(after)[0]]
+                for old, new in zip(kept, after, strict=True):
+                    old.copy_(new)
+        except (RuntimeError, TypeError, AttributeError):        # a step that looks at numbers, say: as usual, then
+            return
+        self.graph, self.states = graph, kept
 
 
 # ---------------------------------------------------------------------------------------------------------------- text

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import train
 
@@ -416,6 +417,45 @@ def test_only_so_many_shapes_are_recorded():
     for _ in range(2):                                           # as usual, also where it is seen again
         train.train_step(model, optimizer, data.batch(4, torch.Generator().manual_seed(0)), args, machine, captured)
     assert len(captured.graphs) == 8
+
+
+CAUSAL = sorted(name for name, mixer in train.from_lessons("MIXERS").items() if mixer.causal)
+
+
+@pytest.mark.parametrize("mixer", CAUSAL)
+def test_a_position_may_be_a_tensor(mixer):
+    """As in a step that is recorded as a CUDA graph, where a number would stay what it was."""
+    model = train.build_model(train.parse(["--mixer", mixer, *SMALL])[0], 300).eval()
+    ids = torch.randint(300, (2, 90), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states = [state for _, state in (model.prefill(ids[:, :i]) for i in (70, 80))]
+        leaves, structure = tree_flatten(states[1])
+        if any(isinstance(x, int) for x in leaves):
+            changed = tree_unflatten([torch.tensor(x) if isinstance(x, int) else x for x in leaves], structure)
+            for i in (80, 81):
+                wanted, states[1] = model.step(ids[:, i], states[1])
+                got, changed = model.step(ids[:, i], changed)
+                assert torch.allclose(got, wanted, atol=1e-5)
+        decoder = train.Decoder(model, states[0])
+        for i in (70, 71):
+            wanted, states[0] = model.step(ids[:, i], states[0])
+            assert torch.equal(decoder(ids[:, i]), wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: it records CUDA graphs")
+@pytest.mark.parametrize("mixer", CAUSAL)
+def test_a_recorded_step_of_generation_is_the_step(mixer):
+    """In bfloat16, so with the kernels. What keeps its sizes is recorded: all but caches that grow, and n-grams."""
+    model = train.build_model(train.parse(["--mixer", mixer, *SMALL])[0], 300).to("cuda", torch.bfloat16).eval()
+    ids = torch.randint(300, (2, 90), generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        _, states = model.prefill(ids[:, :70])
+        decoder, sizes = train.Decoder(model, states), []
+        for i in range(70, 76):
+            wanted, states = model.step(ids[:, i], states)
+            sizes.append([x.shape for x in tree_flatten(states)[0] if torch.is_tensor(x)])
+            assert torch.allclose(decoder(ids[:, i]), wanted, atol=3e-2, rtol=3e-2)
+    assert (decoder.graph is not None) == (sizes[0] == sizes[1] and mixer != "ngram")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: it records CUDA graphs")
