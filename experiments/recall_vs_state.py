@@ -49,6 +49,7 @@ if __name__ == "__main__":
     for family in dict.fromkeys(family for family, *_ in results):
         points = sorted((size, *y) for (f, _, size), y in results.items() if f == family)
         size, mean, low, high = zip(*points, strict=True)
+        print(f"{family:26}" + "".join(f"  {n:,} B: {m:.3f}" for n, m in zip(size, mean, strict=True)))
         spread = [[m - lo for m, lo in zip(mean, low, strict=True)], [h - m for m, h in zip(mean, high, strict=True)]]
         ax.errorbar(size, mean, spread, fmt="o-", ms=5, capsize=2, label=family)
     ax.set(xscale="log", xlabel="state for each sequence, bytes", ylabel="accuracy", ylim=(-0.02, 1.02),

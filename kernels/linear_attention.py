@@ -143,11 +143,14 @@ def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, g_b, g
 @triton.jit
 def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, T, H, segment, g_b, g_h, g_t,
                     D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
-                    BLOCKS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Three walks at once. The states of dk and dq are those of dv and o, transposed."""
+                    C: tl.constexpr, PRECISION: tl.constexpr):
+    """Three walks at once, over blocks of the E columns of dv, the D columns of dk, and those of dq. The states of dk
+    and dq are those of dv and o, transposed."""
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
-    start, end = n * segment, tl.minimum(T, (n + 1) * segment)
-    role, block = tl.program_id(2) // BLOCKS, tl.program_id(2) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    start, end, of_dv, of_dk = n * segment, tl.minimum(T, (n + 1) * segment), tl.cdiv(E, BLOCK), tl.cdiv(D, BLOCK)
+    p = tl.program_id(2)
+    role = (p >= of_dv).to(tl.int32) + (p >= of_dv + of_dk).to(tl.int32)
+    block = (p - (role >= 1) * of_dv - (role == 2) * of_dk) * BLOCK + tl.arange(0, BLOCK)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
     d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, H, T, D), place(b_h, H, H, T, E)
@@ -223,9 +226,9 @@ class LinearAttention(torch.autograd.Function):
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
         block = block if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
         sizes["num_stages"] = min(sizes["num_stages"], 4 if g is None else 2)
-        blocks = triton.cdiv(max(q.shape[-1], v.shape[-1]), block)
-        backward_kernel[(*grid, 3 * blocks)](
-            q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, *shape, BLOCK=block, BLOCKS=blocks,
+        blocks = triton.cdiv(v.shape[-1], block) + 2 * triton.cdiv(q.shape[-1], block)
+        backward_kernel[(*grid, blocks)](
+            q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, *shape, BLOCK=block,
             BE=max(16, triton.next_power_of_2(v.shape[-1])), **sizes)
         dg = None
         if exact:

@@ -3,6 +3,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
@@ -10,3 +11,38 @@ if not torch.cuda.is_available():
 os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def watch_memory():
+    """In the interpreter a kernel reads and writes wherever its pointers point, as on a GPU, where that may go well for
+    months. Here it is an error, unless it lies in the memory of one of the kernel's arguments."""
+    from triton.runtime import interpreter as triton
+
+    ranges, prepare = [], triton.GridExecutor._init_args_hst
+
+    def note(executor, *args):
+        arguments, named = prepare(executor, *args)
+        memory = {x.untyped_storage() for x in (*arguments, *named.values()) if isinstance(x, torch.Tensor)}
+        ranges[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in memory]
+        return arguments, named
+
+    def watched(access, pointers_at, mask_at):
+        def checked(builder, *args):
+            pointers, mask = args[pointers_at], args[mask_at]
+            size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+            touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+            inside = np.zeros(touched.shape, bool)
+            for start, end in ranges:
+                inside |= (touched >= start) & (touched + size <= end)
+            if not inside.all():
+                raise IndexError(f"{(~inside).sum()} of {inside.size} addresses are of no argument of the kernel")
+            return access(builder, *args)
+        return checked
+
+    triton.GridExecutor._init_args_hst = note
+    for name, places in {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}.items():
+        setattr(triton.InterpreterBuilder, name, watched(getattr(triton.InterpreterBuilder, name), *places))
+
+
+if os.environ.get("TRITON_INTERPRET"):
+    watch_memory()

@@ -143,7 +143,8 @@ def test_linear_attention_in_segments(monkeypatch, kind):
 
 
 @pytest.mark.parametrize("kind, d, e", [("none", 300, 16), ("scalar", 16, 300), ("vector", 140, 16),
-                                        ("vector", 16, 140), ("scalar", 5, 3)])
+                                        ("vector", 16, 140), ("scalar", 5, 3), ("none", 64, 32), ("none", 64, 128),
+                                        ("scalar", 32, 64), ("scalar", 128, 64)])
 def test_linear_attention_of_any_width(kind, d, e):
     module, kernel = (gla, gla.gla) if kind == "vector" else (linear_attention, linear_attention.linear_attention)
     q, k, v, S = random((1, 1, 20, d), (1, 1, 20, d), (1, 1, 20, e), (1, 1, d, e))
