@@ -162,7 +162,7 @@ class Cache(NamedTuple):
 
 def remember(cache, k, v, real, window=None):
     """The cache after the next positions: k: (b, g, t, d), v: (b, g, t, e), real: (b, t)."""
-    length = cache.length + k.shape[2]
+    k, v, length = k.to(cache.k.dtype), v.to(cache.v.dtype), cache.length + k.shape[2]
     if window is None:
         return Cache(torch.cat([cache.k, k], 2), torch.cat([cache.v, v], 2), torch.cat([cache.real, real], 1), length)
     n = min(window, k.shape[2])

@@ -162,3 +162,12 @@ def test_grouped_heads_keep_a_smaller_cache():
     for what in results[0]:
         for other in results[1:]:
             check_close(results[0][what], other[what], 1e-9, what)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_cache_keeps_its_precision(window):
+    """Also where keys come in bfloat16: autocast on a GPU, unlike on a CPU, does not bring the two together."""
+    state = lesson.Attention(32, 2, window=window).init_state(1)
+    k = torch.randn(1, 2, 3, 16).bfloat16()
+    kept = lesson.remember(state, k, k, torch.ones(1, 3, dtype=torch.bool), window)
+    assert kept.k.dtype == kept.v.dtype == torch.float32 and torch.equal(kept.k[:, :, :3], k.float())
