@@ -678,9 +678,9 @@ def mqar(batch_size=32, generator=None, length=64, n_pairs=4, vocab_size=8192, f
     somewhere, where its value is asked for. Keys are of the lower half of the vocabulary, values of the upper, all
     different. The query of a key stands 2 g tokens after the pairs, p(g) ~ (g + 1)^(power - 1): mostly early, as words
     come back in text. In between is token 0, or, with filler, random tokens. While progress, the share of the training
-    that is done, is below `easy`, there is only a quarter of the pairs (the authors, too, go from easy to hard).
+    that is done, is below `easy`, there is only a quarter of the pairs, but 4 (the authors, too, go from easy to hard).
     Returns ids and targets, (b, length) int64; -100 where nothing is asked."""
-    n_pairs = max(1, n_pairs // 4) if progress < easy else n_pairs
+    n_pairs = min(n_pairs, max(4, n_pairs // 4)) if progress < easy else n_pairs
     places, half = (length - 2 * n_pairs) // 2, vocab_size // 2
     if length % 2 or places < n_pairs or half - 1 < n_pairs:
         raise ValueError(f"mqar needs an even length of at least 4 n_pairs, and vocab_size // 2 above n_pairs; not "

@@ -158,6 +158,9 @@ def test_mqar_is_zoologys():
     ids, _ = based.mqar(20000, torch.Generator().manual_seed(0), length=32, n_pairs=8, vocab_size=20)
     for place in (0, 6, 14):                                              # each of the keys 1 to 9 as often, anywhere
         assert (ids[:, place].bincount(minlength=10)[1:] - 20000 / 9).abs().max() < 5 * (20000 / 9) ** 0.5
+    for n_pairs, easier in ((3, 3), (4, 4), (8, 4), (32, 8)):        # with one pair alone its value would be the answer
+        _, targets = based.mqar(2, torch.Generator(), length=128, n_pairs=n_pairs, easy=0.5, progress=0.2)
+        assert (targets != -100).sum() == 2 * easier
     filled, _ = based.mqar(20, torch.Generator().manual_seed(0), filler=True, vocab_size=64)
     assert (filled == 0).float().mean() < 0.1
 
