@@ -40,8 +40,9 @@ def watch_memory():
         return checked
 
     triton.GridExecutor._init_args_hst = note
-    for name, places in {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}.items():
-        setattr(triton.InterpreterBuilder, name, watched(getattr(triton.InterpreterBuilder, name), *places))
+    places = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
+    for name, (pointers_at, mask_at) in places.items():
+        setattr(triton.InterpreterBuilder, name, watched(getattr(triton.InterpreterBuilder, name), pointers_at, mask_at))
 
 
 if os.environ.get("TRITON_INTERPRET"):
