@@ -41,8 +41,9 @@ def watch_memory():
 
     triton.GridExecutor._init_args_hst = note
     places = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
+    builder = triton.InterpreterBuilder
     for name, (pointers_at, mask_at) in places.items():
-        setattr(triton.InterpreterBuilder, name, watched(getattr(triton.InterpreterBuilder, name), pointers_at, mask_at))
+        setattr(builder, name, watched(getattr(builder, name), pointers_at, mask_at))
 
 
 if os.environ.get("TRITON_INTERPRET"):
