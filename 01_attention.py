@@ -160,22 +160,33 @@ class Cache(NamedTuple):
     length: int           # positions seen so far
 
 
+class Room(NamedTuple):
+    """A cache whose next positions are written in place, full attention's into empty slots at its end: for those who
+    generate and do not come back to an earlier state. Fields as in Cache."""
+    k: torch.Tensor
+    v: torch.Tensor
+    real: torch.Tensor
+    length: int
+
+
 def remember(cache, k, v, real, window=None):
     """The cache after the next positions: k: (b, g, t, d), v: (b, g, t, e), real: (b, t)."""
     k, v, length = k.to(cache.k.dtype), v.to(cache.v.dtype), cache.length + k.shape[2]
-    if window is None:
+    if window is None and isinstance(cache, Cache):
         return Cache(torch.cat([cache.k, k], 2), torch.cat([cache.v, v], 2), torch.cat([cache.real, real], 1), length)
-    n = min(window, k.shape[2])
-    slots = (length - n + torch.arange(n, device=k.device)) % window
-    return Cache(cache.k.index_copy(2, slots, k[:, :, -n:]), cache.v.index_copy(2, slots, v[:, :, -n:]),
-                 cache.real.index_copy(1, slots, real[:, -n:]), length)
+    n = min(window or k.shape[2], k.shape[2])
+    slots = (length - n + torch.arange(n, device=k.device)) % (window or cache.k.shape[2])
+    write = torch.Tensor.index_copy_ if isinstance(cache, Room) else torch.Tensor.index_copy
+    return type(cache)(write(cache.k, 2, slots, k[:, :, -n:]), write(cache.v, 2, slots, v[:, :, -n:]),
+                       write(cache.real, 1, slots, real[:, -n:]), length)
 
 
 def in_order(cache, window=None):
     """The cache with its oldest key first: what a new block of targets is to be put behind."""
     if window is None:
-        return cache
-    age = torch.arange(cache.length - min(cache.length, window), cache.length, device=cache.k.device) % window
+        age = slice(cache.length)
+    else:
+        age = torch.arange(cache.length - min(cache.length, window), cache.length, device=cache.k.device) % window
     return Cache(cache.k[:, :, age], cache.v[:, :, age], cache.real[:, age], cache.length)
 
 
@@ -302,6 +313,12 @@ class Attention(nn.Module):
         q, k, v = self.project(x_t[:, None], state.length)
         o, state = recurrent_attention(q, k, v, state, all_real(x_t[:, None]), self.window)
         return self.output(o, x_t)[:, 0], state
+
+    def reserve(self, state, n):
+        """The state with room for n more tokens, which step then writes in place."""
+        more = n if self.window is None else 0
+        k, v = (F.pad(x, (0, 0, 0, more)) for x in (state.k, state.v))
+        return Room(k, v, F.pad(state.real, (0, more)), state.length)
 
     def values(self, x):
         return share_groups(self.project(x)[2], self.n_heads)                                # (b, h, s, e)

@@ -205,7 +205,7 @@ def build_model(args, vocab_size):
 def generate(model, ids, n_tokens, temperature=1.0, top_k=None, generator=None, extras=None):
     """Yield n_tokens tokens that follow ids: (1, t): one prefill, then one step a token."""
     logits, states = model.prefill(ids, extras=extras)
-    logits, step = logits[:, -1], Decoder(model, states)
+    logits, step = logits[:, -1], Decoder(model, states, n_tokens)
     for _ in range(n_tokens):
         logits = logits.float().cpu() / max(temperature, 1e-6)
         if top_k:
@@ -216,41 +216,58 @@ def generate(model, ids, n_tokens, temperature=1.0, top_k=None, generator=None, 
 
 
 class Decoder:
-    """model.step with the states kept here. On a GPU, where the launches of a step's kernels take longer than their
-    work, it becomes a CUDA graph as soon as a step has left every size as it was: so not with a cache that grows.
-    Called with ids_t: (b,), returns the logits: (b, v), which the next call may overwrite."""
+    """model.step for n_tokens tokens, with the states kept here; caches that would grow get room for them at once
+    (mixer.reserve). On a GPU, where the launches of a step's kernels take longer than their work, it becomes a CUDA
+    graph as soon as a step has left every size as it was. Called with ids_t: (b,), returns the logits: (b, v), which
+    the next call may overwrite. ValueError after n_tokens."""
 
-    def __init__(self, model, states):
-        self.model, self.states, self.graph, self.tried = model, states, None, False
+    def __init__(self, model, states, n_tokens):
+        self.model, self.graph, self.tried, self.n_tokens, self.left = model, None, False, n_tokens, n_tokens
+        mixers = [block.mixer for block in model.blocks]
+        self.states = [mixer.reserve(state, n_tokens) if hasattr(mixer, "reserve") else state
+                       for mixer, state in zip(mixers, states, strict=True)]
 
     def __call__(self, ids_t):
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f"this Decoder has room for {self.n_tokens} tokens")
         if self.graph:
             self.ids.copy_(ids_t)
             self.graph.replay()
             return self.logits
-        logits, after = self.model.step(ids_t, self.states)
-        (before, as_before), (leaves, structure) = tree_flatten(self.states), tree_flatten(after)
-        self.states = after
-        stays = structure == as_before and all(not torch.is_tensor(x) or x.is_cuda and x.shape == y.shape
-                                               for x, y in zip(leaves, before, strict=True))
-        if stays and ids_t.is_cuda and not self.tried:
-            self.record(ids_t, leaves, structure)
+        before, structure = tree_flatten(self.states)
+        logits, self.states = self.model.step(ids_t, self.states)
+        leaves, after = tree_flatten(self.states)
+        if ids_t.is_cuda and not self.tried and structure == after and all(
+                not torch.is_tensor(x) or x.is_cuda and x.shape == y.shape
+                for x, y in zip(leaves, before, strict=True)):
+            self.record(ids_t)
         return logits
 
-    def record(self, ids_t, leaves, structure):
-        """A step that leaves the states where it found them. What counts the tokens must be a tensor now."""
-        self.tried, self.ids, graph = True, ids_t.clone(), torch.cuda.CUDAGraph()
+    def own(self, ids_t):
+        """Keep copies of the states, for step_in_place. What counts the tokens is a tensor from here on."""
+        leaves, self.structure = tree_flatten(self.states)
+        self.ids, self.kept = ids_t.clone(), [torch.as_tensor(x, device=ids_t.device).clone() for x in leaves]
+
+    def step_in_place(self):
+        """The logits after self.ids; the states after it are where those before it were."""
+        logits, after = self.model.step(self.ids, tree_unflatten(self.kept, self.structure))
+        mine = {x.untyped_storage().data_ptr() for x in self.kept}
+        pairs = [(old, new) for old, new in zip(self.kept, tree_flatten(after)[0], strict=True) if new is not old]
+        pairs = [(old, new.clone() if new.untyped_storage().data_ptr() in mine else new) for old, new in pairs]
+        for old, new in pairs:
+            old.copy_(new)
+        return logits
+
+    def record(self, ids_t):
+        self.tried, graph = True, torch.cuda.CUDAGraph()
         try:
-            kept = [torch.as_tensor(x, device=ids_t.device).clone() for x in leaves]
+            self.own(ids_t)
             with torch.cuda.graph(graph):
-                self.logits, after = self.model.step(self.ids, tree_unflatten(kept, structure))
-                mine = {x.untyped_storage().data_ptr() for x in kept}
-                after = [x.clone() if x.untyped_storage().data_ptr() in mine else x for x in tree_flatten(after)[0]]
-                for old, new in zip(kept, after, strict=True):
-                    old.copy_(new)
+                self.logits = self.step_in_place()
+            self.graph, self.states = graph, None
         except (RuntimeError, TypeError, AttributeError):        # a step that looks at numbers, say: as usual, then
-            return
-        self.graph, self.states = graph, kept
+            self.kept = None
 
 
 # ---------------------------------------------------------------------------------------------------------------- text

@@ -171,3 +171,20 @@ def test_the_cache_keeps_its_precision(window):
     k = torch.randn(1, 2, 3, 16).bfloat16()
     kept = lesson.remember(state, k, k, torch.ones(1, 3, dtype=torch.bool), window)
     assert kept.k.dtype == kept.v.dtype == torch.float32 and torch.equal(kept.k[:, :, :3], k.float())
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_cache_with_room_is_the_cache(window):
+    """In steps, and in a prefill behind them."""
+    mixer = lesson.Attention(32, 2, window=window).double()
+    x = torch.randn(2, 20, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, state = mixer.prefill(x[:, :7])
+    roomy, kept = mixer.reserve(state, 5), state.k.clone()
+    for i in range(7, 12):
+        y, state = mixer.step(x[:, i], state)
+        z, roomy = mixer.step(x[:, i], roomy)
+        check_close(z, y, 1e-12, f"step {i}")
+    assert roomy.k.shape[2] == (window or 12) and torch.equal(kept, mixer.prefill(x[:, :7])[1].k)
+    roomy = mixer.reserve(roomy, 3)
+    for y, z in zip(mixer.prefill(x[:, 12:], state)[0], mixer.prefill(x[:, 12:], roomy)[0], strict=True):
+        check_close(z, y, 1e-12, "prefill")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 import train
 
@@ -422,40 +422,55 @@ def test_only_so_many_shapes_are_recorded():
 CAUSAL = sorted(name for name, mixer in train.from_lessons("MIXERS").items() if mixer.causal)
 
 
+GROW = "ngram repeat_attention baseconv hyena sgconv monarch_mixer".split()            # a step changes sizes for good
+
+
 @pytest.mark.parametrize("mixer", CAUSAL)
-def test_a_position_may_be_a_tensor(mixer):
-    """As in a step that is recorded as a CUDA graph, where a number would stay what it was."""
-    model = train.build_model(train.parse(["--mixer", mixer, *SMALL])[0], 300).eval()
+def test_a_decoder_steps_as_the_model_does(mixer):
+    """Also in place, as in a CUDA graph, in which no number may stand for a position; and the states that it was given
+    stay what they were."""
+    model = train.build_model(train.parse(["--mixer", mixer, *SMALL])[0], 300).double().eval()
     ids = torch.randint(300, (2, 90), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        states = [state for _, state in (model.prefill(ids[:, :i]) for i in (70, 80))]
-        leaves, structure = tree_flatten(states[1])
-        if any(isinstance(x, int) for x in leaves):
-            changed = tree_unflatten([torch.tensor(x) if isinstance(x, int) else x for x in leaves], structure)
-            for i in (80, 81):
-                wanted, states[1] = model.step(ids[:, i], states[1])
-                got, changed = model.step(ids[:, i], changed)
-                assert torch.allclose(got, wanted, atol=1e-5)
-        decoder = train.Decoder(model, states[0])
-        for i in (70, 71):
-            wanted, states[0] = model.step(ids[:, i], states[0])
-            assert torch.equal(decoder(ids[:, i]), wanted)
+        _, given = model.prefill(ids[:, :70])
+        before = [x.clone() for x in tree_flatten(given)[0] if torch.is_tensor(x)]
+        decoder, states = train.Decoder(model, given, 6), given
+        for i in range(70, 76):
+            wanted, states = model.step(ids[:, i], states)
+            if i == 72 and mixer not in GROW:
+                decoder.own(ids[:, i])
+            if i >= 72 and mixer not in GROW:
+                decoder.ids.copy_(ids[:, i])
+                assert torch.allclose(decoder.step_in_place(), wanted, atol=1e-9)
+            else:
+                assert torch.allclose(decoder(ids[:, i]), wanted, atol=1e-9)
+        after = [x for x in tree_flatten(given)[0] if torch.is_tensor(x)]
+        assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_a_decoder_has_room_for_so_many_tokens():
+    model = train.build_model(train.parse(["--mixer", "attention", *SMALL])[0], 300).eval()
+    ids = torch.randint(300, (1, 9))
+    decoder = train.Decoder(model, model.prefill(ids)[1], 2)
+    for i in range(2):
+        decoder(ids[:, i])
+    with pytest.raises(ValueError, match="room for 2 tokens"):
+        decoder(ids[:, 2])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: it records CUDA graphs")
 @pytest.mark.parametrize("mixer", CAUSAL)
 def test_a_recorded_step_of_generation_is_the_step(mixer):
-    """In bfloat16, so with the kernels. What keeps its sizes is recorded: all but caches that grow, and n-grams."""
+    """In bfloat16, so with the kernels."""
     model = train.build_model(train.parse(["--mixer", mixer, *SMALL])[0], 300).to("cuda", torch.bfloat16).eval()
     ids = torch.randint(300, (2, 90), generator=torch.Generator().manual_seed(0)).cuda()
     with torch.no_grad():
         _, states = model.prefill(ids[:, :70])
-        decoder, sizes = train.Decoder(model, states), []
+        decoder = train.Decoder(model, states, 6)
         for i in range(70, 76):
             wanted, states = model.step(ids[:, i], states)
-            sizes.append([x.shape for x in tree_flatten(states)[0] if torch.is_tensor(x)])
             assert torch.allclose(decoder(ids[:, i]), wanted, atol=3e-2, rtol=3e-2)
-    assert (decoder.graph is not None) == (sizes[0] == sizes[1] and mixer != "ngram")
+    assert (decoder.graph is not None) == (mixer not in GROW)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: it records CUDA graphs")
