@@ -1320,8 +1320,9 @@ def listops(batch_size=32, generator=None, length=100, vocab_size=16, max_depth=
     7] 0] is 9. Tokens: digits 0 to 9, opening operators 10 to 13, ] 14, padding 15 on the left. Expressions fill a
     quarter of `length` at least, all of it at most (the benchmark: 500 to 2000). Asked for at the end: the value.
     (The median of an even number is the lower one.)"""
-    if vocab_size != 16 or length < 8:
-        raise ValueError(f"listops needs length >= 8 and its 16 tokens, not {length} and {vocab_size}")
+    if vocab_size != 16 or length < 8 or max_args < 2:
+        raise ValueError(f"listops needs length >= 8, its 16 tokens and max_args >= 2, not {length}, {vocab_size} and "
+                         f"{max_args}")
 
     random = Random(int(torch.randint(2 ** 62, (), generator=generator))).random                 # one number at a time
 

@@ -260,14 +260,22 @@ class Decoder:
         return logits
 
     def record(self, ids_t):
-        self.tried, graph = True, torch.cuda.CUDAGraph()
+        """Try it first: a step that waits for the GPU, to look at a number, cannot be recorded and is done as usual."""
+        self.tried, mode = True, torch.cuda.get_sync_debug_mode()
         try:
             self.own(ids_t)
-            with torch.cuda.graph(graph):
-                self.logits = self.step_in_place()
-            self.graph, self.states = graph, None
-        except (RuntimeError, TypeError, AttributeError):        # a step that looks at numbers, say: as usual, then
+            torch.cuda.set_sync_debug_mode("error")
+            self.step_in_place()
+        except (RuntimeError, TypeError, AttributeError):
             self.kept = None
+            return
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        self.own(ids_t)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self.step_in_place()
+        self.graph, self.states = graph, None
 
 
 # ---------------------------------------------------------------------------------------------------------------- text
@@ -697,10 +705,11 @@ def evaluate(model, data, args, machine, n_batches=None):
     sums, counts = {}, {}
     for batch in data.held_out(max(1, args.batch_size // (machine.world * args.accumulate)), n_batches):
         nats, weights, logits = ask(model, batch, machine)
-        nats, weights = nats.double().cpu(), weights.cpu()
+        nats, weights = nats.cpu().double(), weights.cpu()
         own = data.scores(batch, logits, nats, n_batches is None)
         for name, value, count in [("loss", (nats * weights).sum(), weights.sum()), *own]:
             sums[name], counts[name] = sums.get(name, 0.0) + float(value), counts.get(name, 0.0) + float(count)
+        del logits                                               # before the next ones are made
     model.train()
     return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
 

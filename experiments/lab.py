@@ -7,6 +7,7 @@ already are not run again. --quick runs a small version on a CPU and writes to r
 import argparse
 import csv
 import itertools
+import math
 import multiprocessing
 import os
 import statistics
@@ -126,7 +127,7 @@ def attempt(measure, cell, threads=None):
     try:
         return measure(cell)
     except (train.BadInput, torch.cuda.OutOfMemoryError) as e:
-        return e
+        return train.BadInput(str(e))                            # a new one: e holds on to the model that failed
 
 
 def sweep(args, name, cells, measure, by=None, score=None):
@@ -147,9 +148,12 @@ def sweep(args, name, cells, measure, by=None, score=None):
     run(args, path, [cell for cell in first if key(cell) not in {key(row) for row in read(path)}], measure)
     if by:
         rates = {name: found[0]["lr"] for name, found in chosen(rows(first), by, score).items()}
-        cells = [cell for cell in cells if cell in first or cell["lr"] == rates.get(tuple(cell[c] for c in by))]
-        run(args, path, [cell for cell in cells if key(cell) not in {key(row) for row in read(path)}], measure)
-    return rows(cells)
+        more = [cell for cell in cells if cell not in first and cell["lr"] == rates.get(tuple(cell[c] for c in by))]
+        run(args, path, [cell for cell in more if key(cell) not in {key(row) for row in read(path)}], measure)
+        first += more
+    if not rows(first):
+        sys.exit(f"{path} has no rows of these runs: there is nothing to draw")
+    return rows(first)
 
 
 def run(args, path, todo, measure):
@@ -160,10 +164,12 @@ def run(args, path, todo, measure):
         if isinstance(result, Exception):
             print(f"{i}/{len(todo)}, no result: {result}   {said}", flush=True)
             continue
-        row, new = cell | result | where, not path.exists()
+        row = cell | result | where
+        if path.exists() and list(read(path)[0]) != list(row):
+            sys.exit(f"{path} has other columns than these runs: move it away, or name another folder with --out")
         with open(path, "a", newline="") as f:
             writer = csv.DictWriter(f, row)
-            if new:
+            if f.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
         left = int((time.perf_counter() - start) / i * (len(todo) - i))
@@ -178,7 +184,8 @@ def chosen(rows, by, score, over="lr"):
     for row in rows:
         groups.setdefault(tuple(row[name] for name in by), {}).setdefault(row[over], []).append(row)
     def worth(seeds):
-        return len(seeds), sign * statistics.mean(row[score.strip("-")] for row in seeds)
+        mean = sign * statistics.mean(row[score.strip("-")] for row in seeds)
+        return len(seeds), -math.inf if math.isnan(mean) else mean
     return {name: max(settings.values(), key=worth) for name, settings in groups.items()}
 
 

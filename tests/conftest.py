@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -18,32 +19,32 @@ def watch_memory():
     months. Here it is an error, unless it lies in the memory of one of the kernel's arguments."""
     from triton.runtime import interpreter as triton
 
-    ranges, prepare = [], triton.GridExecutor._init_args_hst
+    ranges, prepare, builder = [], triton.GridExecutor._init_args_hst, triton.InterpreterBuilder
 
     def note(executor, *args):
         arguments, named = prepare(executor, *args)
-        memory = {x.untyped_storage() for x in (*arguments, *named.values()) if isinstance(x, torch.Tensor)}
+        memory = {x.untyped_storage() for x in tree_leaves([arguments, named]) if isinstance(x, torch.Tensor)}
         ranges[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in memory]
         return arguments, named
 
-    def watched(access, pointers_at, mask_at):
-        def checked(builder, *args):
-            pointers, mask = args[pointers_at], args[mask_at]
+    def watched(access, pointers_at, mask_at=None):
+        def checked(builder, *args, **named):
+            pointers = args[pointers_at]
             size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-            touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+            mask = True if mask_at is None else args[mask_at].data
+            touched = pointers.data[np.broadcast_to(mask, pointers.data.shape)]
             inside = np.zeros(touched.shape, bool)
             for start, end in ranges:
                 inside |= (touched >= start) & (touched + size <= end)
             if not inside.all():
                 raise IndexError(f"{(~inside).sum()} of {inside.size} addresses are of no argument of the kernel")
-            return access(builder, *args)
+            return access(builder, *args, **named)
         return checked
 
     triton.GridExecutor._init_args_hst = note
-    places = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
-    builder = triton.InterpreterBuilder
-    for name, (pointers_at, mask_at) in places.items():
-        setattr(builder, name, watched(getattr(builder, name), pointers_at, mask_at))
+    for name, *places in (("create_masked_load", 0, 1), ("create_masked_store", 0, 2), ("create_atomic_rmw", 1, 3),
+                          ("create_atomic_cas", 0)):
+        setattr(builder, name, watched(getattr(builder, name), *places))
 
 
 if os.environ.get("TRITON_INTERPRET"):

@@ -53,6 +53,35 @@ def test_all_learning_rates_with_one_seed_and_the_best_one_with_the_others(tmp_p
     assert found == {(name,): (pytest.approx(0.01), 0, 0.02) for name in "ab"}
 
 
+def test_a_learning_rate_that_fails_is_tried_once(tmp_path, capsys):
+    def measure(cell):
+        asked.append((cell["lr"], cell["seed"]))
+        if cell["lr"] == 1e-2:
+            raise train.BadInput("the loss is nan")
+        return {"loss": 1.0}
+
+    asked, args = [], lab.options("", ["--out", str(tmp_path)])
+    lab.sweep(args, "table", lab.grid(seed=[0, 1], mixer=["a"], lr=[1e-3, 1e-2]), measure, ("mixer",), "-loss")
+    assert asked == [(1e-3, 0), (1e-2, 0), (1e-3, 1)]
+
+
+def test_no_number_is_worse_than_any():
+    rows = [{"m": "a", "lr": lr, "s": s} for lr, s in ((1, float("nan")), (2, 0.1), (3, 0.2))]
+    assert lab.best(rows, ("m",), "s") == {("a",): (0.2, 0.2, 0.2)}
+
+
+def test_a_table_is_neither_mixed_nor_drawn_empty(tmp_path, capsys):
+    args = lab.options("", ["--out", str(tmp_path), "--draw"])
+    with pytest.raises(SystemExit, match="table.csv has no rows of these runs"):
+        lab.sweep(args, "table", lab.grid(a=[1]), None)
+    args = lab.options("", ["--out", str(tmp_path)])
+    lab.sweep(args, "table", lab.grid(a=[1]), lambda cell: {"b": 1})
+    before = (tmp_path / "table.csv").read_text()
+    with pytest.raises(SystemExit, match="table.csv has other columns"):
+        lab.sweep(args, "table", lab.grid(a=[2]), lambda cell: {"b": 1, "c": 2})
+    assert (tmp_path / "table.csv").read_text() == before
+
+
 def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):
     def measure(cell):
         if cell["a"] == 2:

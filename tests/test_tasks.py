@@ -170,3 +170,5 @@ def test_listops_of_the_slide():
     assert lesson.LISTOPS[11]([2, 9, lesson.LISTOPS[10]([4, 7]), 0]) == 9
     ids, targets = lesson.listops(64, torch.Generator().manual_seed(0), length=60)
     assert set(targets[:, -1].tolist()) == set(range(10)) and {10, 11, 12, 13} <= set(ids.flatten().tolist())
+    with pytest.raises(ValueError, match="max_args >= 2"):
+        lesson.listops(max_args=1)
