@@ -10,6 +10,7 @@ import platform
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 import triton
@@ -29,10 +30,13 @@ def limits():
 
 def print_machine():
     """The machine, the versions and the command; returns the limits."""
+    if not torch.cuda.is_available():
+        sys.exit("this checks and times kernels on a GPU, and there is none here; python -m pytest "
+                 "tests/test_kernels.py runs them in Triton's interpreter")
     rates = limits()
     print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}, triton "
           f"{triton.__version__}; copy {rates[0] / 1e12:.2f} TB/s, bfloat16 matmul {rates[1] / 1e12:.0f} TFLOP/s\n"
-          f"$ python -m {sys.modules['__main__'].__spec__.name}", flush=True)
+          f"$ python -m kernels.{Path(sys.argv[0]).stem}", flush=True)
     return rates
 
 
