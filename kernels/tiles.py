@@ -7,8 +7,8 @@ import triton.language as tl
 
 @triton.jit
 def load(x, rows, cols, end, stride, WIDTH: tl.constexpr, MASK: tl.constexpr = True):
-    """A tile of a head: these rows of it, `stride` numbers apart, and these of its WIDTH columns; 0 from row `end`
-    on. MASK=False: all rows are before it."""
+    """A tile of a head: these rows of it, `stride` numbers apart, and these of its WIDTH columns (if as many as WIDTH,
+    all of them); 0 from row `end` on. MASK=False: all rows are before it."""
     at = x + rows[:, None] * stride + cols[None, :]
     if cols.shape[0] != WIDTH:
         x_i = tl.load(at, mask=(rows[:, None] < end) & (cols[None, :] < WIDTH), other=0.0)
