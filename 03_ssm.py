@@ -269,7 +269,7 @@ def log_uniform(*shape, low=1e-3, high=1e-1):
 
 
 class ShortConv(nn.Module):
-    """A causal filter of `width` taps for each channel. x: (b, t, c), and the width - 1 inputs before it."""
+    """A causal filter of `width` taps for each channel. x: (b, c, t), and the width - 1 inputs before it."""
 
     def __init__(self, channels, width, bias=False):
         super().__init__()
@@ -277,11 +277,11 @@ class ShortConv(nn.Module):
         self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=bias)
 
     def forward(self, x, past):
-        x = torch.cat([past.to(x.dtype), x], dim=1)
-        return self.conv(x.mT).mT, x[:, x.shape[1] - self.width + 1:]
+        x = torch.cat([past.to(x.dtype), x], dim=2)
+        return self.conv(x), x[..., x.shape[2] - self.width + 1:]
 
     def init_carry(self, batch_size):
-        return self.conv.weight.new_zeros(batch_size, self.width - 1, self.conv.in_channels)
+        return self.conv.weight.new_zeros(batch_size, self.conv.in_channels, self.width - 1)
 
 
 # ----------------------------------------------------------------------------------------------- time-invariant mixers
@@ -735,8 +735,8 @@ class H3(S4D):
 
     def project(self, x, carry):
         q, k, v = (self.qkv.weight @ x.mT).chunk(3, dim=1)
-        k, carry = self.shift(k.mT, carry)
-        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in (q, k.mT, v))        # (b, h, d, t)
+        k, carry = self.shift(k, carry)
+        q, k, v = (y.unflatten(1, (-1, self.head_dim)) for y in (q, k, v))           # (b, h, d, t)
         grid = (-1, -1, self.head_dim, self.head_dim, -1)                            # (b, h, d of k, d of v, t)
         v, k, q = (y.expand(grid).flatten(1, 3) for y in (v[:, :, None], k[:, :, :, None], q[:, :, :, None]))
         return v, k, q, carry
@@ -758,8 +758,8 @@ class HyenaGates:
         self.out = linear(d_model, d_model)
 
     def project(self, x, carry):
-        qkv, carry = self.short(self.qkv(x), carry)
-        q, k, v = qkv.mT.chunk(3, dim=1)
+        qkv, carry = self.short(self.qkv.weight @ x.mT, carry)
+        q, k, v = qkv.chunk(3, dim=1)                                                # (b, c, t)
         return v, k, q, carry
 
     def finish(self, y, x):
@@ -1084,11 +1084,11 @@ class Mamba(SelectiveMixer):
         return self.D
 
     def project(self, x, carry):
-        u, carry = self.short(self.x(x), carry)
-        u = F.silu(u).mT                                                             # (b, c, t)
+        u, carry = self.short(self.x.weight @ x.mT, carry)
+        u = F.silu(u)                                                                # (b, c, t)
         dt, B, C = (self.dt_B_C.weight @ u).split([self.rank, self.n_state, self.n_state], dim=1)    # (b, n, t)
         dt = F.softplus(at_least_float32(self.dt.weight @ dt + self.dt.bias[:, None]))               # (b, c, t)
-        return (u, dt, B, C), F.silu(self.gate(x)), carry
+        return (u, dt, B, C), F.silu(self.gate.weight @ x.mT), carry
 
     def discretise(self, u, dt, B, C):
         return u, -dt[..., None] * self.log_A.exp()[:, None], dt[..., None] * B.mT[:, None], C.mT[:, None]
@@ -1101,7 +1101,7 @@ class Mamba(SelectiveMixer):
         return super().system(form, inputs, h)
 
     def finish(self, y, gate):
-        return self.out(y.mT * gate)
+        return self.out((y * gate).mT)
 
     def init_carry(self, batch_size):
         return self.short.init_carry(batch_size)
@@ -1132,17 +1132,17 @@ class RGLRU(SelectiveMixer):
         self.Lambda.optim = {"weight_decay": 0.0}
 
     def project(self, x, carry):
-        u, carry = self.short(self.x(x), carry)
-        blocks = u.unflatten(-1, (self.n_heads, -1))
-        r, i = (torch.einsum("bthd,hde->bthe", blocks, W).flatten(-2) for W in self.W)
-        r, i = r + self.bias[0], i + self.bias[1]
-        g = -8 * F.softplus(at_least_float32(self.Lambda)) * at_least_float32(r).sigmoid()
+        u, carry = self.short(self.x.weight @ x.mT, carry)
+        blocks = u.unflatten(1, (self.n_heads, -1))                                  # (b, h, d, t)
+        r, i = (torch.einsum("bhdt,hde->bhet", blocks, W).flatten(1, 2) for W in self.W)
+        r, i = r + self.bias[0][:, None], i + self.bias[1][:, None]
+        g = -8 * F.softplus(at_least_float32(self.Lambda))[:, None] * at_least_float32(r).sigmoid()
         k = torch.sqrt(-torch.expm1(2 * g)) * i.sigmoid()
-        g, k = g.mT[..., None], k.mT[..., None]
-        return (u.mT, g, k, torch.ones_like(g)), F.gelu(self.gate(x)), carry
+        g, k = g[..., None], k[..., None]
+        return (u, g, k, torch.ones_like(g)), F.gelu(self.gate.weight @ x.mT), carry
 
     def finish(self, y, gate):
-        return self.out(y.mT * gate)
+        return self.out((y * gate).mT)
 
     def init_carry(self, batch_size):
         return self.short.init_carry(batch_size)

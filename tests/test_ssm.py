@@ -210,7 +210,7 @@ def test_h3_with_wide_heads_is_linear_attention_under_a_convolution():
     mixer = lesson.H3(32, head_dim=8).double()
     x, _ = inputs(mixer, 40)
     q, k, v = mixer.qkv(x).chunk(3, dim=-1)
-    k, _ = mixer.shift(k, mixer.init_carry(2))
+    k = mixer.shift(k.mT, mixer.init_carry(2))[0].mT
     q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in (q, k, v))           # (b, h, t, d)
     K = mixer.kernel(40)[::64]                                                       # one for each head
     y = (q @ k.mT * lesson.toeplitz(K)) @ v
@@ -274,8 +274,8 @@ def test_dss_prefixes_do_not_depend_on_the_length():
 
 def test_a_filter_of_one_tap_keeps_no_past():
     filter_ = lesson.ShortConv(4, 1)
-    _, past = filter_(torch.randn(2, 5, 4), filter_.init_carry(2))
-    assert past.shape == (2, 0, 4)
+    _, past = filter_(torch.randn(2, 4, 5), filter_.init_carry(2))
+    assert past.shape == (2, 4, 0)
 
 
 def test_state_space_parameters_are_marked_for_a_small_learning_rate():
@@ -290,7 +290,7 @@ def test_state_space_parameters_are_marked_for_a_small_learning_rate():
 def test_rglru_is_its_papers_loop():
     mixer = make("rglru")
     x, _ = inputs(mixer, 20)
-    u, _ = mixer.short(mixer.x(x), mixer.init_carry(2))
+    u = mixer.short(mixer.x(x).mT, mixer.init_carry(2))[0].mT
     r, i = (torch.sigmoid(u @ torch.block_diag(*W) + bias) for W, bias in zip(mixer.W, mixer.bias, strict=True))
     a = torch.sigmoid(-mixer.Lambda) ** (8 * r)              # sigmoid(Lambda') ^ (c r) with Lambda' = -Lambda
     h, y = torch.zeros(2, 32, dtype=double), []
@@ -323,7 +323,7 @@ def test_qrnn_and_sru_are_their_papers_loops():
 def test_mamba_is_algorithm_2():
     mixer = make("mamba")
     x, _ = inputs(mixer, 20)
-    u = F.silu(mixer.short(mixer.x(x), mixer.init_carry(2))[0])
+    u = F.silu(mixer.short(mixer.x(x).mT, mixer.init_carry(2))[0].mT)
     low, B, C = mixer.dt_B_C(u).split([mixer.rank, 16, 16], dim=-1)
     dt, A = F.softplus(mixer.dt(low)), -mixer.log_A.exp()
     h, y = torch.zeros(2, 64, 16, dtype=double), []
