@@ -148,7 +148,7 @@ def sweep(args, name, cells, measure, by=None, score=None):
     run(args, path, [cell for cell in first if key(cell) not in {key(row) for row in read(path)}], measure)
     if by:
         rates = {name: found[0]["lr"] for name, found in chosen(rows(first), by, score).items()}
-        more = [cell for cell in cells if cell not in first and cell["lr"] == rates.get(tuple(cell[c] for c in by))]
+        more = [cell for cell in cells if cell["lr"] == rates.get(tuple(cell[c] for c in by))]
         run(args, path, [cell for cell in more if key(cell) not in {key(row) for row in read(path)}], measure)
         first += more
     if not rows(first):

@@ -170,5 +170,7 @@ def test_listops_of_the_slide():
     assert lesson.LISTOPS[11]([2, 9, lesson.LISTOPS[10]([4, 7]), 0]) == 9
     ids, targets = lesson.listops(64, torch.Generator().manual_seed(0), length=60)
     assert set(targets[:, -1].tolist()) == set(range(10)) and {10, 11, 12, 13} <= set(ids.flatten().tolist())
+    nested, digits = ((ids >= 10) & (ids <= 13)).sum() - len(ids), (ids < 10).sum()
+    assert 0.12 < nested / (nested + digits) < 0.17      # a quarter of the arguments, had not long ones been dropped
     with pytest.raises(ValueError, match="max_args >= 2"):
         lesson.listops(max_args=1)

@@ -448,6 +448,21 @@ def test_a_decoder_steps_as_the_model_does(mixer):
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+def test_a_step_in_place_does_not_overwrite_what_it_still_moves():
+    """A state of which one part becomes the other."""
+    class Swap(torch.nn.Module):
+        blocks = ()
+
+        def step(self, ids_t, states):
+            a, b = states
+            return ids_t + a, [b, a]
+
+    decoder = train.Decoder(Swap(), [], 4)
+    decoder.states = [torch.tensor([1]), torch.tensor([2])]
+    decoder.own(torch.tensor([0]))
+    assert [decoder.step_in_place().item() for _ in range(4)] == [1, 2, 1, 2]
+
+
 def test_a_decoder_has_room_for_so_many_tokens():
     model = train.build_model(train.parse(["--mixer", "attention", *SMALL])[0], 300).eval()
     ids = torch.randint(300, (1, 9))
