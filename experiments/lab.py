@@ -97,11 +97,6 @@ def number(text):
         return text
 
 
-def one(measure, cell, threads):
-    torch.set_num_threads(threads)
-    return measure(cell)
-
-
 def take_a_gpu(taken):
     """A process of a sweep takes the next GPU in turn, as one of torchrun's would."""
     with taken.get_lock():

@@ -4,9 +4,12 @@ import importlib
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from harness import D_MODEL, MIXERS, check_close, inputs, make, run
 
 from kernels import (
+    bench,
     fft_conv,
     flash_attention,
     gla,
@@ -563,3 +566,26 @@ def test_what_stands_around_the_kernels_compiles(monkeypatch, name):
     with torch.autocast("cpu", torch.bfloat16):
         torch.compile(lambda x: mixer(x, "triton"), backend="aot_eager")(x).sum().backward()
     assert x.grad.shape == x.shape
+
+
+@triton.jit
+def copy_kernel(x, y, start, MASKED: tl.constexpr):
+    i = start + tl.arange(0, 8)
+    tl.store(y + tl.arange(0, 8), tl.load(x + i, mask=i < 8, other=0.0) if MASKED else tl.load(x + i))
+
+
+@pytest.mark.skipif(GPU, reason="it is the interpreter that is watched")
+def test_the_interpreter_watches_where_kernels_read():
+    x, y = torch.arange(8.0), torch.zeros(8)
+    copy_kernel[1,](x, y, 1, True)
+    assert y.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
+    with pytest.raises(Exception, match="1 of 8 addresses are of no argument"):
+        copy_kernel[1,](x, y, 1, False)
+    with pytest.raises(Exception, match="1 of 8 addresses are of no argument"):
+        copy_kernel[1,](x, y[1:].clone(), 0, True)
+
+
+@pytest.mark.skipif(GPU, reason="for a machine without a GPU")
+def test_a_table_needs_a_gpu():
+    with pytest.raises(SystemExit, match="on a GPU, and there is none here"):
+        bench.print_machine()
