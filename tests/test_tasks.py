@@ -174,3 +174,12 @@ def test_listops_of_the_slide():
     assert 0.12 < nested / (nested + digits) < 0.17      # a quarter of the arguments, had not long ones been dropped
     with pytest.raises(ValueError, match="max_args >= 2"):
         lesson.listops(max_args=1)
+
+
+def test_the_automatas_strings_have_1_to_49_letters():
+    ids, _, _ = importlib.import_module("01_attention").icll(2000, torch.Generator().manual_seed(0), length=110)
+    ends = ids == 18
+    first = ends.int().argmax(dim=1)
+    second = ends.scatter(1, first[:, None], False).int().argmax(dim=1) - first - 1
+    for lengths in (first, second):
+        assert lengths.min() == 1 and lengths.max() == 49 and 23 < lengths.double().mean() < 27
