@@ -48,7 +48,7 @@ CORPUS_SHA256 = "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee9
 CACHE, RUNS = ROOT / ".cache", ROOT / "runs"
 NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "form", "compile",
              "capture")                                                                     # of the arguments
-MAY_CHANGE = ("steps", "eval_every", "data")                                                       # with --resume
+MAY_CHANGE = ("steps", "enough", "eval_every", "data")                                             # with --resume
 MAX_GRAD_NORM = 1.0
 RARE = 10               # a bigram of the recall slice occurs at most this often in the training text
 
@@ -607,7 +607,8 @@ class CrossEntropy(torch.autograd.Function):
         log_p, targets = ctx.saved_tensors
         p = log_p.exp_()
         p.scatter_add_(1, targets[:, None], torch.full_like(p[:, :1], -1))
-        return p.mul_(grad[:, None]).to(ctx.dtype), None
+        rounded = p if p.dtype == ctx.dtype else torch.empty_like(p, dtype=ctx.dtype)
+        return torch.mul(p, grad[:, None], out=rounded), None
 
 
 def place(batch, machine, part=slice(None)):
@@ -826,6 +827,7 @@ def parse(argv):
     add("--warmup", type=int, default=50, help="steps of warm-up (default %(default)s)")
     add("--weight_decay", type=float, default=0.1, help="default %(default)s")
     add("--seed", type=int, default=0, help="of the weights and the order of the data (default %(default)s)")
+    add("--enough", type=float, metavar="ACCURACY", help="end a task's training once the held-out accuracy is as high")
     add("--eval_every", type=int, default=200, help="steps between evaluations, and checkpoints (default %(default)s)")
     add("--out", help="folder for checkpoint, log and plot (default: a new one in runs/)")
     add("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR (or --out, or the newest)")
@@ -865,6 +867,9 @@ def parse(argv):
     for name in ("seed", "warmup", "weight_decay", "mlp", "n_tokens", "temperature", "top_k"):
         if not 0 <= getattr(args, name) < 2 ** 31:
             raise BadInput(f"--{name} must be at least 0 and below 2^31, not {getattr(args, name)}")
+    if args.enough is not None and (args.task == "text" or not 0 < args.enough <= 1):
+        raise BadInput(f"--enough {args.enough} is the accuracy, above 0 and at most 1, at which a task's training ends"
+                       + ": text has none" * (args.task == "text"))
     if not 0 < args.lr < math.inf:
         raise BadInput(f"--lr must be above 0, not {args.lr}")
     if not 257 <= args.vocab_size <= 65536:
@@ -984,6 +989,8 @@ def train(args, checkpoint=None, say=print):
             say("    held out: " + "   ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in scores.items()), flush=True)
             if machine.rank == 0:
                 save(folder, args, step, history, model, optimizer, data)
+            if args.enough is not None and scores["accuracy"] >= args.enough:
+                break
             mark = time.perf_counter()
     return finish(model, data, args, machine, folder, say)
 

@@ -24,7 +24,7 @@ def cells(quick):
               True: lambda m: f"ngram,{m}" if "," in m else f"ngram,{m},{m}"}
     return [common | {"model": m, "ngram": int(ngram), "mixer": layers[ngram](m), "task": f"icll:length={length}",
                       "lr": lr, "seed": seed, "steps": steps}
-            for seed in seeds for m in models for ngram in (False, True) for lr in lrs]
+            for m in models for ngram in (False, True) for seed in seeds for lr in lrs]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -58,10 +58,12 @@ def parsed(cell, *flags):
     return train.parse([*(word for name, value in cell.items() for word in (f"--{name}", str(value))), *flags])[0]
 
 
-def trained(cell, then=None):
-    """The scores at the end of `python train.py` with the cell's flags; with `then`, what it returns for the model."""
+def trained(cell, then=None, enough=None):
+    """The scores at the end of `python train.py` with the cell's flags; with `then`, what it returns for the model.
+    enough: the accuracy at which the training ends early, looked at every 1000 steps."""
     with tempfile.TemporaryDirectory() as folder:
-        args = parsed(cell, "--out", f"{folder}/run", "--n_tokens", "1", "--eval_every", str(10 ** 9))
+        often = ("--eval_every", "1000", "--enough", str(enough)) if enough else ("--eval_every", str(10 ** 9))
+        args = parsed(cell, "--out", f"{folder}/run", "--n_tokens", "1", *often)
         args.capture = torch.cuda.is_available()
         try:
             scores = train.train(args, say=lambda *_, **__: None)
@@ -104,16 +106,27 @@ def take_a_gpu(taken):
         taken.value += 1
 
 
-def in_turn(measure, cells, jobs):
-    """(cell, result) as they are finished; several at a time in processes of their own, over all GPUs. The result of a
-    run that cannot be finished (the loss is no number, say) is the error."""
-    if jobs == 1:
-        yield from ((cell, attempt(measure, cell)) for cell in cells)
-        return
-    threads, spawn = max(1, torch.get_num_threads() // jobs), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, spawn, take_a_gpu, (spawn.Value("i", 0),)) as pool:
-        running = {pool.submit(attempt, measure, cell, threads): cell for cell in cells}
-        yield from ((running[future], future.result()) for future in as_completed(running))
+class Here(Executor):
+    """Does at once, in this process, what it is given."""
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def in_turn(measure, due, jobs):
+    """(cell, result) as they are finished; several at a time in processes of their own, over all GPUs. due(): what can
+    be measured now. The result of a run that cannot be finished (the loss is no number, say) is the error."""
+    threads, spawn, running = max(1, torch.get_num_threads() // jobs), multiprocessing.get_context("spawn"), {}
+    with ProcessPoolExecutor(jobs, spawn, take_a_gpu, (spawn.Value("i", 0),)) if jobs > 1 else Here() as pool:
+        while True:
+            for cell in [cell for cell in due() if cell not in running.values()][:jobs - len(running)]:
+                running[pool.submit(attempt, measure, cell, threads if jobs > 1 else None)] = cell
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
 
 
 def attempt(measure, cell, threads=None):
@@ -126,38 +139,42 @@ def attempt(measure, cell, threads=None):
 
 
 def sweep(args, name, cells, measure, by=None, score=None):
-    """Measure the cells that NAME.csv does not have yet, a row each as soon as it is there. Returns the cells' rows.
+    """Measure the cells that NAME.csv does not have yet, in their order, a row each as soon as it is there. Returns the
+    cells' rows.
 
     With `by`, names of columns: all learning rates are tried with the first seed; with the other seeds, the one that
     had the best score (-score: the smallest) among the rows that are equal in these columns."""
     def key(row):
         return tuple(str(number(str(row.get(name)))) for name in cells[0])
 
-    def rows(cells):
-        wanted = {key(cell) for cell in cells}
+    def group(row):
+        return tuple(row[name] for name in by)
+
+    def rows():
         return [row for row in read(path) if key(row) in wanted]
 
-    path = args.out / f"{name}.csv"
+    def due():
+        """What is not measured and need not wait: other seeds wait for the learning rates of the first."""
+        done = {key(row) for row in read(path)} | failed
+        todo = [cell for cell in cells if key(cell) not in done]
+        if not by:
+            return todo
+        first = [cell for cell in todo if cell["seed"] == cells[0]["seed"]]
+        found = chosen([row for row in rows() if row["seed"] == cells[0]["seed"]], by, score).items()
+        rates = {name: best[0]["lr"] for name, best in found if name not in {group(cell) for cell in first}}
+        return [cell for cell in todo if cell in first or cell["lr"] == rates.get(group(cell))]
+
+    path, failed = args.out / f"{name}.csv", set()
     cells = [cell | ({"steps": args.steps} if args.steps and "steps" in cell else {}) for cell in cells[:args.cells]]
-    first = [cell for cell in cells if not by or cell["seed"] == cells[0]["seed"]]
-    run(args, path, [cell for cell in first if key(cell) not in {key(row) for row in read(path)}], measure)
-    if by:
-        rates = {name: found[0]["lr"] for name, found in chosen(rows(first), by, score).items()}
-        more = [cell for cell in cells if cell["lr"] == rates.get(tuple(cell[c] for c in by))]
-        run(args, path, [cell for cell in more if key(cell) not in {key(row) for row in read(path)}], measure)
-        first += more
-    if not rows(first):
-        sys.exit(f"{path} has no rows of these runs: there is nothing to draw")
-    return rows(first)
-
-
-def run(args, path, todo, measure):
-    """Measure the cells and add a row for each to the table."""
+    wanted = {key(cell) for cell in cells}
+    later = [cell for cell in cells if by and cell["seed"] != cells[0]["seed"]]
+    runs = len(cells) - len(later) + len(later) // len({cell.get("lr") for cell in cells}) - len(rows())
     start, where = time.perf_counter(), machine()
-    for i, (cell, result) in enumerate(in_turn(measure, [] if args.draw else todo, args.jobs), 1):
+    for i, (cell, result) in enumerate([] if args.draw else in_turn(measure, due, args.jobs), 1):
         said = "  ".join(f"{k}={v}" for k, v in cell.items())
         if isinstance(result, Exception):
-            print(f"{i}/{len(todo)}, no result: {result}   {said}", flush=True)
+            failed.add(key(cell))
+            print(f"{i}/{runs}, no result: {result}   {said}", flush=True)
             continue
         row = cell | result | where
         if path.exists() and list(read(path)[0]) != list(row):
@@ -167,9 +184,12 @@ def run(args, path, todo, measure):
             if f.tell() == 0:
                 writer.writeheader()
             writer.writerow(row)
-        left = int((time.perf_counter() - start) / i * (len(todo) - i))
+        left = int((time.perf_counter() - start) / i * max(0, runs - i))
         said += "  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items())
-        print(f"{i}/{len(todo)}, {left // 60}:{left % 60:02d} left   {said}", flush=True)
+        print(f"{i}/{runs}, {left // 60}:{left % 60:02d} left   {said}", flush=True)
+    if not rows():
+        sys.exit(f"{path} has no rows of these runs: there is nothing to draw")
+    return rows()
 
 
 def chosen(rows, by, score, over="lr"):

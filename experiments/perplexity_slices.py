@@ -17,9 +17,9 @@ import torch
 from lab import train
 
 BASE = "conv + attention"
-MIXERS = {"attention": "attention", BASE: "short_conv,attention", "Based": "short_conv,based", "Mamba": "mamba",
-          "RWKV-6": "rwkv6", "GLA": "gla", "RetNet": "retnet", "linear attention": "linear_attention",
-          "window 64": "window:window=64", "Hyena": "hyena", "H3": "h3", "BaseConv": "baseconv", "S4D": "s4d"}
+MIXERS = {BASE: "short_conv,attention", "Hyena": "hyena", "H3": "h3", "BaseConv": "baseconv", "attention": "attention",
+          "Based": "short_conv,based", "Mamba": "mamba", "S4D": "s4d", "linear attention": "linear_attention",
+          "GLA": "gla", "RetNet": "retnet", "RWKV-6": "rwkv6", "window 64": "window:window=64"}
 TEXTS = {"plays": {}, "code": {"data": Path(torch.__file__).parent / "_inductor"}}
 SCORES = ("loss", "recall", "recall_share", "recall_new", "recall_new_share", "rest", "bits_per_byte")
 
@@ -48,8 +48,8 @@ def cells(quick):
         return [common | {"name": name, "mixer": MIXERS[name]} for name in (BASE, "BaseConv", "Based")]
     common = {"d_model": 256, "n_layers": 6, "context": 1024, "batch_size": 4, "warmup": 200}
     return [{"text": text} | common | {"steps": steps, "name": name, "mixer": mixer, "lr": lr, "seed": seed}
-            for seed in (0, 1, 2) for text, steps in (("plays", 1200), ("code", 2000))
-            for name, mixer in MIXERS.items() for lr in (1e-3, 3e-3)]
+            for name, mixer in MIXERS.items() for text, steps in (("plays", 1200), ("code", 2000))
+            for seed in (0, 1, 2) for lr in (1e-3, 3e-3)]
 
 
 def share_of_gap(m, base):

@@ -34,7 +34,7 @@ def measure(cell):
 
 def cells(quick):
     common = {"n_layers": 4, "n_heads": 2, "d_model": 64, "mlp": 0, "batch_size": 64, "warmup": 200}
-    f, steps, seeds, lrs, sizes = 8, 50000, (0, 1, 2), (5e-4, 1e-3), len(SIZES)
+    f, steps, seeds, lrs, sizes = 8, 40000, (0, 1, 2), (5e-4, 1e-3), len(SIZES)
     if quick:
         common |= {"n_layers": 2, "d_model": 32, "batch_size": 32}
         f, steps, seeds, lrs, sizes = 4, 300, (0,), (2e-3,), 2

@@ -47,10 +47,30 @@ def test_all_learning_rates_with_one_seed_and_the_best_one_with_the_others(tmp_p
     asked, args = [], lab.options("", ["--out", str(tmp_path)])
     cells = lab.grid(seed=[0, 1], mixer=["a", "b"], lr=[1e-3, 1e-2])
     rows = lab.sweep(args, "table", cells, measure, ("mixer",), "-loss")
-    assert asked == cells[:4] + lab.grid(seed=[1], mixer=["a"], lr=[1e-3]) + lab.grid(seed=[1], mixer=["b"], lr=[1e-2])
+    later = lab.grid(seed=[1], mixer=["a"], lr=[1e-3]) + lab.grid(seed=[1], mixer=["b"], lr=[1e-2])
+    assert asked == cells[:4] + later
     assert len(rows) == 6 and lab.sweep(args, "table", cells, None, ("mixer",), "-loss") == rows
     found = lab.best(rows, ("mixer",), "loss", "-loss")                                   # of both seeds, though worse
     assert found == {(name,): (pytest.approx(0.01), 0, 0.02) for name in "ab"}
+
+
+def test_what_comes_first_in_the_list_is_measured_first_with_all_its_seeds(tmp_path, capsys):
+    asked, args = [], lab.options("", ["--out", str(tmp_path)])
+    cells = lab.grid(mixer=["a", "b"], seed=[0, 1, 2], lr=[1e-3, 1e-2])
+    lab.sweep(args, "table", cells, lambda cell: asked.append(cell) or {"score": cell["lr"]}, ("mixer",), "score")
+    assert asked == [cell for cell in cells if cell["seed"] == 0 or cell["lr"] == 1e-2]
+    assert "8/8, 0:00 left" in capsys.readouterr().out
+
+
+def square(cell):
+    return {"square": cell["a"] ** 2}
+
+
+def test_several_processes_measure_what_one_does(tmp_path, capsys):
+    args = lab.options("", ["--out", str(tmp_path), "--jobs", "2"])
+    rows = lab.sweep(args, "table", lab.grid(a=[1, 2], seed=[0, 1], lr=[1.0, 2.0]), square, ("a",), "square")
+    assert sorted((row["a"], row["seed"], row["square"]) for row in rows) == [
+        (a, seed, a * a) for a in (1, 2) for seed in (0, 0, 1)]
 
 
 def test_a_learning_rate_that_fails_is_tried_once(tmp_path, capsys):

@@ -70,6 +70,16 @@ def test_tasks_train(task, tmp_path):
     assert 0 <= scores["accuracy"] <= 1 and scores["loss"] < 10
 
 
+def test_enough_ends_the_training(tmp_path, monkeypatch):
+    """At the first evaluation that reaches it."""
+    held_out = iter((0.2, 0.5, 0.8, 0.9, 0.1))
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {"loss": 1.0, "accuracy": next(held_out)})
+    flags = ["--task", "induction:length=16:vocab_size=8", "--steps", "50", "--eval_every", "10", "--enough", "0.8"]
+    args, _ = train.parse([*SMALL, *flags, "--out", str(tmp_path / "run")])
+    assert train.train(args, say=lambda *_, **__: None)["accuracy"] == 0.9                     # of all that is held out
+    assert train.load_checkpoint(args.out)["step"] == 30
+
+
 def test_sampling_continues_what_training_would_see(text, tmp_path, capsys):
     """prefill and step give, token by token, the logits of forward."""
     args, _ = train.parse([*SMALL, "--data", text, "--mixer", "window:window=4,ngram"])
@@ -248,7 +258,8 @@ def test_parameters_may_bring_their_own_learning_rate():
     ("--task induction:length=3", "length"), ("--vocab_size 100", "257"), ("--resume /no/run", "has no checkpoint"),
     ("--sample hello", "there is no run"), ("--out /proc/no/folder", "cannot write"),
     ("--form scan", "--form scan: .* has .*parallel"), ("--capture --device cpu", "--capture is for one GPU"),
-    ("--tokenizer gpt3", "invalid choice")])
+    ("--tokenizer gpt3", "invalid choice"), ("--enough 0.9", "text has none"),
+    ("--task induction --enough 2", "at most 1")])
 def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
     assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
 
@@ -379,6 +390,15 @@ def test_the_loss_and_its_gradient_are_torchs():
     theirs = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(3, 7)
     assert torch.allclose(nats, theirs[targets != -100], atol=1e-6)
     assert torch.allclose(grad, torch.autograd.grad((theirs * weights).sum(), logits)[0], atol=1e-6)
+
+
+def test_the_gradient_of_the_loss_is_rounded_once():
+    """To the precision of the logits, as it leaves."""
+    logits, targets, w = torch.randn(5, 9).bfloat16(), torch.arange(5), torch.rand(5)
+    def gradient(x):
+        x.requires_grad_()
+        return torch.autograd.grad((train.CrossEntropy.apply(x, targets) * w).sum(), x)[0]
+    assert torch.equal(gradient(logits), gradient(logits.float().detach()).bfloat16())
 
 
 def test_a_model_asked_somewhere_answers_as_everywhere():
