@@ -7,7 +7,7 @@ to 3) is set before two layers of a mixer; without it, a third layer of that mix
 """
 import lab
 
-MIXERS = ("attention", "linear_attention", "retnet", "gla", "mamba", "hyena", "deltanet", "short_conv,based")
+MIXERS = ("attention", "linear_attention", "retnet", "gla", "mamba", "short_conv,based", "hyena")
 
 
 def measure(cell):
