@@ -307,7 +307,7 @@ class ConvMixer(nn.Module):
         return self.out(F.gelu(y.mT))
 
     def init_carry(self, batch_size):
-        return torch.zeros(batch_size, 0)
+        return next(self.parameters()).new_zeros(batch_size, 0)
 
     def convolve(self, form, u):
         K = at_least_float32(self.kernel(u.shape[-1]))
@@ -1038,7 +1038,7 @@ class SelectiveMixer(nn.Module):
         return y[:, 0], state
 
     def init_carry(self, batch_size):
-        return torch.zeros(batch_size, 0)
+        return next(self.parameters()).new_zeros(batch_size, 0)
 
     def init_state(self, batch_size):
         like = at_least_float32(next(self.parameters()))

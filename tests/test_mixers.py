@@ -13,6 +13,7 @@ from harness import (
     plain_forms,
     sees_future,
 )
+from torch.utils._pytree import tree_leaves
 
 import train
 
@@ -48,6 +49,13 @@ def test_only_what_is_called_causal_is(name):
 @pytest.mark.parametrize("name", MIXERS)
 def test_matrix_is_what_mixes(name, t):
     check_matrix(make(name), t)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_state_is_where_the_mixer_is(name):
+    """All of it, also what is empty: a step that moves something cannot be recorded."""
+    leaves = tree_leaves(make(name).to("meta").init_state(2))
+    assert all(x.is_meta for x in leaves if torch.is_tensor(x))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
