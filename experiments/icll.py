@@ -32,13 +32,13 @@ if __name__ == "__main__":
     rows = lab.sweep(args, "icll", cells(args.quick), measure, ("model", "ngram"), "accuracy")
     results = lab.best(rows, ("model", "ngram"), "accuracy")
     fig, ax = lab.figure(10, 4)
-    models = list(dict.fromkeys(model for model, _ in results))
+    models = [model for model in MIXERS if (model, 0) in results or (model, 1) in results]
     for (model, ngram), (mean, low, high) in results.items():
         ax.bar(models.index(model) + 0.4 * ngram - 0.2, mean, 0.38, yerr=[[mean - low], [high - mean]], capsize=3,
                color=("C7", "C0")[ngram], label=("three layers", "n-gram heads and two layers")[ngram]
                if model == models[0] else None)
         print(f"{model:18}{'with' if ngram else 'without'} n-gram heads: {mean:.4f} ({low:.4f} to {high:.4f})")
     ax.set_xticks(range(len(models)), models)
-    ax.set(ylabel="accuracy", ylim=(min(low for _, low, _ in results.values()) - 0.03, 1), title="Random automata")
-    ax.legend()
+    ax.set(ylabel="accuracy", ylim=(min(low for _, low, _ in results.values()) - 0.03, 1.08), title="Random automata")
+    ax.legend(loc="upper center", ncols=2)
     lab.save(fig, args.out / "icll.png")

@@ -168,7 +168,8 @@ def sweep(args, name, cells, measure, by=None, score=None):
     cells = [cell | ({"steps": args.steps} if args.steps and "steps" in cell else {}) for cell in cells[:args.cells]]
     wanted = {key(cell) for cell in cells}
     later = [cell for cell in cells if by and cell["seed"] != cells[0]["seed"]]
-    runs = len(cells) - len(later) + len(later) // len({cell.get("lr") for cell in cells}) - len(rows())
+    total = len(cells) - len(later) + len(later) // len({cell.get("lr") for cell in cells})
+    runs = total - len(rows())
     start, where = time.perf_counter(), machine()
     for i, (cell, result) in enumerate([] if args.draw else in_turn(measure, due, args.jobs), 1):
         said = "  ".join(f"{k}={v}" for k, v in cell.items())
@@ -189,6 +190,8 @@ def sweep(args, name, cells, measure, by=None, score=None):
         print(f"{i}/{runs}, {left // 60}:{left % 60:02d} left   {said}", flush=True)
     if not rows():
         sys.exit(f"{path} has no rows of these runs: there is nothing to draw")
+    if len(rows()) < total:
+        print(f"{len(rows())} of {total} runs are in {path}")
     return rows()
 
 
@@ -206,9 +209,12 @@ def chosen(rows, by, score, over="lr"):
 
 def best(rows, by, score, judge=None):
     """{values of `by`: (mean, smallest, largest) of score over the seeds}, at the learning rate with the best mean of
-    judge (default: score). A judge that starts with - is better when smaller."""
+    judge (default: score). A judge that starts with - is better when smaller. What has been tried with one seed only,
+    where other things have with several, is left out: of an interrupted sweep."""
     groups = {name: [row[score] for row in seeds] for name, seeds in chosen(rows, by, judge or score).items()}
-    return {name: (statistics.mean(scores), min(scores), max(scores)) for name, scores in groups.items()}
+    least = min(2, max(map(len, groups.values())))
+    return {name: (statistics.mean(scores), min(scores), max(scores))
+            for name, scores in groups.items() if len(scores) >= least}
 
 
 def figure(*size, rows=1, columns=1, **settings):

@@ -3,8 +3,8 @@ convolutions a width that grows with the length.
 
     python experiments/mqar_width.py [--jobs 8] [--quick]
 
-Two layers of one mixer without MLP, Zoology's generator and settings (length 64 to 256, vocabulary 8192); both learning
-rates with one seed, the better one with two more. A run ends after 10,000 steps, or when it has solved the task
+Two layers of one mixer without MLP, Zoology's generator and settings (length 64 to 256, vocabulary 8192); all learning
+rates with one seed, the best one with two more. A run ends after 10,000 steps, or when it has solved the task
 (accuracy 0.995). Writes mqar_width.csv and .png.
 """
 import lab
@@ -27,22 +27,24 @@ def cells(quick):
     return [common | {"layers": name, "mixer": LAYERS[name], "task": f"mqar_{n}:easy=0.25", "d_model": d, "lr": lr,
                       "seed": seed, "steps": 10000, "batch_size": batch}
             for n, batch in ((128, 128), (64, 128), (256, 64)) for seed in (0, 1, 2) for d in (64, 128, 256)
-            for lr in (1e-3, 3e-3) for name in LAYERS]
+            for lr in (3e-4, 1e-3, 3e-3) for name in LAYERS]
 
 
 if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = lab.sweep(args, "mqar_width", cells(args.quick), measure, ("task", "layers", "d_model"), "accuracy")
     results = lab.best(rows, ("task", "layers", "d_model"), "accuracy")
+    layers = {layers for _, layers, _ in results}
     tasks = sorted({task for task, *_ in results}, key=lambda task: (len(task), task))
+    tasks = [task for task in tasks if layers == {layers for t, layers, _ in results if t == task}]          # complete
     fig, axes = lab.figure(4.2 * len(tasks), 3.8, columns=len(tasks), squeeze=False, sharey=True)
     for ax, task in zip(axes[0], tasks, strict=True):
-        for name in LAYERS:
+        for i, name in enumerate(LAYERS):
             points = sorted((d, *y) for (t, layers, d), y in results.items() if (t, layers) == (task, name))
             if points:
                 d, mean, low, high = zip(*points, strict=True)
-                ax.plot(d, mean, "o-", ms=4, label=name)
-                ax.fill_between(d, low, high, alpha=0.15)
+                ax.plot(d, mean, "o-", ms=4, color=f"C{i}", label=name)
+                ax.fill_between(d, low, high, color=f"C{i}", alpha=0.15)
                 print(f"{task:24}{name:12}" + "".join(f"  {w}: {m:.3f}" for w, m in zip(d, mean, strict=True)))
         ax.set(xscale="log", xlabel="model width", title=task, ylim=(-0.02, 1.02))
         ax.set_xticks(d, d)

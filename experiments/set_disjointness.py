@@ -47,12 +47,12 @@ def cells(quick):
 if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = lab.sweep(args, "set_disjointness", cells(args.quick), measure, by=("model",), score="mean")
-    fig, (left, right) = lab.figure(13, 4.5, columns=2)
+    fig, (left, right) = lab.figure(14, 4.2, columns=2)
     dims = (4, 8, 16) if args.quick else (4, 6, 8, 12, 16, 24)
     features = [1 + f + f * (f + 1) // 2 for f in dims]
     for first, second, readings in ((4, 256, 1), (256, 4, 1), (256, 4, 2)):
         above = [lesson.order_effect(first, second, f, readings, trials=400)[1] for f in dims]
-        left.plot(features, above, "o-" if readings == 1 else "s:",
+        left.plot(features, above, "o-" if readings == 1 else "s:", ms=4 if readings == 1 else 9, mfc="none",
                   label=f"|A| = {first}, |B| = {second}{', read twice' if readings == 2 else ''}")
     left.set(xscale="log", xlabel="features of the state", ylabel="accuracy above chance", title="Nothing trained")
     left.set_xticks(features, features)
@@ -71,5 +71,5 @@ if __name__ == "__main__":
                 print(f"{model:14}" + "".join(f"{pair:>10} {m:.3f}" for pair, m in zip(pairs, mean, strict=True)))
     right.set_xticks(x, [f"{a}, {b}" for a, b in sizes])
     right.set(xlabel="sizes of the two sets", ylabel="accuracy", title="Trained", ylim=(0, 1.02))
-    right.legend(ncols=2, fontsize=8)
+    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     lab.save(fig, args.out / "set_disjointness.png")
