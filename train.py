@@ -441,7 +441,7 @@ class Text:
             following = torch.cat([ids[:, 1:], targets[:, -1:]], dim=1)
             seen, count = (x[asked] for x in self.bigram_statistics(ids, following))
             recall, new = seen & (count <= RARE), seen & (count == 0)
-            for name, where in {"recall": recall, "recall_new": new, "rest": ~recall}.items():
+            for name, where in {"recall": recall, "recall_new": new, "rest": ~recall, "repeated": seen}.items():
                 yield name, nats[where].sum(), where.sum()
                 yield name + "_share", where.sum(), where.numel()
 
@@ -463,7 +463,8 @@ class Text:
         lines = [f"held out, {len(self.val):,} tokens: {s['loss']:.4f} nats per token, "
                  f"{s['bits_per_byte']:.3f} bits per byte"]
         slices = {"recall": f"associative recall: bigram earlier in the context, at most {RARE} times in training",
-                  "recall_new": "those of them whose bigram is not in the training text", "rest": "the rest"}
+                  "recall_new": "those of them whose bigram is not in the training text", "rest": "the rest",
+                  "repeated": "whatever bigram earlier in the context, frequent ones too"}
         for name, text in slices.items():
             if s[name + "_share"]:
                 perplexity = math.exp(min(s[name], 99))

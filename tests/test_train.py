@@ -161,6 +161,7 @@ def test_the_recall_slice_is_rare_and_seen(text):
     ids, targets = row[:, :-1], row[:, 1:]
     got = {name: count for name, _, count in data.scores((ids, targets, {}), None, torch.zeros(13), True)}
     assert got["recall"] == 2 and got["recall_new"] == 1 and got["rest"] == 11      # 1 2 again, 7 8 again
+    assert got["repeated"] == 3                                                      # and 3 4
 
 
 def test_resuming_is_exact(text, tmp_path):
