@@ -92,6 +92,16 @@ def read(path):
         return [{name: number(value) for name, value in row.items()} for row in csv.DictReader(f)]
 
 
+def add_row(path, row):
+    if path.exists() and list(read(path)[0]) != list(row):
+        sys.exit(f"{path} has other columns than these runs: move it away, or name another folder with --out")
+    with open(path, "a", newline="") as f:
+        writer = csv.DictWriter(f, row)
+        if f.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def number(text):
     try:
         return float(text) if set(text) & set(".en") else int(text)
@@ -177,14 +187,7 @@ def sweep(args, name, cells, measure, by=None, score=None):
             failed.add(key(cell))
             print(f"{i}/{runs}, no result: {result}   {said}", flush=True)
             continue
-        row = cell | result | where
-        if path.exists() and list(read(path)[0]) != list(row):
-            sys.exit(f"{path} has other columns than these runs: move it away, or name another folder with --out")
-        with open(path, "a", newline="") as f:
-            writer = csv.DictWriter(f, row)
-            if f.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        add_row(path, cell | result | where)
         left = int((time.perf_counter() - start) / i * max(0, runs - i))
         said += "  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items())
         print(f"{i}/{runs}, {left // 60}:{left % 60:02d} left   {said}", flush=True)
