@@ -1,6 +1,7 @@
 """Every experiment runs, small; a sweep goes on where it stopped; the best learning rate is that of the best mean."""
 import runpy
 import sys
+import time
 
 import pytest
 
@@ -62,15 +63,16 @@ def test_what_comes_first_in_the_list_is_measured_first_with_all_its_seeds(tmp_p
     assert "8/8, 0:00 left" in capsys.readouterr().out
 
 
-def square(cell):
-    return {"square": cell["a"] ** 2}
+def best_comes_late(cell):
+    time.sleep(0.4 * (cell["lr"] == 2))
+    return {"score": cell["lr"]}
 
 
-def test_several_processes_measure_what_one_does(tmp_path, capsys):
+def test_several_processes_wait_for_all_learning_rates(tmp_path, capsys):
     args = lab.options("", ["--out", str(tmp_path), "--jobs", "2"])
-    rows = lab.sweep(args, "table", lab.grid(a=[1, 2], seed=[0, 1], lr=[1.0, 2.0]), square, ("a",), "square")
-    assert sorted((row["a"], row["seed"], row["square"]) for row in rows) == [
-        (a, seed, a * a) for a in (1, 2) for seed in (0, 0, 1)]
+    rows = lab.sweep(args, "table", lab.grid(a=[1, 2], seed=[0, 1], lr=[1, 2]), best_comes_late, ("a",), "score")
+    assert sorted((row["a"], row["seed"], row["lr"]) for row in rows) == [
+        (a, *more) for a in (1, 2) for more in ((0, 1), (0, 2), (1, 2))]
 
 
 def test_a_learning_rate_that_fails_is_tried_once(tmp_path, capsys):
@@ -133,3 +135,9 @@ def test_the_best_setting_is_that_of_the_best_mean():
     rows = [{"m": "a", "lr": lr, "s": s} for lr, scores in ((1, (0.9, 0.1)), (2, (0.6, 0.7))) for s in scores]
     assert lab.best(rows, ("m",), "s") == {("a",): (pytest.approx(0.65), 0.6, 0.7)}
     assert lab.best(rows, ("m",), "s", judge="-s") == {("a",): (pytest.approx(0.5), 0.1, 0.9)}
+
+
+def test_what_has_one_seed_only_is_left_out():
+    """Where others have several, and not where all have one."""
+    rows = [{"m": m, "lr": 1, "s": s} for m, s in (("a", 0.5), ("a", 0.7), ("b", 0.9))]
+    assert list(lab.best(rows, ("m",), "s")) == [("a",)] and list(lab.best(rows[1:], ("m",), "s")) == [("a",), ("b",)]
