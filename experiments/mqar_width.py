@@ -34,9 +34,11 @@ if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = lab.sweep(args, "mqar_width", cells(args.quick), measure, ("task", "layers", "d_model"), "accuracy")
     results = lab.best(rows, ("task", "layers", "d_model"), "accuracy")
-    layers = {layers for _, layers, _ in results}
-    tasks = sorted({task for task, *_ in results}, key=lambda task: (len(task), task))
-    tasks = [task for task in tasks if layers == {layers for t, layers, _ in results if t == task}]          # complete
+    found = {}
+    for task, layers, _ in results:
+        found.setdefault(task, set()).add(layers)
+    complete = [task for task, layers in found.items() if layers == set.union(*found.values())]
+    tasks = sorted(complete, key=lambda task: (len(task), task))
     fig, axes = lab.figure(4.2 * len(tasks), 3.8, columns=len(tasks), squeeze=False, sharey=True)
     for ax, task in zip(axes[0], tasks, strict=True):
         for i, name in enumerate(LAYERS):

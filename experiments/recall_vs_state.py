@@ -47,8 +47,10 @@ if __name__ == "__main__":
     rows = lab.sweep(args, "recall_vs_state", cells(args.quick), measure, ("family", "mixer"), "accuracy")
     results = lab.best(rows, ("family", "mixer", "state_bytes"), "accuracy")
     fig, ax = lab.figure(8, 5.5)
-    for family in (family for family in FAMILIES if family in {family for family, *_ in results}):
+    for family in FAMILIES:
         points = sorted((size, *y) for (f, _, size), y in results.items() if f == family)
+        if not points:
+            continue
         size, mean, low, high = zip(*points, strict=True)
         print(f"{family:26}" + "".join(f"  {n:,} B: {m:.3f}" for n, m in zip(size, mean, strict=True)))
         spread = [[m - lo for m, lo in zip(mean, low, strict=True)], [h - m for m, h in zip(mean, high, strict=True)]]

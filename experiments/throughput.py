@@ -78,7 +78,7 @@ if __name__ == "__main__":
             ax.plot(*zip(*points, strict=True), "o-", ms=4, label=mixer)
         ax.set(xscale="log", yscale="log", xlabel="length of the prompt", title=title)
         ax.grid(alpha=0.3)
-    axes[2].legend(fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(MIXERS), fontsize=8)
     speed = {(row["mixer"], row["length"]): row["generated_tokens_per_s"] for row in rows}
     for mixer in dict.fromkeys(row["mixer"] for row in rows if row["mixer"] != "attention"):
         ahead = [t for t in lengths if speed.get((mixer, t), 0) > speed.get(("attention", t), float("inf"))]

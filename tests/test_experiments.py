@@ -1,9 +1,11 @@
 """Every experiment runs, small; a sweep goes on where it stopped; the best learning rate is that of the best mean."""
+import importlib
 import runpy
 import sys
 import time
 
 import pytest
+import torch
 
 import train
 
@@ -141,3 +143,25 @@ def test_what_has_one_seed_only_is_left_out():
     """Where others have several, and not where all have one."""
     rows = [{"m": m, "lr": 1, "s": s} for m, s in (("a", 0.5), ("a", 0.7), ("b", 0.9))]
     assert list(lab.best(rows, ("m",), "s")) == [("a",)] and list(lab.best(rows[1:], ("m",), "s")) == [("a",), ("b",)]
+
+
+def test_a_run_that_may_end_early_is_told_so(monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "train", lambda args, say: asked.append((args.enough, args.eval_every)))
+    lab.trained({"task": "mqar"}, enough=0.9)
+    lab.trained({"task": "mqar"})
+    assert asked == [(0.9, 1000), (None, 10 ** 9)]
+
+
+@pytest.mark.parametrize("text, right", [
+    ([0, 1, 0, 2, 0, 1, 0, 2, 0], [4 / 8, 5 / 8, 6 / 8]),          # two letters tell all, one does not
+    ([3, 0, 1, 3, 0, 1, 3, 0, 1], [3 / 6, 5 / 6, 5 / 6])])         # 3, the separator, is neither asked for nor named
+def test_counting_by_hand(text, right, monkeypatch):
+    def task(batch_size, generator, vocab_size=4):
+        following = torch.tensor([text[1:] + [3]])
+        valid = torch.nn.functional.one_hot(following, vocab_size).bool()
+        return torch.tensor([text]), following.masked_fill(following == 3, -100), {"valid": valid}
+
+    monkeypatch.setattr(train, "from_lessons", lambda table: {"task": task})
+    counting = importlib.import_module("icll").counting
+    assert [counting(order, "task") for order in (0, 1, 2)] == right
