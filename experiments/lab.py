@@ -178,7 +178,7 @@ def sweep(args, name, cells, measure, by=None, score=None):
     cells = [cell | ({"steps": args.steps} if args.steps and "steps" in cell else {}) for cell in cells[:args.cells]]
     wanted = {key(cell) for cell in cells}
     later = [cell for cell in cells if by and cell["seed"] != cells[0]["seed"]]
-    total = len(cells) - len(later) + len(later) // len({cell.get("lr") for cell in cells})
+    total = len(cells) - len(later) + len({(group(cell), cell["seed"]) for cell in later})
     runs = total - len(rows())
     start, where = time.perf_counter(), machine()
     for i, (cell, result) in enumerate([] if args.draw else in_turn(measure, due, args.jobs), 1):

@@ -26,7 +26,7 @@ def cells(quick):
                 for name in ("attention", "BaseConv") for d in (16, 32)]
     return [common | {"layers": name, "mixer": LAYERS[name], "task": f"mqar_{n}:easy=0.25", "d_model": d, "lr": lr,
                       "seed": seed, "steps": 10000, "batch_size": batch}
-            for n, batch in ((128, 128), (64, 128), (256, 64)) for seed in (0, 1, 2) for d in (64, 128, 256)
+            for n, batch in ((128, 128), (64, 128), (256, 64)) for d in (64, 128, 256) for seed in (0, 1, 2)
             for lr in (3e-4, 1e-3, 3e-3) for name in LAYERS]
 
 

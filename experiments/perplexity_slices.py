@@ -6,8 +6,8 @@ A recall token ends a bigram that occurred earlier in the context and at most 10
 of the gap to attention that recall explains: (nats on recall - attention's) x (share of recall tokens) / (nats
 overall - attention's), capped at 100% (Zoology, section 3). Attention alone is slow to learn what stands next to what:
 the gap is that to attention behind short convolutions, as Based has them. The width is chosen so that all models have
-about as many parameters. Two texts: the plays, and code, the folder _inductor of the torch that is installed. Writes
-perplexity_slices.csv and .png.
+about as many parameters. Three texts: the plays; code, the folder _inductor of the torch that is installed; more code,
+all text in torch's folder, for eight times as many tokens. Writes perplexity_slices.csv and .png.
 """
 import math
 from pathlib import Path
@@ -20,7 +20,9 @@ BASE = "conv + attention"
 MIXERS = {BASE: "short_conv,attention", "Hyena": "hyena", "H3": "h3", "BaseConv": "baseconv", "attention": "attention",
           "Based": "short_conv,based", "Mamba": "mamba", "S4D": "s4d", "linear attention": "linear_attention",
           "GLA": "gla", "RetNet": "retnet", "RWKV-6": "rwkv6", "window 64": "window:window=64"}
-TEXTS = {"plays": {}, "code": {"data": Path(torch.__file__).parent / "_inductor"}}
+GATED = (BASE, "BaseConv", "H3", "Hyena")
+TORCH = Path(torch.__file__).parent
+TEXTS = {"plays": {}, "code": {"data": TORCH / "_inductor"}, "more code": {"data": TORCH}}
 SCORES = ("loss", "recall", "recall_share", "recall_new", "recall_new_share", "rest", "bits_per_byte")
 
 
@@ -47,9 +49,11 @@ def cells(quick):
         common = {"text": "plays", "d_model": 64, "context": 256, "batch_size": 8, "steps": 60, "lr": 3e-3, "seed": 0}
         return [common | {"name": name, "mixer": MIXERS[name]} for name in (BASE, "BaseConv", "Based")]
     common = {"d_model": 256, "n_layers": 6, "context": 1024, "batch_size": 4, "warmup": 200}
-    return [{"text": text} | common | {"steps": steps, "name": name, "mixer": mixer, "lr": lr, "seed": seed}
-            for name, mixer in MIXERS.items() for text, steps in (("plays", 1200), ("code", 2000))
-            for seed in (0, 1, 2) for lr in (1e-3, 3e-3)]
+    runs = [("plays", name, 4, 1200) for name in MIXERS] + [("code", name, 4, 2000) for name in MIXERS]
+    runs += [("more code", name, 16, 4000) for name in GATED]
+    return [{"text": text} | common | {"batch_size": batch, "steps": steps, "name": name, "mixer": MIXERS[name],
+                                       "lr": lr, "seed": seed}
+            for text, name, batch, steps in runs for seed in (0, 1, 2) for lr in (1e-3, 3e-3)]
 
 
 def share_of_gap(m, base):
