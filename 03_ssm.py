@@ -585,6 +585,11 @@ class DenseMixer(ConvMixer):
         return self.channels * len(b) * (2 if b.is_complex() else 1) + self.init_carry(1).numel()
 
 
+def solve(A, B):
+    """torch.linalg.solve for an A known to be invertible: to look whether it is would wait for the GPU."""
+    return torch.linalg.solve_ex(A, B)[0]
+
+
 class LSSL(DenseMixer):
     """The first of them [G21]: a dense A = HiPPO-LegS, bilinear, its kernel by Krylov's powers: n^2 t. Everything
     after it is about not paying that. random_A: the same with a random A, with which the paper finds it
@@ -605,7 +610,7 @@ class LSSL(DenseMixer):
     def discrete(self):
         A, B, C, D, log_dt = (at_least_float32(x) for x in (self.A, self.B, self.C, self.D, self.log_dt))
         half, one = log_dt.exp() / 2 * A, torch.eye(len(A), dtype=A.dtype, device=A.device)
-        ab = torch.linalg.solve(one - half, torch.cat([one + half, (log_dt.exp() * B)[:, None]], dim=1))
+        ab = solve(one - half, torch.cat([one + half, (log_dt.exp() * B)[:, None]], dim=1))
         return ab[:, :-1], ab[:, -1], C, D
 
 
@@ -627,7 +632,7 @@ def s4_kernel(Lambda, P, B, C, dt, t):
 def dplr_discrete(Lambda, P, B, dt):
     """The bilinear a: (n, n) and b: (n,) of A = diag(Lambda) - P P^*, B."""
     A, one = torch.diag(Lambda) - P[:, None] * P.conj(), torch.eye(len(B), dtype=B.dtype, device=B.device)
-    ab = torch.linalg.solve(one - dt / 2 * A, torch.cat([one + dt / 2 * A, dt * B[:, None]], dim=1))
+    ab = solve(one - dt / 2 * A, torch.cat([one + dt / 2 * A, dt * B[:, None]], dim=1))
     return ab[:, :-1], ab[:, -1]
 
 

@@ -163,38 +163,43 @@ def sweep(args, name, cells, measure, by=None, score=None):
     def rows():
         return [row for row in read(path) if key(row) in wanted]
 
-    def due():
-        """What is not measured and need not wait: other seeds wait for the learning rates of the first."""
+    def plan():
+        """What can be measured now; how many runs of other seeds wait for the learning rates of the first."""
         done = {key(row) for row in read(path)} | failed
         todo = [cell for cell in cells if key(cell) not in done]
         if not by:
-            return todo
+            return todo, 0
         first = [cell for cell in todo if cell["seed"] == cells[0]["seed"]]
+        others = [cell for cell in cells if cell["seed"] != cells[0]["seed"]]
+        tried = {group(cell) for cell in cells} - {group(cell) for cell in first}
         found = chosen([row for row in rows() if row["seed"] == cells[0]["seed"]], by, score).items()
-        rates = {name: best[0]["lr"] for name, best in found if name not in {group(cell) for cell in first}}
-        return [cell for cell in todo if cell in first or cell["lr"] == rates.get(group(cell))]
+        rates = {name: best[0]["lr"] for name, best in found if name in tried}
+        return ([cell for cell in todo if cell in first or cell["lr"] == rates.get(group(cell))],
+                len({(group(cell), cell["seed"]) for cell in others if group(cell) not in tried}))
+
+    def ahead():
+        ready, waiting = plan()
+        return len(ready) + waiting
 
     path, failed = args.out / f"{name}.csv", set()
     cells = [cell | ({"steps": args.steps} if args.steps and "steps" in cell else {}) for cell in cells[:args.cells]]
     wanted = {key(cell) for cell in cells}
-    later = [cell for cell in cells if by and cell["seed"] != cells[0]["seed"]]
-    total = len(cells) - len(later) + len({(group(cell), cell["seed"]) for cell in later})
-    runs = total - len(rows())
     start, where = time.perf_counter(), machine()
-    for i, (cell, result) in enumerate([] if args.draw else in_turn(measure, due, args.jobs), 1):
+    for i, (cell, result) in enumerate([] if args.draw else in_turn(measure, lambda: plan()[0], args.jobs), 1):
         said = "  ".join(f"{k}={v}" for k, v in cell.items())
         if isinstance(result, Exception):
             failed.add(key(cell))
-            print(f"{i}/{runs}, no result: {result}   {said}", flush=True)
+            print(f"{i}/{i + ahead()}, no result: {result}   {said}", flush=True)
             continue
         add_row(path, cell | result | where)
-        left = int((time.perf_counter() - start) / i * max(0, runs - i))
+        more = ahead()
+        left = int((time.perf_counter() - start) / i * more)
         said += "  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items())
-        print(f"{i}/{runs}, {left // 60}:{left % 60:02d} left   {said}", flush=True)
+        print(f"{i}/{i + more}, {left // 60}:{left % 60:02d} left   {said}", flush=True)
     if not rows():
         sys.exit(f"{path} has no rows of these runs: there is nothing to draw")
-    if len(rows()) < total:
-        print(f"{len(rows())} of {total} runs are in {path}")
+    if ahead():
+        print(f"{len(rows())} runs are in {path}, {ahead()} are still to be done")
     return rows()
 
 

@@ -45,7 +45,7 @@ if __name__ == "__main__":
             points = sorted((d, *y) for (t, layers, d), y in results.items() if (t, layers) == (task, name))
             if points:
                 d, mean, low, high = zip(*points, strict=True)
-                ax.plot(d, mean, "o-", ms=4, color=f"C{i}", label=name)
+                ax.plot(d, mean, "o--" if name == "Based" else "o-", ms=4, color=f"C{i}", label=name)
                 ax.fill_between(d, low, high, color=f"C{i}", alpha=0.15)
                 print(f"{task:24}{name:12}" + "".join(f"  {w}: {m:.3f}" for w, m in zip(d, mean, strict=True)))
         ax.set(xscale="log", xlabel="model width", title=task, ylim=(-0.02, 1.02))

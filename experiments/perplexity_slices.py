@@ -78,7 +78,9 @@ if __name__ == "__main__":
                   (f"{share:14.0%}" if share is not None else ""))
         for ax, key in zip(row, ("loss", "recall", "rest"), strict=True):
             names = sorted(models, key=lambda name: models[name][key])
-            ax.barh(names, [math.exp(models[name][key]) for name in names])
+            bars = ax.barh(names, [math.exp(models[name][key]) for name in names])
+            ax.bar_label(bars, fmt="%.4g", fontsize=7, padding=2)
+            ax.margins(x=0.15)
             ax.set_title(f"{text}: perplexity {'overall' if key == 'loss' else 'on ' + key}")
             ax.invert_yaxis()
     lab.save(fig, args.out / "perplexity_slices.png")

@@ -48,14 +48,14 @@ if __name__ == "__main__":
     rows = lab.sweep(args, "recall_vs_state", cells(args.quick), measure, ("family", "mixer"), "accuracy")
     results = lab.best(rows, ("family", "mixer", "state_bytes"), "accuracy")
     fig, ax = lab.figure(8, 5.5)
-    for family in FAMILIES:
+    for i, family in enumerate(FAMILIES):
         points = sorted((size, *y) for (f, _, size), y in results.items() if f == family)
         if not points:
             continue
         size, mean, low, high = zip(*points, strict=True)
         print(f"{family:26}" + "".join(f"  {n:,} B: {m:.3f}" for n, m in zip(size, mean, strict=True)))
         spread = [[m - lo for m, lo in zip(mean, low, strict=True)], [h - m for m, h in zip(mean, high, strict=True)]]
-        ax.errorbar(size, mean, spread, fmt="o-", ms=5, capsize=2, label=family)
+        ax.errorbar(size, mean, spread, fmt=("o-", "s--")[i // 10], color=f"C{i}", ms=5, capsize=2, label=family)
     ax.set(xscale="log", xlabel="state for each sequence, bytes", ylabel="accuracy", ylim=(-0.02, 1.02),
            title=f"Recall against state: {rows[0]['task']}")
     ax.legend(fontsize=8)

@@ -65,6 +65,18 @@ def test_what_comes_first_in_the_list_is_measured_first_with_all_its_seeds(tmp_p
     assert "8/8, 0:00 left" in capsys.readouterr().out
 
 
+def test_what_is_left_is_counted_also_after_another_learning_rate_has_won(tmp_path, capsys):
+    args = lab.options("", ["--out", str(tmp_path)])
+    for lrs in ([1], [1, 2]):
+        cells = lab.grid(mixer=["a"], seed=[0, 1, 2], lr=lrs)
+        lab.sweep(args, "table", cells, lambda cell: {"score": cell["lr"]}, ("mixer",), "score")
+    counts = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert counts == ["1/3", "2/3", "3/3", "1/3", "2/3", "3/3"]
+    args = lab.options("", ["--out", str(tmp_path), "--draw"])
+    lab.sweep(args, "table", lab.grid(mixer=["a", "b"], seed=[0, 1, 2], lr=[1, 2]), None, ("mixer",), "score")
+    assert "6 runs are in" in (out := capsys.readouterr().out) and "4 are still to be done" in out
+
+
 def best_comes_late(cell):
     time.sleep(0.4 * (cell["lr"] == 2))
     return {"score": cell["lr"]}
