@@ -26,7 +26,7 @@ Axes    b batch, t time (target), s source, l lag t - s, c channels, n state dim
 mixer                    what makes K, or a          forms                             state per sequence
 s4d s4d_inv s4d_legs dss diagonal A, ZOH             conv recurrent scan parallel      c n (n / 2 complex numbers)
 lssl s4                  dense A, bilinear           conv recurrent parallel           c n; 2 c n
-s5                       diagonal, mixes channels    scan recurrent parallel           n
+s5                       diagonal, mixes channels    recurrent scan parallel           n
 lru                      a on a ring                 conv recurrent scan parallel      2 c n
 ema                      damped averages             conv recurrent scan parallel      c n
 gss                      S4D in a gated bottleneck   conv recurrent scan parallel      c n / 4
@@ -35,9 +35,9 @@ sgconv                   random, multi-scale         conv parallel              
 hyena                    an MLP of the position      conv parallel                     none: the past inputs, c t
 monarch_mixer            products of polynomials     conv parallel                     none: the past inputs, c t
 bigs monarch             (see there)                 conv parallel                     not causal
-liquid_s4                a of the token              scan recurrent parallel           c n
-mamba                    a, b, C of the token        chunked scan recurrent parallel   2 c n, and 3 inputs of the filter
-rglru qrnn sru           a of the token              scan recurrent parallel           c, and the short filter's past
+liquid_s4                a of the token              recurrent scan parallel           c n
+mamba                    a, b, C of the token        recurrent chunked scan parallel   2 c n, and 3 inputs of the filter
+rglru qrnn sru           a of the token              recurrent scan parallel           c, and the short filter's past
 (all but monarch and monarch_mixer also triton: a kernel for the convolution or the scan, the default on a GPU in
 bfloat16)
 
@@ -100,13 +100,32 @@ def scan_from(a, b, h=None):
     return scan(a, b if h is None else torch.cat([b[:, :, :1] + (a[:, :, 0] * h)[:, :, None], b[:, :, 1:]], dim=2))
 
 
+class Loop(torch.autograd.Function):
+    """The gradient of a recurrence is one too, backwards: G_t = dh_t + a*_{t+1} G_{t+1}, and db_t = G_t, da_t = G_t
+    h*_{t-1} (*: conjugate). Autograd would find the same, but add up a tensor of all steps at every step."""
+
+    @staticmethod
+    def forward(ctx, a, b, h):
+        states = torch.empty_like(b)
+        ctx.save_for_backward(a, states, h)
+        for t in range(b.shape[2]):
+            h = torch.addcmul(b[:, :, t], a[:, :, t], h, out=states[:, :, t])
+        return states
+
+    @staticmethod
+    def backward(ctx, dh):
+        a, states, h = ctx.saved_tensors
+        G, later = torch.empty_like(states), torch.zeros_like(h)
+        for t in reversed(range(states.shape[2])):
+            torch.add(dh[:, :, t], later, out=G[:, :, t])
+            later = a[:, :, t].conj() * G[:, :, t]
+        before = torch.cat([h[:, :, None], states[:, :, :-1]], dim=2)
+        return G * before.conj(), G, later
+
+
 def loop(a, b, h=None):
-    """The same one step at a time."""
-    h, out = torch.zeros_like(b[:, :, 0]) if h is None else h, []
-    for t in range(b.shape[2]):
-        h = a[:, :, t] * h + b[:, :, t]
-        out.append(h)
-    return torch.stack(out, dim=2)
+    """The same one step at a time: on a CPU the fastest, for a step's numbers stay in the cache."""
+    return Loop.apply(a, b, torch.zeros_like(b[:, :, 0]) if h is None else h)
 
 
 def chunks(a, b, h=None, chunk=32):
@@ -242,7 +261,10 @@ def pick_form(mixer, x, form=None):
         autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
         fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        return "triton" if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]) else mixer.forms[0]
+        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
+            return "triton"
+        slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
+        return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
     if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
@@ -995,7 +1017,7 @@ class SelectiveMixer(nn.Module):
     finish(y, more)     -> (b, t, c)
 
     M_ts = sum_n q_tn e^{g_{s+1} + ... + g_t} k_sn: lesson 02's recurrence, with a head for each channel."""
-    forms = ("scan", "recurrent", "parallel", "triton")
+    forms = ("recurrent", "scan", "parallel", "triton")
     causal = True
     hows = {"scan": scan_from, "recurrent": loop, "chunked": chunks, "triton": triton_scan}
     n_state = 1
@@ -1008,6 +1030,8 @@ class SelectiveMixer(nn.Module):
 
     def system(self, form, inputs, h):
         """y, and the state after it."""
+        if form == "recurrent" and inputs[0].shape[2] > 1:                           # a step's numbers side by side
+            inputs = [z.movedim(2, 0).contiguous().movedim(0, 2) for z in inputs]
         v, g, k, q = (at_least_float32(z) for z in self.discretise(*inputs))
         if form == "parallel":
             return (self.weights(v, g, k, q) @ v[..., None])[..., 0], None
@@ -1068,7 +1092,7 @@ class Mamba(SelectiveMixer):
     softplus(W_up W_down x + bias), B, C linear in x, A = -(1, ..., n) at first; a short filter and SiLU before, a
     SiLU gate after; inner width 2 c. The chunked form is the scan chunk by chunk: all states of one chunk at a
     time. Everything lies along time, (b, c, t), as convolution and kernel want it."""
-    forms = ("chunked", "scan", "recurrent", "parallel", "triton")
+    forms = ("recurrent", "chunked", "scan", "parallel", "triton")
 
     def __init__(self, d_model, n_heads=None, n_state=16, expand=2):
         super().__init__()

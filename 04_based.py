@@ -320,7 +320,10 @@ def pick_form(mixer, x, form=None):
         autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
         fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        return "triton" if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]) else mixer.forms[0]
+        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
+            return "triton"
+        slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
+        return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]
     if form not in mixer.forms:
         raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
     if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):

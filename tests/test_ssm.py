@@ -34,6 +34,22 @@ def test_scan_is_the_loop(kind):
         check_close(how(a, b), lesson.loop(a, b), 1e-12, how.__name__)
 
 
+@pytest.mark.parametrize("kind", [double, torch.complex128])
+def test_the_loops_gradient_is_right_also_for_the_state_it_starts_from(kind):
+    a, b, h = (torch.randn(*size, dtype=kind, requires_grad=True) for size in ((1, 2, 5, 3), (1, 2, 5, 3), (1, 2, 3)))
+    assert torch.autograd.gradcheck(lesson.loop, (a, b, h)) and torch.autograd.gradcheck(lesson.loop, (a, b))
+    assert torch.autograd.gradcheck(lesson.loop, (a[:, :, :1], b[:, :, :1], h))
+
+
+def test_a_loop_is_the_default_on_a_cpu_only_and_not_where_it_is_compiled(monkeypatch):
+    mixer, x = make("mamba"), torch.randn(1, 8, 16)
+    assert lesson.pick_form(mixer, x) == "recurrent"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert lesson.pick_form(mixer, x) == "chunked" and lesson.pick_form(mixer, x, "recurrent") == "recurrent"
+    mixer.forms = ("recurrent",)
+    assert lesson.pick_form(mixer, x) == "recurrent"
+
+
 def test_discretisations_agree_as_the_step_shrinks_and_zoh_is_exact():
     A = torch.complex(torch.tensor([-0.5, -2.0], dtype=double), torch.tensor([3.0, -1.0], dtype=double))
     errors = {}
