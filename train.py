@@ -48,9 +48,8 @@ CORPUS_SHA256 = "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee9
 CACHE, RUNS = ROOT / ".cache", ROOT / "runs"
 NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "form", "compile",
              "capture")                                                                     # of the arguments
-MAY_CHANGE = ("steps", "enough", "eval_every", "data")                                             # with --resume
+MAY_CHANGE = ("steps", "enough", "rare", "eval_every", "data")                                     # with --resume
 MAX_GRAD_NORM = 1.0
-RARE = 10               # a bigram of the recall slice occurs at most this often in the training text
 
 
 class BadInput(Exception):
@@ -247,6 +246,7 @@ class Decoder:
     def own(self, ids_t):
         """Keep copies of the states, for step_in_place. What counts the tokens is a tensor from here on."""
         leaves, self.structure = tree_flatten(self.states)
+        self.kept = None                                             # those of the trial, before there are others
         self.ids, self.kept = ids_t.clone(), [torch.as_tensor(x, device=ids_t.device).clone() for x in leaves]
 
     def step_in_place(self):
@@ -413,7 +413,7 @@ class Text:
         self.train, self.val = (np.memmap(folder / f"{part}.bin", np.uint16, mode="r") for part in ("train", "val"))
         lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
         self.token_bytes, self.n_tokens = torch.tensor(lengths), [len(self.train), len(self.val)]
-        self.transform = transform_of(args)
+        self.transform, self.rare = transform_of(args), args.rare
 
     def windows(self, tokens, starts):
         rows = torch.from_numpy(np.stack([tokens[s:s + self.context + 1] for s in starts]).astype(np.int64))
@@ -440,7 +440,7 @@ class Text:
         if everything:
             following = torch.cat([ids[:, 1:], targets[:, -1:]], dim=1)
             seen, count = (x[asked] for x in self.bigram_statistics(ids, following))
-            recall, new = seen & (count <= RARE), seen & (count == 0)
+            recall, new = seen & (count <= self.rare), seen & (count == 0)
             for name, where in {"recall": recall, "recall_new": new, "rest": ~recall, "repeated": seen}.items():
                 yield name, nats[where].sum(), where.sum()
                 yield name + "_share", where.sum(), where.numel()
@@ -462,7 +462,7 @@ class Text:
     def report(self, s):
         lines = [f"held out, {len(self.val):,} tokens: {s['loss']:.4f} nats per token, "
                  f"{s['bits_per_byte']:.3f} bits per byte"]
-        slices = {"recall": f"associative recall: bigram earlier in the context, at most {RARE} times in training",
+        slices = {"recall": f"associative recall: bigram earlier in the context, at most {self.rare} times in training",
                   "recall_new": "those of them whose bigram is not in the training text", "rest": "the rest",
                   "repeated": "whatever bigram earlier in the context, frequent ones too"}
         for name, text in slices.items():
@@ -829,6 +829,8 @@ def parse(argv):
     add("--weight_decay", type=float, default=0.1, help="default %(default)s")
     add("--seed", type=int, default=0, help="of the weights and the order of the data (default %(default)s)")
     add("--enough", type=float, metavar="ACCURACY", help="end a task's training once the held-out accuracy is as high")
+    add("--rare", type=int, default=10, help="how often the bigrams of the recall slice may be in the training text "
+        "(default %(default)s; Zoology, with 10 billion tokens: 1250)")
     add("--eval_every", type=int, default=200, help="steps between evaluations, and checkpoints (default %(default)s)")
     add("--out", help="folder for checkpoint, log and plot (default: a new one in runs/)")
     add("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR (or --out, or the newest)")
@@ -865,7 +867,7 @@ def parse(argv):
             raise BadInput(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.n_layers < length:
         raise BadInput(f"--n_layers {args.n_layers} cuts --mixer {args.mixer} off: it is a pattern of {length} layers")
-    for name in ("seed", "warmup", "weight_decay", "mlp", "n_tokens", "temperature", "top_k"):
+    for name in ("seed", "warmup", "weight_decay", "mlp", "n_tokens", "temperature", "top_k", "rare"):
         if not 0 <= getattr(args, name) < 2 ** 31:
             raise BadInput(f"--{name} must be at least 0 and below 2^31, not {getattr(args, name)}")
     if args.enough is not None and (args.task == "text" or not 0 < args.enough <= 1):

@@ -69,6 +69,9 @@ if __name__ == "__main__":
     left.set(xscale="log", yscale="log", xlabel="length", ylabel="ms",
              title="Forward of one layer (dotted: the t x t matrix)")
     right.set(xscale="log", yscale="log", xlabel="length", ylabel="floats", title="State for each sequence")
+    for ax in (left, right):
+        ax.set_xticks(lengths, lengths)
+        ax.minorticks_off()
     left.legend(fontsize=8)
     right.legend(fontsize=8)
     for row in rows:

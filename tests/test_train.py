@@ -156,12 +156,15 @@ def test_recall_slice_by_hand(text):
 
 def test_the_recall_slice_is_rare_and_seen(text):
     data = train.Text(train.parse([*SMALL, "--data", text])[0])
-    data.bigrams = np.array([1 * 256 + 2, 3 * 256 + 4, 5 * 256 + 6]), np.array([train.RARE, train.RARE + 1, 1])
+    data.bigrams = np.array([1 * 256 + 2, 3 * 256 + 4, 5 * 256 + 6]), np.array([10, 11, 1])
     row = torch.tensor([[1, 2, 1, 2, 3, 4, 3, 4, 5, 6, 7, 8, 7, 8]])
     ids, targets = row[:, :-1], row[:, 1:]
     got = {name: count for name, _, count in data.scores((ids, targets, {}), None, torch.zeros(13), True)}
     assert got["recall"] == 2 and got["recall_new"] == 1 and got["rest"] == 11      # 1 2 again, 7 8 again
     assert got["repeated"] == 3                                                      # and 3 4
+    data.rare = train.Text(train.parse([*SMALL, "--data", text, "--rare", "11"])[0]).rare
+    got = {name: count for name, _, count in data.scores((ids, targets, {}), None, torch.zeros(13), True)}
+    assert got["recall"] == 3 and got["rest"] == 10
 
 
 def test_resuming_is_exact(text, tmp_path):
@@ -259,7 +262,7 @@ def test_parameters_may_bring_their_own_learning_rate():
     ("--task induction:length=3", "length"), ("--vocab_size 100", "257"), ("--resume /no/run", "has no checkpoint"),
     ("--sample hello", "there is no run"), ("--out /proc/no/folder", "cannot write"),
     ("--form scan", "--form scan: .* has .*parallel"), ("--capture --device cpu", "--capture is for one GPU"),
-    ("--tokenizer gpt3", "invalid choice"), ("--enough 0.9", "text has none"),
+    ("--tokenizer gpt3", "invalid choice"), ("--enough 0.9", "text has none"), ("--rare -1", "--rare"),
     ("--task induction --enough 2", "at most 1")])
 def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
     assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
