@@ -170,12 +170,12 @@ def sweep(args, name, cells, measure, by=None, score=None):
         if not by:
             return todo, 0
         first = [cell for cell in todo if cell["seed"] == cells[0]["seed"]]
-        others = [cell for cell in cells if cell["seed"] != cells[0]["seed"]]
-        tried = {group(cell) for cell in cells} - {group(cell) for cell in first}
-        found = chosen([row for row in rows() if row["seed"] == cells[0]["seed"]], by, score).items()
+        tried, have = {group(cell) for cell in cells} - {group(cell) for cell in first}, rows()
+        found = chosen([row for row in have if row["seed"] == cells[0]["seed"]], by, score).items()
         rates = {name: best[0]["lr"] for name, best in found if name in tried}
-        return ([cell for cell in todo if cell in first or cell["lr"] == rates.get(group(cell))],
-                len({(group(cell), cell["seed"]) for cell in others if group(cell) not in tried}))
+        waiting = {(group(cell), cell["seed"]) for cell in todo if group(cell) not in tried}
+        waiting -= {(group(row), row["seed"]) for row in [*have, *first]}
+        return [cell for cell in todo if cell in first or cell["lr"] == rates.get(group(cell))], len(waiting)
 
     def ahead():
         ready, waiting = plan()

@@ -1,6 +1,7 @@
 """Lesson 03: HiPPO against closed forms, S4's three kernels, discretisation, Monarch, long signals, limits."""
 import importlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +47,9 @@ def test_a_loop_is_the_default_on_a_cpu_only_and_not_where_it_is_compiled(monkey
     assert lesson.pick_form(mixer, x) == "recurrent"
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert lesson.pick_form(mixer, x) == "chunked" and lesson.pick_form(mixer, x, "recurrent") == "recurrent"
+    monkeypatch.undo()
+    x = SimpleNamespace(ndim=3, shape=(1, 8, 16), dtype=double, is_cuda=True)
+    assert lesson.pick_form(mixer, x) == "chunked"
     mixer.forms = ("recurrent",)
     assert lesson.pick_form(mixer, x) == "recurrent"
 

@@ -167,6 +167,13 @@ def test_the_recall_slice_is_rare_and_seen(text):
     assert got["recall"] == 3 and got["rest"] == 10
 
 
+def test_a_finished_run_says_more_about_itself(text, tmp_path, capsys):
+    train.main([*SMALL, "--data", text, "--steps", "2", "--out", str(tmp_path / "run")])
+    assert "at most 10 times" in capsys.readouterr().out
+    train.main(["--resume", str(tmp_path / "run"), "--rare", "20"])
+    assert "at most 20 times" in capsys.readouterr().out
+
+
 def test_resuming_is_exact(text, tmp_path):
     common = [*SMALL, "--data", text, "--eval_every", "6"]
     train.main([*common, "--steps", "18", "--out", str(tmp_path / "whole")])
