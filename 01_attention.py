@@ -249,13 +249,14 @@ class Attention(nn.Module):
     """Causal multi-head softmax attention [V17]; rotary positions [S21]; groups of heads share keys and values [A23].
 
     d_model: width c, a multiple of n_heads. n_kv_heads: g, a divisor of n_heads (default: n_heads). window: how many
-    tokens a token sees, itself included (default: all before it). rope: rotate q and k. forward and prefill take
+    tokens a token sees, itself included (default: all before it). rope: rotate q and k. n_positions: so many positions
+    have a learned vector, added to x (default: none); a text cannot be longer. forward and prefill take
     real: (b, t) bool, False at padding, which no token then looks at; the kernel knows no padding, so there the chunked
     form runs. ValueError for sizes that do not fit."""
     forms = ("chunked", "parallel", "recurrent", "triton")
     causal = True
 
-    def __init__(self, d_model, n_heads=4, n_kv_heads=None, window=None, rope=True):
+    def __init__(self, d_model, n_heads=4, n_kv_heads=None, window=None, rope=True, n_positions=None):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         if n_heads < 1 or d_model % n_heads:
@@ -266,15 +267,29 @@ class Attention(nn.Module):
             raise ValueError(f"window {window} is below 1: a token sees at least itself")
         if rope and (d_model // n_heads) % 2:
             raise ValueError(f"rope turns pairs: the head dim d_model / n_heads = {d_model // n_heads} must be even")
+        if n_positions is not None and n_positions < 1:
+            raise ValueError(f"n_positions {n_positions} is below 1")
         self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_model // n_heads
         self.window, self.rope = window, rope
         self.forms = type(self).forms if self.d_head <= 256 else type(self).forms[:-1]       # what the kernel holds
         self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.d_head, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
+        self.positions = nn.Parameter(0.02 * torch.randn(n_positions, d_model)) if n_positions else None
+
+    def add_positions(self, x, start):
+        """x: (b, t, c) and the vectors of positions start, start + 1, ... (In a CUDA graph start is a tensor.)"""
+        if not torch.is_tensor(start):
+            self.check_length(start + x.shape[1])
+        return x + self.positions[start + torch.arange(x.shape[1], device=x.device)].to(x.dtype)
+
+    def check_length(self, t):
+        if self.positions is not None and t > len(self.positions):
+            raise ValueError(f"a text of {t} tokens, where n_positions is {len(self.positions)}")
 
     def project(self, x, start=0):
         """q: (b, h, t, d), k, v: (b, g, t, d) for positions start, start + 1, ..."""
         h, g = self.n_heads, self.n_kv_heads
+        x = x if self.positions is None else self.add_positions(x, start)
         qk, v = split_heads(self.qkv(x), h + 2 * g).split([h + g, g], dim=1)
         q, k = (rope(qk, start) if self.rope else qk).split([h, g], dim=1)
         return q, k, v
@@ -319,6 +334,7 @@ class Attention(nn.Module):
 
     def reserve(self, state, n):
         """The state with room for n more tokens, which step then writes in place."""
+        self.check_length(state.length + n)
         more = n if self.window is None else 0
         k, v = (F.pad(x, (0, 0, 0, more)) for x in (state.k, state.v))
         return Room(k, v, F.pad(state.real, (0, more)), state.length)

@@ -5,12 +5,13 @@ convolutions a width that grows with the length.
 
 Two layers of one mixer without MLP, Zoology's generator and settings (length 64 to 256, vocabulary 8192); all learning
 rates with one seed, the best one with two more. A run ends after 10,000 steps, or when it has solved the task
-(accuracy 0.995). Writes mqar_width.csv and .png.
+(accuracy 0.995). Attention has rotary positions, or learned ones, as in the paper. Writes mqar_width.csv and .png.
 """
 import lab
 
 LAYERS = {"attention": "attention", "BaseConv": "baseconv", "H3": "h3", "Hyena": "hyena",
-          "Based": "short_conv,based:feature_dim=16:window=64"}
+          "Based": "short_conv,based:feature_dim=16:window=64",
+          "attention, learned positions": "attention:rope=false:n_positions=256"}
 
 
 def measure(cell):
@@ -39,7 +40,7 @@ if __name__ == "__main__":
         found.setdefault(task, set()).add(layers)
     complete = [task for task, layers in found.items() if layers == set.union(*found.values())]
     tasks = sorted(complete, key=lambda task: (len(task), task))
-    fig, axes = lab.figure(4.2 * len(tasks), 3.8, columns=len(tasks), squeeze=False, sharey=True)
+    fig, axes = lab.figure(4.2 * len(tasks), 4, columns=len(tasks), squeeze=False, sharey=True)
     for ax, task in zip(axes[0], tasks, strict=True):
         for i, name in enumerate(LAYERS):
             points = sorted((d, *y) for (t, layers, d), y in results.items() if (t, layers) == (task, name))
@@ -47,11 +48,11 @@ if __name__ == "__main__":
                 d, mean, low, high = zip(*points, strict=True)
                 ax.plot(d, mean, "o--" if name == "Based" else "o-", ms=4, color=f"C{i}", label=name)
                 ax.fill_between(d, low, high, color=f"C{i}", alpha=0.15)
-                print(f"{task:24}{name:12}" + "".join(f"  {w}: {m:.3f}" for w, m in zip(d, mean, strict=True)))
+                print(f"{task:22}{name:29}" + "".join(f"  {w}: {m:.3f}" for w, m in zip(d, mean, strict=True)))
         ax.set(xscale="log", xlabel="model width", title=task, ylim=(-0.02, 1.02))
         ax.set_xticks(d, d)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0, 0].set_ylabel("accuracy")
-    axes[0, 0].legend(fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LAYERS), fontsize=8)
     lab.save(fig, args.out / "mqar_width.png")

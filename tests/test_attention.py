@@ -149,7 +149,8 @@ def test_ngram_heads_read_equal_rows_as_equal_tokens():
 
 @pytest.mark.parametrize("options, message", [
     ({"n_heads": 3}, "multiple of n_heads 3"), ({"n_kv_heads": 3}, "multiple of n_kv_heads 3"),
-    ({"window": 0}, "window 0"), ({"n_heads": 32}, "must be even"), ({"n_heads": 0}, "multiple")])
+    ({"window": 0}, "window 0"), ({"n_heads": 32}, "must be even"), ({"n_heads": 0}, "multiple"),
+    ({"n_positions": 0}, "n_positions 0")])
 def test_attention_names_what_does_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         lesson.Attention(32, **options)
@@ -162,6 +163,27 @@ def test_grouped_heads_keep_a_smaller_cache():
     for what in results[0]:
         for other in results[1:]:
             check_close(results[0][what], other[what], 1e-9, what)
+
+
+def test_learned_positions():
+    """In every form, with their gradients, and in steps; a text must not be longer than there are."""
+    mixer = lesson.Attention(32, 2, rope=False, n_positions=70).double()
+    x = inputs(mixer, 70)[0]
+    results = [run(mixer, form, x, {}) for form in plain_forms(mixer)]
+    for what in results[0]:
+        for other in results[1:]:
+            check_close(results[0][what], other[what], 1e-9, what)
+    y, state = mixer.prefill(x[:, :60])
+    check_close(y, mixer(x)[:, :60], 1e-9, "prefill")
+    for i in range(60, 70):
+        y, state = mixer.step(x[:, i], state)
+        check_close(y, mixer(x)[:, i], 1e-9, f"step {i}")
+    same = x[:, :1].expand(-1, 5, -1)                            # equal tokens: only their positions differ
+    assert (mixer(same)[:, 1:] - mixer(same)[:, :1]).abs().amin(dim=(0, 2)).gt(0).all()
+    for too_long in (lambda: mixer(torch.cat([x, x], 1)), lambda: mixer.step(x[:, 0], state),
+                     lambda: mixer.reserve(state, 1), lambda: mixer.prefill(x, state)):
+        with pytest.raises(ValueError, match="tokens, where n_positions is 70"):
+            too_long()
 
 
 @pytest.mark.parametrize("window", [None, 4])
