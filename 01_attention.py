@@ -250,9 +250,9 @@ class Attention(nn.Module):
 
     d_model: width c, a multiple of n_heads. n_kv_heads: g, a divisor of n_heads (default: n_heads). window: how many
     tokens a token sees, itself included (default: all before it). rope: rotate q and k. n_positions: so many positions
-    have a learned vector, added to x (default: none); a text cannot be longer. forward and prefill take
-    real: (b, t) bool, False at padding, which no token then looks at; the kernel knows no padding, so there the chunked
-    form runs. ValueError for sizes that do not fit."""
+    have a learned vector, added to x (default: none); a text cannot be longer. forward and prefill take real: (b, t)
+    bool, False at padding, which no token then looks at; the kernel knows no padding, so there the chunked form runs.
+    ValueError for sizes that do not fit."""
     forms = ("chunked", "parallel", "recurrent", "triton")
     causal = True
 
@@ -280,7 +280,7 @@ class Attention(nn.Module):
         """x: (b, t, c) and the vectors of positions start, start + 1, ... (In a CUDA graph start is a tensor.)"""
         if not torch.is_tensor(start):
             self.check_length(start + x.shape[1])
-        return x + self.positions[start + torch.arange(x.shape[1], device=x.device)].to(x.dtype)
+        return x + self.positions[start + torch.arange(x.shape[1], device=x.device)]
 
     def check_length(self, t):
         if self.positions is not None and t > len(self.positions):

@@ -75,10 +75,10 @@ if __name__ == "__main__":
     heights = [len(models) + 3 for models in mean.values()]                                  # of bars, and a title
     fig, axes = lab.figure(13, 0.27 * sum(heights), rows=len(mean), columns=3, squeeze=False, height_ratios=heights)
     for row, (text, models) in zip(axes, mean.items(), strict=True):
-        print(f"{text:18}{'overall':>9}{'recall':>9}{'rest':>9}{'% of the gap':>14}")
+        print(f"{text:22}{'overall':>9}{'recall':>9}{'rest':>9}{'% of the gap':>14}")
         for name, m in sorted(models.items(), key=lambda item: item[1]["loss"]):
             share = share_of_gap(m, models.get(BASE))
-            print(f"{name:18}" + "".join(f"{math.exp(m[key]):9.2f}" for key in ("loss", "recall", "rest")) +
+            print(f"{name:22}" + "".join(f"{math.exp(m[key]):9.2f}" for key in ("loss", "recall", "rest")) +
                   (f"{share:14.0%}" if share is not None else ""))
         for ax, key in zip(row, ("loss", "recall", "rest"), strict=True):
             names = sorted(models, key=lambda name: models[name][key])

@@ -451,7 +451,7 @@ def test_only_so_many_shapes_are_recorded():
 
 
 CAUSAL = sorted(name for name, mixer in train.from_lessons("MIXERS").items() if mixer.causal)
-CAUSAL.append("attention:rope=false:n_positions=90")
+CAUSAL += ["attention:rope=false:n_positions=90"]
 
 
 GROW = "ngram repeat_attention baseconv hyena sgconv monarch_mixer".split()            # a step changes sizes for good
