@@ -151,6 +151,12 @@ def triton_attention(q, k, v, window=None):
     return flash_attention(q, k, v, window)
 
 
+def triton_step(q, cache):
+    """One target behind a cache, q: (b, h, 1, d), as one kernel: kernels/step.py. No gradients."""
+    from kernels.step import attention_step
+    return attention_step(q[:, :, 0], cache.k, cache.v, cache.real)[:, :, None]              # (b, h, 1, e)
+
+
 class Cache(NamedTuple):
     """The keys and values that later tokens may look at. Full attention: all so far, in order. Sliding window: a ring
     of w slots, the key of position p in slot p % w (softmax does not mind the order)."""
@@ -328,9 +334,14 @@ class Attention(nn.Module):
         return self.output(o, x), seen if self.window is None else remember(state, k, v, real, self.window)
 
     def step(self, x_t, state):
-        q, k, v = self.project(x_t[:, None], state.length)
-        o, state = recurrent_attention(q, k, v, state, all_real(x_t[:, None]), self.window)
-        return self.output(o, x_t)[:, 0], state
+        x = x_t[:, None]
+        q, k, v = self.project(x, state.length)
+        if pick_form(self, x) == "triton" and not torch.is_grad_enabled():
+            state = remember(state, k, v, all_real(x), self.window)
+            o = triton_step(q, state)
+        else:
+            o, state = recurrent_attention(q, k, v, state, all_real(x), self.window)
+        return self.output(o, x)[:, 0], state
 
     def reserve(self, state, n):
         """The state with room for n more tokens, which step then writes in place."""

@@ -3,10 +3,13 @@
     S' = e^g S + k v^T,  o = S'^T q                     linear attention, any decay; lesson 02's state
     the same with phi(k), phi(q), and divided           Based's linear part; lesson 04's state (F, e + 1)
     softmax over the last w keys                        Based's window, which moves on by one token
+    softmax over all keys of a cache                    attention; lesson 01's cache, read only
 
 Two FLOPs for a number of the state that is read and written: bound by memory. In float32 a head of Based with d = 16,
 e = 64, w = 64 has 153 x 65 + 64 x (64 + 64) numbers, 72 KB: 0.05 microseconds of an H100. A step as PyTorch
-operations would move the features and the sums several times, and start a dozen kernels.
+operations would move the features and the sums several times, and start a dozen kernels. A cache that is long and of
+few heads is cut into parts, one program each, so that the GPU is full; each part's softmax has its own sum, by whose
+share its output counts (flash decoding: Dao, Haziza, Massa, Sizov 2023).
 
 The states that come in are left as they are. No gradients: training runs the other kernels.
 
@@ -15,6 +18,7 @@ The states that come in are left as they are. No gradients: training runs the ot
 import functools
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -37,6 +41,14 @@ def based_reference(q, k, v, S, q_window, k_window, past_k, past_v, window):
     past_v = torch.cat([past_v, v[:, :, None]], dim=2)[:, :, -window:]
     weights = (past_k @ q_window[..., None] * q_window.shape[-1] ** -0.5).softmax(dim=2)     # (b, h, n, 1)
     return o[..., :-1] / o[..., -1:] + (weights * past_v).sum(dim=2), S, past_k, past_v
+
+
+def attention_reference(q, k, v, real):
+    """q: (b, h, d), k: (b, g, s, d), v: (b, g, s, e) where g divides h, real: (b, s) bool, at least one True in each
+    row. Returns o: (b, h, e)."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = (k @ q[..., None])[..., 0] * q.shape[-1] ** -0.5                                # (b, h, s)
+    return (scores.masked_fill(~real[:, None], -torch.inf).softmax(dim=-1)[..., None, :] @ v)[..., 0, :]
 
 
 @triton.jit
@@ -92,6 +104,43 @@ def based_kernel(q, k, v, S, q_window, k_window, past_k, past_v, first, second, 
     tl.store(new_k + (head * kept + w[:, None]) * DW + dw[None, :], k_w, mask=(before | last) & k_in)
     tl.store(new_v + (head * kept + w[:, None]) * E + e[None, :], v_w, mask=(before | last) & v_in)
     tl.store(o + head * E + e, o_i + tl.sum(p[:, None] * v_w, axis=0) / tl.sum(p), mask=e < E)
+
+
+@triton.jit
+def cache_kernel(q, k, v, real, o, logsum, n, size, heads, HEADS_OF_A_KEY: tl.constexpr, D: tl.constexpr,
+                 E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr):
+    """o: (b h, parts, e) of one softmax for each part of the n slots; logsum: (b h, parts), the log of its sum."""
+    head, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    d, e, key_head = tl.arange(0, BD), tl.arange(0, BE), head // HEADS_OF_A_KEY
+    q_i = tl.load(q + head * D + d, mask=d < D, other=0.0).to(tl.float32) * (1 / tl.sqrt(D * 1.0))
+    m, z, o_i = -1e30, 0.0, tl.zeros((BE,), tl.float32)                  # largest score, sum, weighted sum of values
+    for start in range(part * size, tl.minimum(part * size + size, n), BN):
+        slot = start + tl.arange(0, BN)
+        see = tl.load(real + head // heads * n + slot, mask=slot < n, other=0) != 0
+        row = key_head * n + slot[:, None]                               # what is not seen is not read either
+        k_i = tl.load(k + row * D + d[None, :], mask=see[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+        v_i = tl.load(v + row * E + e[None, :], mask=see[:, None] & (e[None, :] < E), other=0.0).to(tl.float32)
+        s = tl.where(see, tl.sum(k_i * q_i[None, :], axis=1), -1e30)
+        new = tl.maximum(m, tl.max(s))
+        p, old = tl.where(see, tl.exp(s - new), 0.0), tl.exp(m - new)
+        m, z, o_i = new, z * old + tl.sum(p), o_i * old + tl.sum(p[:, None] * v_i, axis=0)
+    tl.store(o + (head * parts + part) * E + e, o_i / tl.maximum(z, 1e-30), mask=e < E)
+    tl.store(logsum + head * parts + part, m + tl.log(tl.maximum(z, 1e-30)))
+
+
+def attention_step(q, k, v, real, parts=None):
+    """q: (b, h, d), and a cache with at least one real slot in each row: k: (b, g, s, d), v: (b, g, s, e), real: (b, s)
+    bool. Returns o: (b, h, e) of v's dtype. parts: into how many the cache is cut (default: enough to fill a GPU)."""
+    (b, h, d), (g, n, e) = q.shape, v.shape[1:]
+    q, k, v, real = q.contiguous(), k.contiguous(), v.contiguous(), real.contiguous()
+    BN = 64
+    parts = min(triton.cdiv(n, 4 * BN), max(1, 1024 // (b * h))) if parts is None else parts
+    size = BN * triton.cdiv(n, parts * BN)
+    o = torch.empty(b, h, parts, e, dtype=torch.float32 if parts > 1 else v.dtype, device=v.device)
+    logsum = torch.empty(b, h, 1, parts, device=v.device)
+    cache_kernel[(b * h, parts)](q, k, v, real, o, logsum, n, size, h, HEADS_OF_A_KEY=h // g, D=d, E=e,
+                                 BD=triton.next_power_of_2(d), BE=triton.next_power_of_2(e), BN=BN, num_warps=4)
+    return o[:, :, 0] if parts == 1 else (logsum.softmax(dim=-1) @ o)[:, :, 0].to(v.dtype)
 
 
 def linear_step(q, k, v, g, state):
@@ -154,6 +203,17 @@ def main():
               *(f"{bench.error(x, y):.1e}" for x, y in zip(linear_step(*tensors), exact, strict=True)))
         rows.append((f"linear attention, b {b} h {h} d {d}", {"kernel": lambda *x: linear_step(*x)[0],
                      "PyTorch": lambda *x: reference(*x)[0]}, tensors, 8 * tensors[-1].numel(), 0))
+    for b, h, n in ((128, 16, 2048), (16, 6, 32768), (1, 16, 32768)):
+        q, k, v = (random(b, h, *shape).bfloat16() for shape in ((64,), (n, 64), (n, 64)))
+        real = torch.arange(n, device="cuda").expand(b, n) < 3 * n // 4                      # the rest is room
+        exact = attention_reference(q[:1].double(), k[:1].double(), v[:1].double(), real[:1])
+        print(f"attention, {n} slots: relative error of o: {bench.error(attention_step(q, k, v, real)[:1], exact):.1e}")
+        rows.append((f"attention, b {b} h {h} d 64, {3 * n // 4} of {n}", {
+            "kernel": lambda q, k, v, real=real: attention_step(q, k, v, real),
+            "SDPA": lambda q, k, v, real=real: F.scaled_dot_product_attention(
+                q[:, :, None], k, v, attn_mask=real[:, None, None]),
+            "PyTorch": lambda q, k, v, real=real: attention_reference(q, k, v, real)},
+            [q, k, v], 3 * n // 4 * b * h * 64 * 4, 0))
     bench.compare(rows, rates, gradients=False)
 
 

@@ -445,6 +445,22 @@ def test_a_step_of_linear_attention(d, e, gates):
         check_close(a.double().cpu(), b, 1e-5, "a step")
 
 
+@pytest.mark.parametrize("h, g, d, e, n, parts", [(4, 2, 16, 24, 70, None), (2, 2, 16, 16, 300, 3),
+                                                  (2, 1, 33, 16, 200, 7), (1, 1, 16, 16, 1, 1)])
+def test_a_step_of_attention(h, g, d, e, n, parts):
+    """Over a cache with slots that hold nothing, also whole parts of it."""
+    q, k, v = random((2, h, d), (2, g, n, d), (2, g, n, e))
+    real = torch.arange(n) % 3 != 1
+    real = torch.stack([real, real & (torch.arange(n) < 70)])
+    hidden = ~real[:, None, :, None]
+    k, v = k.masked_fill(hidden, torch.nan), v.masked_fill(hidden, torch.nan)
+    twin = step.attention_reference(q, k.nan_to_num(), v.nan_to_num(), real)
+    lesson = attention.parallel_attention(q[:, :, None], k.nan_to_num(), v.nan_to_num(), real=real)
+    check_close(twin, lesson[:, :, 0], 1e-12, "the twin and the lesson")
+    o = step.attention_step(*(x.float().to(DEVICE) for x in (q, k, v)), real.to(DEVICE), parts)
+    check_close(o.double().cpu(), twin, 1e-5, "a step")
+
+
 @pytest.mark.parametrize("f, e, n, window", [(16, 64, 0, 64), (16, 64, 10, 64), (8, 24, 5, 5), (8, 16, 7, 8),
                                              (5, 16, 1, 1)])
 def test_a_step_of_based(f, e, n, window):
