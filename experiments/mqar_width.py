@@ -46,10 +46,14 @@ if __name__ == "__main__":
             points = sorted((d, *y) for (t, layers, d), y in results.items() if (t, layers) == (task, name))
             if points:
                 d, mean, low, high = zip(*points, strict=True)
-                ax.plot(d, mean, "o--" if name == "Based" else "o-", ms=4, color=f"C{i}", label=name)
-                ax.fill_between(d, low, high, color=f"C{i}", alpha=0.15)
+                style = {"Based": "o--", "attention, learned positions": "o:"}.get(name, "o-")
+                ax.plot(d, mean, style, ms=4, color=f"C{i}", label=name)
+                if style != "o:":
+                    ax.fill_between(d, low, high, color=f"C{i}", alpha=0.15)
                 print(f"{task:22}{name:29}" + "".join(f"  {w}: {m:.3f}" for w, m in zip(d, mean, strict=True)))
-        ax.set(xscale="log", xlabel="model width", title=task, ylim=(-0.02, 1.02))
+        n = task.split(":")[0].removeprefix("mqar_")
+        ax.set(xscale="log", xlabel="model width", ylim=(-0.02, 1.02),
+               title=f"{n} tokens, {int(n) // 16} pairs" if n.isdigit() else task)
         ax.set_xticks(d, d)
         ax.minorticks_off()
         ax.grid(alpha=0.3)

@@ -52,8 +52,7 @@ def cells(quick):
         return [common | {"name": name, "mixer": MIXERS[name]} for name in (BASE, "BaseConv", "Based")]
     common = {"d_model": 256, "n_layers": 6, "context": 1024, "batch_size": 4, "warmup": 200}
     runs = [("plays", name, 4, 1200) for name in MIXERS] + [("code", name, 4, 2000) for name in MIXERS]
-    runs += [("more code", name, 16, 4000) for name in GATED]
-    runs += [("more code, rare: 1250", name, 16, 4000) for name in (*GATED, "Based")]
+    runs += [(text, name, 16, 4000) for text in ("more code", "more code, rare: 1250") for name in GATED]
     return [{"text": text} | common | {"batch_size": batch, "steps": steps, "name": name, "mixer": MIXERS[name],
                                        "lr": lr, "seed": seed}
             for text, name, batch, steps in runs for seed in (0, 1, 2) for lr in (1e-3, 3e-3)]
