@@ -1306,17 +1306,20 @@ MIXERS = {"lssl": LSSL, "s4": S4, "dss": DSS, "s4d": S4D, "s4d_inv": S4DInv, "s4
 # A task makes a batch: ids (b, t), targets (b, t) with -100 where nothing is asked: here everywhere but at the end.
 
 
-def ask_at_the_end(ids, answer):
+def ask_at_the_end(ids, answer, all_tokens=False):
+    """all_tokens: every next token is asked for too, guessable or not."""
     targets = torch.full_like(ids, -100)
     targets[:, -1] = answer
+    if all_tokens:
+        targets[:, :-1] = ids[:, 1:]
     return ids, targets
 
 
-def h3_recall(batch_size=32, generator=None, length=20, vocab_size=10):
+def h3_recall(batch_size=32, generator=None, length=20, vocab_size=10, all_tokens=True, progress=1.0):
     """Associative recall as in H3's table 2 [F23]: key value key value ... key; the first half of the vocabulary are
     keys, the second values, each key keeps its value in a sequence. Asked for: the value of the last key, which
-    occurred before. (Sizes are inferred from the paper; its models are also trained on all other tokens, here on the
-    answer alone.)"""
+    occurred before. all_tokens: while training (progress < 1) every next token is in the loss, as in the paper: the
+    value of every key that came before can be known, the rest only guessed."""
     if length < 3 or vocab_size < 2:
         raise ValueError(f"h3_recall needs length >= 3 and vocab_size >= 2, not {length} and {vocab_size}")
     n_keys, n_pairs = vocab_size // 2, (length - 1) // 2
@@ -1324,19 +1327,21 @@ def h3_recall(batch_size=32, generator=None, length=20, vocab_size=10):
     keys = torch.randint(n_keys, (batch_size, n_pairs), generator=generator)
     query = keys.gather(1, torch.randint(n_pairs, (batch_size, 1), generator=generator))
     pairs = torch.stack([keys, value_of.gather(1, keys)], dim=2).flatten(1)
-    return ask_at_the_end(torch.cat([pairs, query], dim=1), value_of.gather(1, query)[:, 0])
+    return ask_at_the_end(torch.cat([pairs, query], dim=1), value_of.gather(1, query)[:, 0],
+                          all_tokens and progress < 1)
 
 
-def h3_induction(batch_size=32, generator=None, length=30, vocab_size=20):
+def h3_induction(batch_size=32, generator=None, length=30, vocab_size=20, all_tokens=True, progress=1.0):
     """Induction heads as in H3's table 2 [F23]: random tokens; a mark (the last of the vocabulary) once among them
-    and again at the end. Asked for: the token that followed the mark."""
+    and again at the end. Asked for: the token that followed the mark. all_tokens as in h3_recall; of the others none
+    can be known."""
     if length < 4 or vocab_size < 2:
         raise ValueError(f"h3_induction needs length >= 4 and vocab_size >= 2, not {length} and {vocab_size}")
     ids = torch.randint(vocab_size - 1, (batch_size, length), generator=generator)
     at = torch.randint(length - 3, (batch_size, 1), generator=generator)
     ids.scatter_(1, at, vocab_size - 1)
     ids[:, -1] = vocab_size - 1
-    return ask_at_the_end(ids, ids.gather(1, at + 1)[:, 0])
+    return ask_at_the_end(ids, ids.gather(1, at + 1)[:, 0], all_tokens and progress < 1)
 
 
 LISTOPS = {10: min, 11: max, 12: lambda a: sorted(a)[(len(a) - 1) // 2], 13: lambda a: sum(a) % 10}     # MED, SUM-MOD

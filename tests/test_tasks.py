@@ -121,6 +121,15 @@ def test_the_answer_is_not_in_the_input_at_its_own_place(name):
     assert valid[asked].float().mean() < 0.3
 
 
+@pytest.mark.parametrize("name", ["h3_recall", "h3_induction"])
+def test_h3_trains_on_all_tokens_and_asks_for_the_last(name):
+    ids, last, _ = batch(name)
+    for options in ({"progress": 0.5, "all_tokens": False}, {"progress": 1.0}):
+        assert torch.equal(batch(name, **options)[1], last) and (last[:, :-1] == -100).all()
+    targets = batch(name, progress=0.5)[1]
+    assert torch.equal(targets[:, :-1], ids[:, 1:]) and torch.equal(targets[:, -1], last[:, -1])
+
+
 def test_icll_targets_are_valid_and_unpredictable():
     ids, targets, extras = batch("icll", n=32)
     asked = targets != -100
