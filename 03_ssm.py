@@ -1303,7 +1303,8 @@ MIXERS = {"lssl": LSSL, "s4": S4, "dss": DSS, "s4d": S4D, "s4d_inv": S4DInv, "s4
           "qrnn": QRNN, "sru": SRU}
 # --------------------------------------------------------------------------------------------------------------- tasks
 #
-# A task makes a batch: ids (b, t), targets (b, t) with -100 where nothing is asked: here everywhere but at the end.
+# A task makes a batch: ids (b, t), targets (b, t) with -100 where nothing is asked: here everywhere but at the end. The
+# two of H3's table are trained on every token, as in the paper: progress is the share of the training that is done.
 
 
 def ask_at_the_end(ids, answer, all_tokens=False):
@@ -1319,7 +1320,8 @@ def h3_recall(batch_size=32, generator=None, length=20, vocab_size=10, all_token
     """Associative recall as in H3's table 2 [F23]: key value key value ... key; the first half of the vocabulary are
     keys, the second values, each key keeps its value in a sequence. Asked for: the value of the last key, which
     occurred before. all_tokens: while training (progress < 1) every next token is in the loss, as in the paper: the
-    value of every key that came before can be known, the rest only guessed."""
+    value of every key that came before can be known, the rest only guessed. (How often a key comes back is chosen
+    here; the paper gives the sizes.)"""
     if length < 3 or vocab_size < 2:
         raise ValueError(f"h3_recall needs length >= 3 and vocab_size >= 2, not {length} and {vocab_size}")
     n_keys, n_pairs = vocab_size // 2, (length - 1) // 2
