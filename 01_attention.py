@@ -9,15 +9,18 @@ compute the same numbers. Every later lesson keeps Y = M V, and asks for an M wh
 
 Papers  [V17]  Vaswani et al. 2017, Attention Is All You Need            arXiv:1706.03762
         [D22]  Dao et al. 2022, FlashAttention                           arXiv:2205.14135
+        [D23]  Dao 2023, FlashAttention-2                                arXiv:2307.08691
         [MG18] Milakov, Gimelshein 2018, Online normalizer for softmax   arXiv:1805.02867
         [S21]  Su et al. 2021, RoFormer: rotary position embedding       arXiv:2104.09864
         [A23]  Ainslie et al. 2023, GQA: grouped keys and values         arXiv:2305.13245
         [B20]  Beltagy et al. 2020, Longformer: sliding window           arXiv:2004.05150
         [W20]  Wang et al. 2020, Linformer                               arXiv:2006.04768
-        [A24]  Akyurek et al. 2024, In-Context Language Learning         arXiv:2401.12973
+        [Ak24] Akyurek et al. 2024, In-Context Language Learning         arXiv:2401.12973
 
 Axes    b batch, t time (target), s source, h head, g group of heads that share keys and values, d key dim,
         e value dim, c model width, w window, n order of an n-gram.
+Letters here are the papers': M the mixing matrix (P in [D22]), S scores, m, l a row's maximum and sum, L = m + log l,
+        D = rowsum(dO * O); E, F Linformer's projections; A, W_0, W_1 of [Ak24]. W_Q, W_K, W_V, W_O are qkv and out.
 
 mixer      forms                          training cost   state per sequence
 attention  chunked parallel recurrent     t^2             2 g d t   (the KV cache grows)
@@ -41,12 +44,57 @@ import torch.nn.functional as F
 
 LOG2E = 1.4426950408889634
 KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also runs alone, without its kernels
+NO_FLOAT64 = {"mps"}                                         # devices that have no float64
+
+
+def first():
+    """The lesson on four tokens, A c B A, with d = e = 2: what followed A? A token asks for itself (q), is found under
+    the token before it (k), and says itself (v). Prints and returns q, k, v, M and M V."""
+    A, B, c, nothing = (2.0, 0.0), (0.0, 2.0), (-1.0, -1.0), (0.0, 0.0)
+    q = v = torch.tensor([A, c, B, A])                           # (t, d), (t, e)
+    k = torch.tensor([nothing, A, c, B])                         # (t, d)
+    root = 2 ** 0.5                                              # the square root of d
+
+    # All at once: every query with every key, no key of a later token, rows that sum to 1.
+    scores = q @ k.T / root                                      # (t, s)
+    future = torch.ones(4, 4).triu(1) == 1
+    M = scores.masked_fill(future, -torch.inf).softmax(dim=1)    # (t, s)
+    parallel = M @ v                                             # (t, e)
+
+    # Token by token: the state is a list of keys and values, and it grows.
+    keys, values, recurrent = [], [], []
+    print("four tokens, A c B A: the state after each is all keys and values so far")
+    for t in range(4):
+        keys.append(k[t])
+        values.append(v[t])
+        weights = (torch.stack(keys) @ q[t] / root).softmax(dim=0)                   # (s,)
+        recurrent.append(weights @ torch.stack(values))
+        print(f"    {'AcBA'[t]}  {len(keys) * 4:2} numbers: keys {torch.stack(keys).int().tolist()}")
+
+    # In blocks of two: for each token a largest score m so far, and two sums in units of e^m.
+    chunked = []
+    for t in range(4):
+        m, l, o = torch.tensor(-1e30), torch.tensor(0.0), torch.zeros(2)
+        for block in (slice(0, 2), slice(2, 4)):
+            s = scores[t, block].masked_fill(future[t, block], -torch.inf)
+            new = torch.maximum(m, s.max())
+            p, shrink = (s - new).exp(), (m - new).exp()
+            m, l, o = new, shrink * l + p.sum(), shrink * o + p @ v[block]
+        chunked.append(o / l)
+
+    assert torch.allclose(parallel, torch.stack(recurrent)) and torch.allclose(parallel, torch.stack(chunked))
+    print("    M                           M V = the loop = the blocks")
+    for row, y, token in zip(M.tolist(), parallel.tolist(), "AcBA", strict=True):
+        print(f"    {token} " + "".join(f"{x:6.2f}" for x in row) + "   " + "".join(f"{x:7.2f}" for x in y))
+    print(f"    the last A gives c, which followed the first A, the weight {M[3, 1]:.2f}\n")
+    return q, k, v, M, parallel
+
 
 # --------------------------------------------------------------------------------------- softmax attention, three forms
 #
 # All of them take q: (b, h, t, d), k: (b, g, s, d), v: (b, g, s, e) where g divides h, and return (b, h, t, e).
 # s >= t: the last target stands at the last source, so earlier sources are a cache. `window` w: a target sees w
-# sources, its own included. `real`: (b, s) bool, False where a source is padding. A target that sees nothing gets 0.
+# sources, itself among them. `real`: (b, s) bool, False where a source is padding. A target that sees nothing gets 0.
 
 
 def visible(t, s, window=None, real=None, device=None, rows=slice(None), cols=slice(None)):
@@ -58,7 +106,7 @@ def visible(t, s, window=None, real=None, device=None, rows=slice(None), cols=sl
 
 def hide(scores, see, value):
     """scores where see, `value` (as good as -inf) elsewhere."""
-    return scores + torch.zeros_like(see, dtype=scores.dtype).masked_fill_(~see, value)
+    return scores.masked_fill(~see, value)
 
 
 def share_groups(k, n_heads):
@@ -91,20 +139,19 @@ def tiles(t, s, window, chunk):
 
 
 class FlashAttention(torch.autograd.Function):
-    """FlashAttention [D22] in PyTorch: M is made a tile at a time and never kept, not even for the gradient: O(t)
+    """FlashAttention [D22; D23] in PyTorch: M is made a tile at a time and never kept, not even for the gradient: O(t)
     memory. Scores are S = log2(e) Q K^T / sqrt(d), because 2^x is faster than e^x."""
 
     @staticmethod
     def tile_scores(q, k, rows, cols, window, real):
-        scores = q[:, :, rows] @ k[:, :, cols].mT                                            # (b, h, rows, cols)
+        scores = (q[:, :, rows] * (q.shape[-1] ** -0.5 * LOG2E)) @ k[:, :, cols].mT         # (b, h, rows, cols)
         see = visible(q.shape[2], k.shape[2], window, real, q.device, rows, cols)
         return hide(scores.to(torch.promote_types(q.dtype, torch.float32)), see, -torch.inf)
 
     @staticmethod
     def forward(ctx, q, k, v, window, real, chunk):
-        """For each tile of scores S [D22, Algorithm 1; MG18]:
+        """For each tile of scores S [D23, algorithm 1; MG18]:
         m' = max(m, rowmax S),   l' = 2^(m - m') l + rowsum 2^(S - m'),   O' = 2^(m - m') O + 2^(S - m') V"""
-        q = q * (q.shape[-1] ** -0.5 * LOG2E)
         acc = torch.promote_types(q.dtype, torch.float32)
         o = q.new_zeros(*q.shape[:3], v.shape[3], dtype=acc)                                 # (b, h, t, e)
         l = q.new_zeros(*q.shape[:3], 1, dtype=acc)                                          # (b, h, t, 1)
@@ -119,16 +166,17 @@ class FlashAttention(torch.autograd.Function):
             m[:, :, rows] = m_new
         l = l.clamp(min=torch.finfo(acc).tiny)
         o = (o / l).to(v.dtype)
-        ctx.save_for_backward(q, k, v, o, m + l.log2(), real)     # L = m + log l is all that the gradient needs of M
+        ctx.save_for_backward(q, k, v, o, m + l.log2(), real)    # L = m + log2 l is all that the gradient needs of M
         ctx.window, ctx.chunk = window, chunk
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        """[D22, Algorithm 4]   P = 2^(S - L),   dV = P^T dO,   dS = P * (dO V^T - D) with D = rowsum(dO * O),
-        dQ = dS K / sqrt(d),   dK = dS^T Q / sqrt(d)"""
-        q, k, v, o, L, real = ctx.saved_tensors                   # q comes multiplied by log2(e) / sqrt(d)
+        """[D23, algorithm 2]   P = 2^(S - L),   dV = P^T dO,   dS = P * (dO V^T - D) with D = rowsum(dO * O),
+        dQ = dS K / sqrt(d),   dK = dS^T Q / sqrt(d), where dS is the gradient of Q K^T / sqrt(d), that is of S ln 2."""
+        q, k, v, o, L, real = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():        # a gradient of the gradient is wanted
+            return *gradients(parallel_attention, (q, k, v, ctx.window, real), do), None
         dq, dk, dv = (torch.zeros_like(x, dtype=L.dtype) for x in (q, k, v))
         D = (do * o).sum(dim=-1, keepdim=True, dtype=L.dtype)                                # (b, h, t, 1)
         for rows, cols in tiles(q.shape[2], k.shape[2], ctx.window, ctx.chunk):
@@ -137,7 +185,15 @@ class FlashAttention(torch.autograd.Function):
             ds = p.mul_(do[:, :, rows] @ v[:, :, cols].mT - D[:, :, rows]).to(q.dtype)
             dq[:, :, rows] += ds @ k[:, :, cols]
             dk[:, :, cols] += ds.mT @ q[:, :, rows]
-        return (dq * q.shape[-1] ** -0.5).to(q.dtype), (dk / LOG2E).to(k.dtype), dv.to(v.dtype), None, None, None
+        scale = q.shape[-1] ** -0.5
+        return (dq * scale).to(q.dtype), (dk * scale).to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def gradients(f, inputs, grad):
+    """The gradients of f(*inputs), as functions that can be differentiated again; None where none is wanted."""
+    wanted = [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
+    found = iter(torch.autograd.grad(f(*inputs), wanted, grad, create_graph=True))
+    return [next(found) if torch.is_tensor(x) and x.requires_grad else None for x in inputs]
 
 
 def chunked_attention(q, k, v, window=None, real=None, chunk=128):
@@ -162,38 +218,55 @@ class Cache(NamedTuple):
     of w slots, the key of position p in slot p % w (softmax does not mind the order)."""
     k: torch.Tensor       # (b, g, s, d)
     v: torch.Tensor       # (b, g, s, e)
-    real: torch.Tensor    # (b, s) bool: neither padding nor a slot still empty
+    real: torch.Tensor    # (b, s) bool: neither padding nor a slot that is still empty
     length: int           # positions seen so far
 
 
 class Room(NamedTuple):
-    """A cache whose next positions are written in place, full attention's into empty slots at its end: for those who
-    generate and do not come back to an earlier state. Fields as in Cache."""
+    """A cache of full attention with empty slots at its end, written in place: for those who generate and do not come
+    back to an earlier state. Fields as in Cache."""
     k: torch.Tensor
     v: torch.Tensor
     real: torch.Tensor
     length: int
 
 
+def append(cache, k, v, real):
+    """Full attention: the new keys and values stand behind all others."""
+    return Cache(torch.cat([cache.k, k], dim=2), torch.cat([cache.v, v], dim=2), torch.cat([cache.real, real], dim=1),
+                 cache.length + k.shape[2])
+
+
+def overwrite(cache, k, v, real, window):
+    """Sliding window: position p goes to slot p % w, over the token that nobody may look at any more."""
+    length, n = cache.length + k.shape[2], min(window, k.shape[2])
+    slots = (length - n + torch.arange(n, device=k.device)) % window
+    return Cache(cache.k.index_copy(2, slots, k[:, :, -n:]), cache.v.index_copy(2, slots, v[:, :, -n:]),
+                 cache.real.index_copy(1, slots, real[:, -n:]), length)
+
+
+def fill(room, k, v, real):
+    """Full attention with room: into the next empty slots, in place."""
+    slots = room.length + torch.arange(k.shape[2], device=k.device)
+    return Room(room.k.index_copy_(2, slots, k), room.v.index_copy_(2, slots, v), room.real.index_copy_(1, slots, real),
+                room.length + k.shape[2])
+
+
 def remember(cache, k, v, real, window=None):
-    """The cache after the next positions: k: (b, g, t, d), v: (b, g, t, e), real: (b, t)."""
-    k, v, length = k.to(cache.k.dtype), v.to(cache.v.dtype), cache.length + k.shape[2]
-    if window is None and isinstance(cache, Cache):
-        return Cache(torch.cat([cache.k, k], 2), torch.cat([cache.v, v], 2), torch.cat([cache.real, real], 1), length)
-    n = min(window or k.shape[2], k.shape[2])
-    slots = (length - n + torch.arange(n, device=k.device)) % (window or cache.k.shape[2])
-    write = torch.Tensor.index_copy_ if isinstance(cache, Room) else torch.Tensor.index_copy
-    return type(cache)(write(cache.k, 2, slots, k[:, :, -n:]), write(cache.v, 2, slots, v[:, :, -n:]),
-                       write(cache.real, 1, slots, real[:, -n:]), length)
+    """The cache after the next positions, k: (b, g, t, d), v: (b, g, t, e), real: (b, t), by one of the three ways."""
+    k, v = k.to(cache.k.dtype), v.to(cache.v.dtype)
+    if window is not None:
+        return overwrite(cache, k, v, real, window)
+    return (fill if isinstance(cache, Room) else append)(cache, k, v, real)
 
 
 def in_order(cache, window=None):
-    """The cache with its oldest key first: what a new block of targets is to be put behind."""
+    """The cache with its oldest key first and nothing empty: what a new block of targets is put behind."""
     if window is None:
-        age = slice(cache.length)
+        kept = slice(cache.length)
     else:
-        age = torch.arange(cache.length - min(cache.length, window), cache.length, device=cache.k.device) % window
-    return Cache(cache.k[:, :, age], cache.v[:, :, age], cache.real[:, age], cache.length)
+        kept = torch.arange(cache.length - min(cache.length, window), cache.length, device=cache.k.device) % window
+    return Cache(cache.k[:, :, kept], cache.v[:, :, kept], cache.real[:, kept], cache.length)
 
 
 def recurrent_attention(q, k, v, cache, real, window=None):
@@ -208,10 +281,12 @@ def recurrent_attention(q, k, v, cache, real, window=None):
 
 def rope(x, start=0, base=10000.0):
     """Rotary positions [S21, eq. 34]: turn the pair (x_i, x_{i + d/2}) at position p by the angle p base^(-2i/d), so
-    that q . k depends on the difference of positions only. x: (b, h, t, d), d even; its first position is `start`."""
+    that q . k depends on the difference of positions only. (The paper pairs neighbours: the same up to the order of
+    the columns of W_Q and W_K.) x: (b, h, t, d), d even; its first position is `start`."""
     t, d = x.shape[-2:]
-    theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)           # (d/2,)
-    angle = (start + torch.arange(t, device=x.device, dtype=torch.float64))[:, None] * theta     # (t, d/2)
+    exact = torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
+    theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=exact) / d)                   # (d/2,)
+    angle = (start + torch.arange(t, device=x.device, dtype=exact))[:, None] * theta             # (t, d/2)
     cos, sin = (f(angle).to(torch.promote_types(x.dtype, torch.float32)) for f in (torch.cos, torch.sin))
     return (x * torch.cat([cos, cos], -1) + x.roll(d // 2, -1) * torch.cat([-sin, sin], -1)).to(x.dtype)
 
@@ -219,26 +294,6 @@ def rope(x, start=0, base=10000.0):
 # --------------------------------------------------------------------------------------------------------------- mixers
 #
 # Every mixer of every lesson is y = output(M(x) values(x), x): forward() applies M in a form, matrix() writes it out.
-
-
-def pick_form(mixer, x, form=None):
-    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
-    cannot run there, or if x is not (b, t, c) with t >= 1."""
-    if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
-    if form is None:
-        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
-        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
-            return "triton"
-        slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
-        return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]
-    if form not in mixer.forms:
-        raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
-    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
-        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
-    return form
 
 
 def split_heads(x, n):
@@ -303,16 +358,16 @@ class Attention(nn.Module):
     def forward(self, x, form=None, real=None):
         short = form is None and x.ndim == 3 and x.shape[1] <= 256 and not x.is_cuda
         form = pick_form(self, x, "parallel" if short else form)         # one small matrix is faster than its tiles
-        q, k, v = self.project(x)
+        q, k, v = self.project(blank(x, real))
         if form == "parallel":
             o = parallel_attention(q, k, v, self.window, real)
         elif form == "triton" and real is None:
             o = triton_attention(q, k, v, self.window)
-        elif form in ("chunked", "triton"):
-            o = chunked_attention(q, k, v, self.window, real)
-        else:
+        elif form == "recurrent":
             real = all_real(x) if real is None else real
             o, _ = recurrent_attention(q, k, v, self.init_state(len(x)), real, self.window)
+        else:
+            o = chunked_attention(q, k, v, self.window, real)
         return self.output(o, x)
 
     def output(self, o, x):
@@ -324,13 +379,16 @@ class Attention(nn.Module):
         return Cache(empty, empty, torch.zeros(batch_size, slots, dtype=torch.bool, device=empty.device), 0)
 
     def prefill(self, x, state=None, real=None):
-        fresh = pick_form(self, x) == "triton" and state is None and real is None
+        """A fresh text is read as forward() reads it; one that goes on also looks at what was kept before it."""
+        kernel = pick_form(self, x) == "triton" and state is None and real is None
         state = self.init_state(len(x)) if state is None else state
+        q, k, v = self.project(blank(x, real), state.length)
         real = all_real(x) if real is None else real
-        q, k, v = self.project(x, state.length)
-        seen = remember(in_order(state, self.window), k, v, real)          # what was kept, then the new block
-        o = (triton_attention(q, k, v, self.window) if fresh else
-             chunked_attention(q, seen.k, seen.v, self.window, seen.real))
+        seen = remember(in_order(state, self.window), k, v, real)
+        if kernel:
+            o = triton_attention(q, k, v, self.window)
+        else:
+            o = chunked_attention(q, seen.k, seen.v, self.window, seen.real)
         return self.output(o, x), seen if self.window is None else remember(state, k, v, real, self.window)
 
     def step(self, x_t, state):
@@ -344,11 +402,12 @@ class Attention(nn.Module):
         return self.output(o, x)[:, 0], state
 
     def reserve(self, state, n):
-        """The state with room for n more tokens, which step then writes in place."""
+        """The state with room for n more tokens, which step then writes in place. A ring has its room."""
         self.check_length(state.length + n)
-        more = n if self.window is None else 0
-        k, v = (F.pad(x, (0, 0, 0, more)) for x in (state.k, state.v))
-        return Room(k, v, F.pad(state.real, (0, more)), state.length)
+        if self.window is not None:
+            return state
+        k, v = (F.pad(x, (0, 0, 0, n)) for x in (state.k, state.v))
+        return Room(k, v, F.pad(state.real, (0, n)), state.length)
 
     def values(self, x):
         return share_groups(self.project(x)[2], self.n_heads)                                # (b, h, s, e)
@@ -365,9 +424,15 @@ def all_real(x):
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 
+def blank(x, real):
+    """x with zeros at the padding: whatever stood there, NaN too, is in nobody's sum and in no gradient."""
+    return x if real is None else x.masked_fill(~real[..., None], 0)
+
+
 class SlidingWindow(Attention):
-    """Attention to the last `window` tokens, the own one included [B20]: a banded M, and a ring of fixed size to
-    generate with. One layer sees w tokens, L layers together L (w - 1) + 1."""
+    """Attention to the last `window` tokens, with the token itself among them [B20]: a banded M, and a ring of fixed
+    size to generate with. One layer sees w tokens, L layers together L (w - 1) + 1. (Libraries count differently:
+    docs/comparing.md.)"""
 
     def __init__(self, d_model, n_heads=4, window=64, **options):
         super().__init__(d_model, n_heads, window=window, **options)
@@ -420,7 +485,7 @@ class Linformer(nn.Module):
 
 
 class NGram(nn.Module):
-    """n-gram heads [A24]: head n finds earlier occurrences of the last n tokens and averages what stood behind them:
+    """n-gram heads [Ak24]: head n finds earlier occurrences of the last n tokens and averages what stood behind them:
     A_ij = 1 if x[j-n : j] = x[i-n+1 : i+1] and j < i, its rows divided by their sums (0 / 0 = 0);
     y = W_1 x + sum_n W_0^n A^n x.
     Attention has to learn this pattern (an induction head is n = 1); here it is built in. All orders 1 to max_order
@@ -496,11 +561,14 @@ class NGram(nn.Module):
         return len(self.orders) * t * (self.W1.in_features + 1)      # at most: every n-gram different
 
 
+GOLDEN = -7046029254386353131        # 2^64 / golden ratio as a signed number, Knuth's multiplicative hash
+
+
 def hash_rows(x):
     """Equal rows, equal number: the bits of each row of x: (..., c) as a 64-bit linear hash (...)."""
     bits = x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).long()
     odd = 2 * torch.arange(x.shape[-1], device=x.device) + 1
-    return (bits * (odd * -7046029254386353131)).sum(dim=-1)         # wraps around, as a hash should
+    return (bits * (odd * GOLDEN)).sum(dim=-1)         # wraps around, as a hash should
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -523,12 +591,14 @@ def induction(batch_size=32, generator=None, length=128, vocab_size=256):
 
 
 def icll(batch_size=32, generator=None, length=256, vocab_size=19):
-    """In-context language learning [A24]: each sequence has a random finite automaton of its own and consists of
+    """In-context language learning [Ak24]: each sequence has a random finite automaton of its own and consists of
     strings that it wrote, joined by the separator vocab_size - 1. Only the strings before tell which letters may come
     next; any of those counts as right: the third result is {"valid": (b, t, vocab_size) bool}. Separators are
-    not asked for. Sizes as in the authors' code: 4 to 12 states, 4 to 18 letters, strings of 1 to 49 letters; from each
-    state 1 to 3 ways, equally likely, with different letters to different other states. (They also merge equivalent
-    states, and draw 10 to 19 strings; here strings fill the length.)"""
+    not asked for. With letters a to d and | between the strings, a sequence may begin: abac|ab|acad|abab|ac ...: after
+    an a comes b, c or d, after b and after c an a, and two such strings are enough to see it. Sizes as in the authors'
+    code: 4 to 12 states, 4 to 18 letters, strings of 1 to 49 letters; from each state 1 to 3 ways, equally likely, with
+    different letters to different other states. (They also merge equivalent states, and draw 10 to 19 strings; here
+    strings fill the length.)"""
     if vocab_size < 5:
         raise ValueError(f"icll needs at least 4 letters and a separator: vocab_size {vocab_size} is below 5")
     b, n_letters, max_states = batch_size, vocab_size - 1, 12
@@ -564,6 +634,29 @@ def icll(batch_size=32, generator=None, length=256, vocab_size=19):
 
 MIXERS = {"attention": Attention, "window": SlidingWindow, "linformer": Linformer, "ngram": NGram}
 TASKS = {"induction": induction, "icll": icll}
+
+
+# ------------------------------------------------------------------------------------------------------------- plumbing
+
+
+def pick_form(mixer, x, form=None):
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
+    cannot run there, or if x is not (b, t, c) with t >= 1."""
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
+    if form is None:
+        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
+        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
+        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
+            return "triton"
+        slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
+        return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]
+    if form not in mixer.forms:
+        raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
+    return form
 
 
 # ------------------------------------------------------------------------------------------------------- look and check
@@ -630,4 +723,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Lesson 01: attention. Compares every form of every mixer.")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the mixing matrices instead")
     args = parser.parse_args()
-    plot_matrices(args.plot) if args.plot else compare_forms()
+    if args.plot:
+        plot_matrices(args.plot)
+    else:
+        first()
+        compare_forms()
