@@ -12,15 +12,15 @@ Papers  [V17]  Vaswani et al. 2017, Attention Is All You Need            arXiv:1
         [D23]  Dao 2023, FlashAttention-2                                arXiv:2307.08691
         [MG18] Milakov, Gimelshein 2018, Online normalizer for softmax   arXiv:1805.02867
         [S21]  Su et al. 2021, RoFormer: rotary position embedding       arXiv:2104.09864
-        [A23]  Ainslie et al. 2023, GQA: grouped keys and values         arXiv:2305.13245
+        [Ai23] Ainslie et al. 2023, GQA: grouped keys and values         arXiv:2305.13245
         [B20]  Beltagy et al. 2020, Longformer: sliding window           arXiv:2004.05150
         [W20]  Wang et al. 2020, Linformer                               arXiv:2006.04768
-        [Ak24] Akyurek et al. 2024, In-Context Language Learning         arXiv:2401.12973
+        [Aky24] Akyurek et al. 2024, In-Context Language Learning         arXiv:2401.12973
 
 Axes    b batch, t time (target), s source, h head, g group of heads that share keys and values, d key dim,
         e value dim, c model width, w window, n order of an n-gram.
 Letters here are the papers': M the mixing matrix (P in [D22]), S scores, m, l a row's maximum and sum, L = m + log l,
-        D = rowsum(dO * O); E, F Linformer's projections; A, W_0, W_1 of [Ak24]. W_Q, W_K, W_V, W_O are qkv and out.
+        D = rowsum(dO * O); E, F Linformer's projections; A, W_0, W_1 of [Aky24]. W_Q, W_K, W_V, W_O are qkv and out.
 
 mixer      forms                          training cost   state per sequence
 attention  chunked parallel recurrent     t^2             2 g d t   (the KV cache grows)
@@ -307,7 +307,7 @@ def join_heads(x):
 
 
 class Attention(nn.Module):
-    """Causal multi-head softmax attention [V17]; rotary positions [S21]; groups of heads share keys and values [A23].
+    """Causal multi-head softmax attention [V17]; rotary positions [S21]; groups of heads share keys and values [Ai23].
 
     d_model: width c, a multiple of n_heads. n_kv_heads: g, a divisor of n_heads (default: n_heads). window: how many
     tokens a token sees, itself included (default: all before it). rope: rotate q and k. n_positions: so many positions
@@ -485,7 +485,7 @@ class Linformer(nn.Module):
 
 
 class NGram(nn.Module):
-    """n-gram heads [Ak24]: head n finds earlier occurrences of the last n tokens and averages what stood behind them:
+    """n-gram heads [Aky24]: head n finds earlier occurrences of the last n tokens and averages what stood behind them:
     A_ij = 1 if x[j-n : j] = x[i-n+1 : i+1] and j < i, its rows divided by their sums (0 / 0 = 0);
     y = W_1 x + sum_n W_0^n A^n x.
     Attention has to learn this pattern (an induction head is n = 1); here it is built in. All orders 1 to max_order
@@ -577,7 +577,7 @@ def hash_rows(x):
 
 
 def induction(batch_size=32, generator=None, length=128, vocab_size=256):
-    """Copying [Olsson et al. 2022, arXiv:2209.11895]: different tokens in random order, then the same again and again.
+    """Copying [Ol22]: different tokens in random order, then the same again and again.
     From the second round on every token can be told: find the last occurrence of the current one, say what followed
     it. The period of each sequence is drawn from length/4 to length/2, so that counting positions does not help.
     Returns ids and targets, (b, length) int64; -100 where nothing is asked."""
@@ -591,7 +591,7 @@ def induction(batch_size=32, generator=None, length=128, vocab_size=256):
 
 
 def icll(batch_size=32, generator=None, length=256, vocab_size=19):
-    """In-context language learning [Ak24]: each sequence has a random finite automaton of its own and consists of
+    """In-context language learning [Aky24]: each sequence has a random finite automaton of its own and consists of
     strings that it wrote, joined by the separator vocab_size - 1. Only the strings before tell which letters may come
     next; any of those counts as right: the third result is {"valid": (b, t, vocab_size) bool}. Separators are
     not asked for. With letters a to d and | between the strings, a sequence may begin: abac|ab|acad|abab|ac ...: after

@@ -5,20 +5,23 @@
 
 Take the softmax out of attention and the sum over the past can be carried along: phi(q_t) . sum_s phi(k_s) v_s^T. What
 is left to choose is phi, the feature map that stands in for exp(q . k), and g, the logarithm of the decay: nothing, a
-constant, a number for each token, or a vector for each token. Everything below is one of these choices. The matrix is
-M_ts = sum_d phi(q_t)_d phi(k_s)_d e^{g_{s+1} + ... + g_t}; the loop carries S; a chunk is a small matrix inside and one
-step of the loop from one to the next. The delta rule (further down) also lets a new value replace an old one.
+constant, a number for each token, or a vector for each token. The matrix is M_ts = sum_d phi(q_t)_d phi(k_s)_d
+e^{g_{s+1} + ... + g_t}; the loop carries S; a chunk is a small matrix inside and one step of the loop from one to the
+next. Most mixers below are such a choice. Three go further: a normaliser divides by the same sum with v = 1, RWKV reads
+before it writes (a bonus for the token itself), and the delta rule lets a new value replace an old one.
 
 Papers  [K20]  Katharopoulos et al. 2020, Transformers are RNNs  arXiv:2006.16236
         [C20]  Choromanski et al. 2020, Performer  arXiv:2009.14794      [P21]  Peng et al. 2021, RFA  arXiv:2103.02143
         [Q22]  Qin et al. 2022, cosFormer  arXiv:2202.08791              [Z24]  Zhang 2024, Hedgehog  arXiv:2402.04347
-        [A24]  Arora et al. 2024, Based  arXiv:2402.18668                [Ak24] Aksenov 2024, ReBased  arXiv:2402.10644
+        [Ar24] Arora et al. 2024, Based  arXiv:2402.18668                [Aks24] Aksenov, ReBased  arXiv:2402.10644
         [S23]  Sun et al. 2023, RetNet  arXiv:2307.08621                 [Y23]  Yang et al. 2023, GLA  arXiv:2312.06635
         [Ka23] Katsch 2023, GateLoop  arXiv:2311.01927                   [Pe23] Peng 2023, RWKV-4  arXiv:2305.13048
         [Pe24] Peng et al. 2024, RWKV-5 and 6  arXiv:2404.05892          [D24]  Dao, Gu 2024, Mamba-2  arXiv:2405.21060
         [Y24]  Yang et al. 2024, DeltaNet  arXiv:2406.06484              [Y25]  Yang, Gated DeltaNet  arXiv:2412.06464
 
 Axes    b batch, t time (target), s source, h head, d key or feature dim, e value dim, c model width, n chunk.
+Letters alpha, gamma, a, w of the papers (the decay) are e^g; Mamba-2's C, B, x are q, k, v; RWKV's r is q; z, the
+        normaliser's state, is a last column of S; G_ts = g_{s+1} + ... + g_t; D_t is a correction of the delta rule.
 
 mixer                             decay g             forms                            state per sequence
 linear_attention relu performer   none                chunked parallel recurrent       h D (e + 1), D features
@@ -28,20 +31,20 @@ gated_rfa                         scalar, data        chunked parallel recurrent
 retnet                            scalar, constant    chunked parallel recurrent       h d e
 mamba2                            scalar, data        chunked parallel recurrent       h d e and 3 inputs of the conv
 gla                               vector, data        chunked parallel recurrent       h d e
-rwkv6                             vector, data        chunked parallel recurrent       h d e and the last token
-gateloop                          complex, data       scan parallel recurrent          2 c
-rwkv4                             vector, constant    scan parallel recurrent          3 c and the last token
 deltanet gated_deltanet           none; scalar, data  chunked parallel recurrent       h d e and 3 inputs of the convs
+rwkv6                             vector, data        chunked parallel recurrent       h d e and the last token
+rwkv4                             vector, constant    scan parallel recurrent          3 c and the last token
+gateloop                          complex, data       scan parallel recurrent          2 c
 (all but the delta rule, gateloop and rwkv4 also triton: one kernel, the default on a GPU in bfloat16)
 
     python 02_linear_attention.py                  forms compared and timed; how well each feature map mimics softmax
     python 02_linear_attention.py --plot FILE.png  the feature maps' weights beside softmax's, and the mixing matrices
 """
 import argparse
-import inspect
 import math
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,6 +52,55 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also runs alone, without its kernels
+NO_FLOAT64 = {"mps"}                                         # devices that have no float64
+
+
+def first():
+    """The lesson on four tokens, A c B A, with d = e = 2: a token asks for itself (q), is found under the token before
+    it (k), and says itself (v). No feature map, no normaliser. Prints and returns q, k, v, g, the states S, M and M V,
+    without a decay, with one decay for all of S (RetNet: 1/2), and with one for each of its rows (GLA: 1 and 1/2)."""
+    A, B, c, nothing = (2.0, 0.0), (0.0, 2.0), (-1.0, -1.0), (0.0, 0.0)
+    q = v = torch.tensor([A, c, B, A])                                               # (t, d), (t, e)
+    k = torch.tensor([nothing, A, c, B])                                             # (t, d)
+    decays = {"no decay": (1.0, 1.0), "RetNet, 1/2": (0.5, 0.5), "GLA, (1, 1/2)": (1.0, 0.5)}
+    results = []
+    print("four tokens, A c B A: the state S is 2 x 2 numbers, however many tokens there were")
+    for name, decay in decays.items():
+        a = torch.tensor(decay)                                                      # (d,), e^g
+
+        # Token by token: S_t = a * S_{t-1} + k_t v_t^T, o_t = q_t^T S_t.
+        S, states, recurrent = torch.zeros(2, 2), [], []
+        for t in range(4):
+            S = a[:, None] * S + k[t][:, None] * v[t]                                # (d, e)
+            states.append(S)
+            recurrent.append(q[t] @ S)
+
+        # All at once: M_ts = sum_d q_td k_sd a_d^(t-s) for s <= t.
+        M = torch.zeros(4, 4)
+        for t in range(4):
+            for s in range(t + 1):
+                M[t, s] = (q[t] * k[s] * a ** (t - s)).sum()
+
+        # In chunks of two: M inside the second chunk, and from the first only the state that it left.
+        into = a ** torch.tensor([[1.0], [2.0]])                                     # decay since the first chunk
+        chunked = torch.cat([M[:2, :2] @ v[:2], M[2:, 2:] @ v[2:] + (q[2:] * into) @ states[1]])
+
+        assert torch.equal(M @ v, torch.stack(recurrent)) and torch.equal(M @ v, chunked)
+        print(f"    {name:14} S after the token          M                         M V = the loop = the chunks")
+        for token, S, row, y in zip("AcBA", states, M.tolist(), (M @ v).tolist(), strict=True):
+            rows = " ".join(f"({x:4g} {z:4g})" for x, z in S.tolist())
+            print(f"        {token}          {rows}  " + "".join(f"{x:6g}" for x in row) + "   "
+                  + "".join(f"{x:6g}" for x in y))
+        results.append((q, k, v, a.log(), torch.stack(states), M, M @ v))
+
+    # The delta rule: a key of length 1 is looked up before it is written, and only the difference is added.
+    k1 = k2 = torch.tensor((1.0, 0.0))
+    S1 = k1[:, None] * torch.tensor(A)                                               # A under k1
+    S2 = S1 + k2[:, None] * (torch.tensor(B) - k2 @ S1)                              # B under the same key
+    print(f"    A, then B under one key: added, {(S1 + k2[:, None] * torch.tensor(B)).tolist()[0]}; "
+          f"by the delta rule, {S2.tolist()[0]}\n")
+    return results
+
 
 # ----------------------------------------------------------------------------------------- the recurrence, three forms
 #
@@ -80,25 +132,20 @@ def parallel(q, k, v, g=None, state=None):
     """o = M V + (q e^{g_1 + ... + g_t}) S_0, and the state after the block. Every exponent is a sum of g: at most 0."""
     g = gates(g, q)
     G, since = segment_sums(g), g.cumsum(dim=2).exp()                                # since: decay of what came before
-    o = weights(q, k, G) @ v
+    o = weights(q, k, G) @ v                                                         # (b, h, t, e)
     S = (k * G[:, :, -1].exp()).mT @ v                                               # (b, h, d, e)
     return (o, S) if state is None else (o + (q * since) @ state, S + since[:, :, -1, :, None] * state)
 
 
-def in_chunks(block):
-    """The chunked form of a block form: parallel inside a chunk, recurrent from one to the next. Time and memory
-    O(t)."""
-    def chunked(q, k, v, g=None, *more, state=None, chunk=64):
-        g, o = gates(g, q), []
-        chunk = chunk if g.shape[-1] == 1 else chunk // 4            # a vector decay makes (chunk, chunk, d) numbers
-        for i in range(0, q.shape[2], chunk):
-            o_i, state = block(*(x[:, :, i:i + chunk] for x in (q, k, v, g, *more)), state=state)
-            o.append(o_i)
-        return torch.cat(o, dim=2), state
-    return chunked
-
-
-chunked = in_chunks(parallel)
+def chunked(q, k, v, g=None, *more, state=None, chunk=64, block=parallel):
+    """Parallel inside a chunk, recurrent from one to the next. Time and memory O(t)."""
+    g, o = gates(g, q), []
+    chunk = chunk if g.shape[-1] == 1 else chunk // 4            # a vector decay makes (chunk, chunk, d) numbers
+    for i in range(0, q.shape[2], chunk):
+        now = slice(i, i + chunk)
+        o_i, state = block(*(x[:, :, now] for x in (q, k, v, g, *more)), state=state)
+        o.append(o_i)
+    return torch.cat(o, dim=2), state
 
 
 def recurrent(q, k, v, g=None, state=None):
@@ -106,13 +153,584 @@ def recurrent(q, k, v, g=None, state=None):
     g, o = gates(g, q), []
     S = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
     for t in range(q.shape[2]):
-        S = g[:, :, t, :, None].exp() * S + k[:, :, t, :, None] * v[:, :, t, None, :]
+        S = g[:, :, t, :, None].exp() * S + k[:, :, t, :, None] * v[:, :, t, None, :]      # (b, h, d, e)
+        o.append(q[:, :, t, None] @ S)                                               # (b, h, 1, e)
+    return torch.cat(o, dim=2), S
+
+
+def triton(q, k, v, g=None, state=None):
+    """The same as one kernel, on a GPU: kernels/linear_attention.py; kernels/gla.py for a decay of each channel;
+    kernels/step.py for a single token. q and k are brought to v's dtype, which may be of 16 bits."""
+    from kernels.gla import gla
+    from kernels.linear_attention import linear_attention
+    from kernels.step import linear_step
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if q.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
+        o, state = linear_step(*(x[:, :, 0] for x in (q, k, v)), None if g is None else g[:, :, 0], state)
+        return o[:, :, None], state
+    return (linear_attention if g is None or g.shape[-1] == 1 else gla)(q, k, v, g, state)
+
+
+FORMS = {"chunked": chunked, "parallel": parallel, "recurrent": recurrent, "triton": triton}
+
+
+def with_normaliser(form, q, k, v, g=None, state=None, eps=1e-6):
+    """Any of them, divided by the same sum with v = 1, which is carried along as a last column of v and of S."""
+    o, S = form(q, k, F.pad(v, (0, 1), value=1.0), g, state=state)
+    return o[..., :-1] / o[..., -1:].clamp(min=eps), S
+
+
+# -------------------------------------------------------------------------------------- from the forms to a mixer
+
+
+class LinearMixer(nn.Module):
+    """What every mixer of this lesson does: make the inputs of the recurrence, run it in a form, finish. A mixer has
+
+    project(x, carry) -> inputs of the form (q, k, v, g, ...), whatever finish wants, carry
+    finish(o, more)   -> y
+
+    where carry is what projecting needs of the past: the number of tokens so far, or the inputs that a convolution
+    still sees. A state is (carry, S). Forms run in float32 or better, also under autocast; but the kernel takes q, k, v
+    as they are, and sums in float32."""
+    forms = ("chunked", "parallel", "recurrent", "triton")
+    causal = True
+    functions = FORMS
+
+    def run(self, x, state, form):
+        carry, S = self.init_state(len(x)) if state is None else state
+        if len(S) != len(x):
+            raise ValueError(f"the state is of {len(S)} sequences, x of {len(x)}")
+        inputs, more, carry = self.project(x, carry)
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = inputs if form == "triton" else [at_least_float32(y) for y in inputs]
+            o, S = self.functions[form](*inputs, state=S)
+        return self.finish(o.to(working_dtype(x)), more), (carry, S)
+
+    def forward(self, x, form=None):
+        return self.run(x, None, pick_form(self, x, form))[0]
+
+    def prefill(self, x, state=None):
+        return self.run(x, state, pick_form(self, x))
+
+    def step(self, x_t, state):
+        x = x_t[:, None]
+        y, state = self.run(x, state, "triton" if pick_form(self, x) == "triton" else "recurrent")
+        return y[:, 0], state
+
+    def init_carry(self, batch_size):
+        return 0                                                                     # the number of tokens so far
+
+    def init_state(self, batch_size):
+        like = at_least_float32(next(self.parameters()))
+        return self.init_carry(batch_size), like.new_zeros(batch_size, *self.state_shape)
+
+    def state_size(self, t):
+        carry = self.init_carry(1)
+        return math.prod(self.state_shape) + (carry.numel() if torch.is_tensor(carry) else 0)
+
+    def inputs(self, x):
+        """q, k, v, g, ... of a fresh text, and last what finish wants."""
+        inputs, more, _ = self.project(x, self.init_carry(len(x)))
+        return *inputs, more
+
+    def values(self, x):
+        return self.inputs(x)[2]                                                     # (b, h, s, e)
+
+    def output(self, o, x):
+        return self.finish(o, self.inputs(x)[-1])
+
+    def matrix(self, x):
+        q, k, _, g, *_ = (at_least_float32(y) for y in self.inputs(x)[:4])
+        return weights(q, k, segment_sums(gates(g, q)))                              # (b, h, t, s)
+
+
+# ------------------------------------------------------------------------------------ the first mixer, and its phi
+#
+# phi: (b, h, t, d) -> (b, h, t, D), so that phi(q) . phi(k) stands in for exp(q . k / sqrt(d)), or for something else
+# that works. `start` is the position of the first token. shared: one map for q and k, or one for each.
+
+
+class Elu(nn.Module):
+    """elu(x) + 1 [K20, eq. 7]: positive, and nothing else."""
+    shared = True
+
+    def __init__(self, d, n_heads):
+        super().__init__()
+        self.dim = d
+
+    def forward(self, x, start=0):
+        return F.elu(x) + 1
+
+
+class LinearAttention(LinearMixer):
+    """Linear attention with any feature map, normalised: o_t = phi(q_t) S_t / phi(q_t) z_t [K20, eq. 12].
+
+    feature_map: a name in FEATURE_MAPS. feature_dim: width of q and k that it is given (default: the head's; 16 where
+    the features grow with its square). gated: decay by a gate a_t of the token, S_t = a_t S_{t-1} + (1 - a_t) phi(k)
+    v^T [P21, eq. 7]. More options go to the feature map. ValueError for a width that the heads do not divide and for an
+    unknown map."""
+
+    def __init__(self, d_model, n_heads=4, feature_map="elu", feature_dim=None, gated=False, **options):
+        super().__init__()
+        e = head_dim(d_model, n_heads)
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(f"unknown feature_map {feature_map!r}; there are {', '.join(FEATURE_MAPS)}")
+        d = (16 if feature_map in ("taylor", "taylor_full", "rebased") else e) if feature_dim is None else feature_dim
+        self.n_heads = n_heads
+        self.q, self.k = linear(d_model, n_heads * d), linear(d_model, n_heads * d)
+        self.v, self.out = linear(d_model, d_model), linear(d_model, d_model)
+        self.phi_q = FEATURE_MAPS[feature_map](d, n_heads, **options)
+        self.phi_k = self.phi_q if self.phi_q.shared else FEATURE_MAPS[feature_map](d, n_heads, **options)
+        self.gate = linear(d_model, n_heads, bias=True) if gated else None
+        self.eps = 1e-3 if feature_map == "rfa" else 1e-6        # RFA's weights can be negative: keep away from 0
+        self.functions = {name: partial(with_normaliser, form, eps=self.eps) for name, form in FORMS.items()}
+        self.state_shape = (n_heads, self.phi_q.dim, e + 1)
+
+    def project(self, x, carry):
+        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
+        with torch.autocast(x.device.type, enabled=False):
+            q, k, g = self.phi_q(at_least_float32(q), carry), self.phi_k(at_least_float32(k), carry), None
+        if self.gate is not None:
+            a = at_least_float32(self.gate(x)).mT[..., None]                         # (b, h, t, 1), before the sigmoid
+            k, g = k * torch.sigmoid(-a), F.logsigmoid(a)
+        return (q, k, v, g), None, carry + x.shape[1]
+
+    def finish(self, o, _):
+        return self.out(join_heads(o))
+
+    def matrix(self, x):
+        M = super().matrix(x)
+        return M / M.sum(dim=-1, keepdim=True).clamp(min=self.eps)
+
+
+class Relu(Elu):
+    """max(x, 0): the half of the space that q and k share."""
+
+    def forward(self, x, start=0):
+        return F.relu(x)
+
+
+class Performer(nn.Module):
+    """FAVOR+ [C20, lemma 1]: e^{x.y} = E_w[e^{w.x - |x|^2/2} e^{w.y - |y|^2/2}] for w ~ N(0, 1), estimated with m
+    drawn w, whose directions are orthogonal in blocks of d; positive, unbiased. x = q d^{-1/4}.
+    Differs: no stabiliser, the authors' maximum over all keys, which would look ahead; without it the exponent is still
+    at most |w|^2 / 2. No 1e-4 added to the features: at unit scale that outweighs them."""
+    shared = True
+
+    def __init__(self, d, n_heads, m=None):
+        super().__init__()
+        self.dim = m = m or 4 * d
+        blocks = [Q * R.diagonal().sign() for Q, R in (torch.linalg.qr(torch.randn(d, d)) for _ in range(-(-m // d)))]
+        norms = torch.randn(m, d).norm(dim=1, keepdim=True)
+        self.register_buffer("w", torch.cat(blocks)[:m] * norms)  # (m, d); without the signs Q would lean to one side
+
+    def forward(self, x, start=0):
+        x = x * x.shape[-1] ** -0.25
+        return torch.exp(x @ self.w.mT.to(x.dtype) - x.square().sum(dim=-1, keepdim=True) / 2) * self.dim ** -0.5
+
+
+class RandomFourier(nn.Module):
+    """RFA [P21, eq. 3]: [sin Wx, cos Wx] / sqrt(m), W ~ N(0, 1) / tau, x of length 1: e^{x.y / tau^2} up to a
+    constant. The estimate is unbiased but can be negative.
+    Differs: the authors' code scales the features by 0.1, clamps the normaliser at 1 (here 1e-3), draws a W for each
+    head, and draws again in training; at the start their outputs are so divided by the clamp, not by the sum."""
+    shared = True
+
+    def __init__(self, d, n_heads, m=64, tau=1.0):
+        super().__init__()
+        self.dim = 2 * m
+        self.register_buffer("w", torch.randn(m, d) / tau)
+
+    def forward(self, x, start=0):
+        x = F.normalize(x, dim=-1) @ self.w.mT.to(x.dtype)
+        return torch.cat([x.sin(), x.cos()], dim=-1) * (2 / self.dim) ** 0.5
+
+
+class CosFormer(nn.Module):
+    """relu(x) [sin(pi i / 2M), cos(pi i / 2M)] at position i [Q22, eq. 10]: weights fall with cos of the distance. M
+    is fixed (the authors take the length at hand, with which the outputs change as the text grows); no text may be
+    longer."""
+    shared = True
+
+    def __init__(self, d, n_heads, M=8192):
+        super().__init__()
+        self.dim, self.M = 2 * d, M
+
+    def forward(self, x, start=0):
+        if start + x.shape[2] > self.M:
+            raise ValueError(f"position {start + x.shape[2]} is beyond M = {self.M} of this cosFormer")
+        exact = torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
+        angle = torch.arange(start, start + x.shape[2], device=x.device, dtype=exact) * (math.pi / 2 / self.M)
+        x = F.relu(x)
+        return torch.cat([x * f(angle).to(x.dtype)[:, None] for f in (torch.sin, torch.cos)], dim=-1)
+
+
+class Hedgehog(nn.Module):
+    """[softmax(Wx), softmax(-Wx)] [Z24, eq. 6], W learned for each head, for q and k apart, the identity at first:
+    spiky like softmax, and it learns to grow with q . k."""
+    shared = False
+
+    def __init__(self, d, n_heads):
+        super().__init__()
+        self.dim = 2 * d
+        self.W = nn.Parameter(torch.eye(d).repeat(n_heads, 1, 1))                    # (h, d, d)
+
+    def forward(self, x, start=0):
+        x = x @ self.W.mT.to(x.dtype)
+        return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
+
+
+def products(x):
+    """The d (d + 1) / 2 different products x_i x_j, so weighted that products(x) . products(y) = (x . y)^2."""
+    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
+    pick = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)        # products with 0 and 1: faster than indexing
+    return (x @ pick[:, i]) * (x @ pick[:, j]) * x.new_full(i.shape, 2 ** 0.5).masked_fill(i == j, 1.0)
+
+
+class Taylor(nn.Module):
+    """[1, x / d^{1/4}, x x^T / sqrt(2d)] [Ar24, eq. 4; 1 / sqrt(d) in the code]: with s = q . k / sqrt(d), phi(q) .
+    phi(k) = 1 + s + s^2/2, at least 1/2. Each product is kept once: 1 + d + d (d + 1) / 2 features (d = 16: 153)."""
+    shared = True
+
+    def __init__(self, d, n_heads):
+        super().__init__()
+        self.dim = 1 + d + d * (d + 1) // 2
+
+    def forward(self, x, start=0):
+        x = x * x.shape[-1] ** -0.25
+        return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5 ** 0.5], dim=-1)
+
+
+class TaylorFull(Taylor):
+    """The same function with all d^2 products, as it is usually written (d = 16: 273 features)."""
+
+    def __init__(self, d, n_heads):
+        super().__init__(d, n_heads)
+        self.dim = 1 + d + d * d
+
+    def forward(self, x, start=0):
+        x = x * x.shape[-1] ** -0.25
+        square = (x[..., :, None] * x[..., None, :]).flatten(-2)
+        return torch.cat([torch.ones_like(x[..., :1]), x, square * 0.5 ** 0.5], dim=-1)
+
+
+class ReBased(nn.Module):
+    """(q . k)^2 / d of q and k after a LayerNorm, over all heads at once, with a learned scale and shift each [Aks24,
+    section 4]: a parabola that can move its minimum, 0, to where it ignores. Hence the normaliser needs its eps."""
+    shared = False
+
+    def __init__(self, d, n_heads):
+        super().__init__()
+        self.dim = d * (d + 1) // 2
+        self.norm = nn.LayerNorm(n_heads * d)
+
+    def forward(self, x, start=0):
+        y, norm = join_heads(x), self.norm                                           # (b, t, h d)
+        y = F.layer_norm(y, y.shape[-1:], norm.weight.to(x.dtype), norm.bias.to(x.dtype))
+        return products(split_heads(y, x.shape[1])) * x.shape[-1] ** -0.5
+
+
+FEATURE_MAPS = {"elu": Elu, "relu": Relu, "performer": Performer, "rfa": RandomFourier, "cosformer": CosFormer,
+                "hedgehog": Hedgehog, "taylor": Taylor, "taylor_full": TaylorFull, "rebased": ReBased}
+
+
+class ReluAttention(LinearAttention):
+    """Linear attention with phi = relu."""
+
+    def __init__(self, d_model, n_heads=4, **options):
+        super().__init__(d_model, n_heads, "relu", **options)
+
+
+class PerformerAttention(LinearAttention):
+    """Linear attention with Performer's m random features (default: 4 d)."""
+
+    def __init__(self, d_model, n_heads=4, m=None, **options):
+        super().__init__(d_model, n_heads, "performer", m=m, **options)
+
+
+class RFAttention(LinearAttention):
+    """Random feature attention, with 2 m features of scale tau."""
+
+    def __init__(self, d_model, n_heads=4, m=64, tau=1.0, **options):
+        super().__init__(d_model, n_heads, "rfa", m=m, tau=tau, **options)
+
+
+class GatedRFA(RFAttention):
+    """RFA with a gate of the token [P21, eq. 7]: a running average that forgets."""
+
+    def __init__(self, d_model, n_heads=4, gated=True, **options):
+        super().__init__(d_model, n_heads, gated=gated, **options)
+
+
+class CosFormerAttention(LinearAttention):
+    """Linear attention with cosFormer's features; no text is longer than M."""
+
+    def __init__(self, d_model, n_heads=4, M=8192, **options):
+        super().__init__(d_model, n_heads, "cosformer", M=M, **options)
+
+
+class HedgehogAttention(LinearAttention):
+    """Linear attention with Hedgehog's learned features."""
+
+    def __init__(self, d_model, n_heads=4, **options):
+        super().__init__(d_model, n_heads, "hedgehog", **options)
+
+
+class TaylorAttention(LinearAttention):
+    """Linear attention with the Taylor series of the exponential: Based's, without its window (lesson 04)."""
+
+    def __init__(self, d_model, n_heads=4, **options):
+        super().__init__(d_model, n_heads, "taylor", **options)
+
+
+class TaylorFullAttention(LinearAttention):
+    """The same with all products of the features."""
+
+    def __init__(self, d_model, n_heads=4, **options):
+        super().__init__(d_model, n_heads, "taylor_full", **options)
+
+
+class ReBasedAttention(LinearAttention):
+    """Linear attention with ReBased's learned parabola."""
+
+    def __init__(self, d_model, n_heads=4, **options):
+        super().__init__(d_model, n_heads, "rebased", **options)
+
+
+# ----------------------------------------------------------------------------------------------------------- decays
+
+
+def rms_norm(o, eps=1e-5):
+    return o * torch.rsqrt(o.square().mean(dim=-1, keepdim=True) + eps)
+
+
+def rope(x, start=0, base=10000.0):
+    """Rotary positions (lesson 01): the pair (x_i, x_{i + d/2}) at position p turned by the angle p base^(-2i/d)."""
+    t, d = x.shape[-2:]
+    exact = torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
+    theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=exact) / d)                   # (d/2,)
+    angle = (start + torch.arange(t, device=x.device, dtype=exact))[:, None] * theta
+    cos, sin = (f(angle).to(torch.promote_types(x.dtype, torch.float32)) for f in (torch.cos, torch.sin))
+    return (x * torch.cat([cos, cos], -1) + x.roll(d // 2, -1) * torch.cat([-sin, sin], -1)).to(x.dtype)
+
+
+class RetNet(LinearMixer):
+    """Retention [S23, eq. 5-8]: constant decays gamma_h = 1 - 2^{-5-h}, rotary q and k, values of twice the width, a
+    norm for each head (its eps of 1e-6 counts: at the start o is so small that 1e-5 changes token 0 by 28%) and a swish
+    gate in place of a normaliser. (torchscale's angles are base^{-linspace(0, 1, d/2)}, not rope's base^{-2i/d}.)"""
+
+    def __init__(self, d_model, n_heads=4, expand_v=2):
+        super().__init__()
+        self.n_heads, d, d_value = n_heads, head_dim(d_model, n_heads), expand_v * d_model
+        if d % 2:
+            raise ValueError(f"rotary positions turn pairs: the head dim d_model / n_heads = {d} must be even")
+        self.q, self.k = linear(d_model, d_model), linear(d_model, d_model)
+        self.v, self.gate, self.out = linear(d_model, d_value), linear(d_model, d_value), linear(d_value, d_model)
+        for layer in (self.q, self.k, self.v, self.gate):
+            nn.init.xavier_uniform_(layer.weight, gain=2 ** -2.5)
+        nn.init.xavier_uniform_(self.out.weight, gain=0.5)
+        gamma = 1 - 2.0 ** (-5 - torch.arange(n_heads, dtype=torch.float64))
+        self.register_buffer("g", gamma.log().float()[None, :, None, None])
+        self.state_shape = (n_heads, d, d_value // n_heads)
+
+    def project(self, x, carry):
+        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
+        inputs = rope(q, carry), rope(k, carry) * k.shape[-1] ** -0.5, v, self.g
+        return inputs, F.silu(self.gate(x)), carry + x.shape[1]
+
+    def finish(self, o, gate):
+        return self.out(join_heads(rms_norm(o, eps=1e-6)) * gate)
+
+
+class GLA(LinearMixer):
+    """Gated linear attention [Y23, section 4.4]: a decay for each key channel from the token, g = logsigmoid(W_2 W_1
+    x + b) / 16. Without the 16th root nothing would be left after some 50 tokens at first."""
+
+    def __init__(self, d_model, n_heads=4, gate_rank=16):
+        super().__init__()
+        self.n_heads, e, half = n_heads, head_dim(d_model, n_heads), d_model // 2
+        d = head_dim(half, n_heads)
+        self.q, self.k, self.v = linear(d_model, half), linear(d_model, half), linear(d_model, d_model)
+        self.decay = nn.Sequential(linear(d_model, gate_rank), linear(gate_rank, half, bias=True))
+        self.gate, self.out, self.norm = linear(d_model, d_model), linear(d_model, d_model), nn.Parameter(torch.ones(e))
+        self.state_shape = (n_heads, d, e)
+
+    def project(self, x, carry):
+        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
+        g = split_heads(F.logsigmoid(at_least_float32(self.decay(x))) / 16, self.n_heads)
+        return (q * q.shape[-1] ** -0.5, k, v, g), F.silu(self.gate(x)), carry + x.shape[1]
+
+    def finish(self, o, gate):
+        return self.out(join_heads(rms_norm(o) * self.norm) * gate)
+
+
+class ShortConv(nn.Module):
+    """A causal filter of `width` taps for each channel, then SiLU. x: (b, t, c) and the width - 1 inputs before it."""
+
+    def __init__(self, channels, width=4, bias=False):
+        super().__init__()
+        self.width = width
+        self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=bias)
+
+    def forward(self, x, past):
+        x = torch.cat([past.to(x.dtype), x], dim=1)
+        return F.silu(self.conv(x.mT).mT), x[:, x.shape[1] - self.width + 1:]
+
+    def init_carry(self, batch_size):
+        return self.conv.weight.new_zeros(batch_size, self.width - 1, self.conv.in_channels)
+
+
+def inverse_softplus(x):
+    return x + torch.log(-torch.expm1(-x))
+
+
+def time_steps(n):
+    """Biases whose softplus is log-uniform in [1e-3, 1e-1]."""
+    return inverse_softplus(torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1))))
+
+
+class Mamba2(LinearMixer):
+    """Mamba-2 [D24, section 7]: a scalar decay for each head, g = -dt e^{A_log}; C, B and x are q, k and v, with B
+    scaled by dt; a short convolution before, a skip D, a gate and then a norm after. The chunked form is its SSD
+    algorithm. C and B are shared by the heads; the inner width is 2 c. (transformers' Mamba2 starts A at 1, 2, ...,
+    n_heads, not at U(1, 16).)"""
+
+    def __init__(self, d_model, n_heads=4, n_state=64, expand=2):
+        super().__init__()
+        self.n_heads, self.n_state, self.d_inner = n_heads, n_state, expand * d_model
+        d_head = expand * head_dim(d_model, n_heads)
+        self.z, self.xbc = linear(d_model, self.d_inner), linear(d_model, self.d_inner + 2 * n_state)
+        self.dt, self.out = linear(d_model, n_heads), linear(self.d_inner, d_model)
+        self.conv = ShortConv(self.d_inner + 2 * n_state, bias=True)
+        self.dt_bias = nn.Parameter(time_steps(n_heads))
+        self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
+        self.skip = nn.Parameter(torch.ones(n_heads))
+        self.norm = nn.Parameter(torch.ones(self.d_inner))
+        own_settings(self.dt_bias, self.A_log, self.skip)
+        self.state_shape = (n_heads, n_state, d_head)
+
+    def project(self, x, carry):
+        xbc, carry = self.conv(self.xbc(x), carry)
+        v, k, q = xbc.split([self.d_inner, self.n_state, self.n_state], dim=-1)
+        dt = F.softplus(at_least_float32(self.dt.weight @ x.mT) + self.dt_bias[:, None])[..., None]  # (b, h, t, 1)
+        g = -dt * self.A_log.exp()[:, None, None]                                    # (b, h, t, 1)
+        k, v = k[:, None] * dt, split_heads(v, self.n_heads)                         # (b, h, t, d), (b, h, t, e)
+        return (q[:, None].expand_as(k), k, v, g), (v, F.silu(self.z(x))), carry
+
+    def finish(self, o, more):
+        v, z = more
+        return self.out(rms_norm(join_heads(o + self.skip[:, None, None] * v) * z) * self.norm)
+
+    def init_carry(self, batch_size):
+        return self.conv.init_carry(batch_size)
+
+
+# ------------------------------------------------------------------------------------------------------ the delta rule
+#
+# S_t = e^{g_t} (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T: what the state holds under k_t is replaced, not
+# added to. Written as S_t = e^{g_t} S_{t-1} + k_t D_t^T it is the recurrence above for corrections D_t in place of v_t.
+# For two tokens, without a decay, from an empty state:
+#
+#     D_1 = beta_1 v_1                                  nothing was there
+#     D_2 = beta_2 (v_2 - (k_2 . k_1) D_1)              under k_2 the state finds what k_1 left there
+
+
+def delta_system(k, g, beta):
+    """1 + A and G. A_ts = beta_t (k_t . k_s) e^{G_ts} for s < t: the share of the correction D_s that the state still
+    holds under k_t when token t comes, and that D_t has to take out."""
+    G = segment_sums(g)
+    A = (beta * (k @ k.mT) * G[..., 0].exp()).tril(-1)                               # (b, h, t, s)
+    return A + torch.eye(k.shape[2], dtype=A.dtype, device=A.device), G
+
+
+def delta_parallel(q, k, v, g, beta, state=None):
+    """The UT transform [Y24, eq. 10; Y25, eq. 6]: the corrections D_t = beta_t (v_t - e^{g_t} S_{t-1}^T k_t) of a whole
+    block solve the triangular system (1 + A) D = beta (V - e^{g_1 + ... + g_t} K S_0); then D takes the place of V."""
+    g = gates(g, q)
+    system, G = delta_system(k, g, beta)
+    since = g.cumsum(dim=2).exp()
+    known = 0 if state is None else (k * since) @ state                              # (b, h, t, e)
+    D = torch.linalg.solve_triangular(system, beta * (v - known), upper=False, unitriangular=True)
+    o = weights(q, k, G) @ D
+    S = (k * G[:, :, -1].exp()).mT @ D
+    return (o, S) if state is None else (o + (q * since) @ state, S + since[:, :, -1, :, None] * state)
+
+
+delta_chunked = partial(chunked, block=delta_parallel)
+
+
+def delta_recurrent(q, k, v, g, beta, state=None):
+    g, o = gates(g, q), []
+    S = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
+    for t in range(q.shape[2]):
+        S = g[:, :, t, :, None].exp() * S
+        D = beta[:, :, t, None] * (v[:, :, t, None] - k[:, :, t, None] @ S)          # (b, h, 1, e)
+        S = S + k[:, :, t, :, None] * D
         o.append(q[:, :, t, None] @ S)
     return torch.cat(o, dim=2), S
 
 
+class DeltaNet(LinearMixer):
+    """The delta rule [Y24]: with keys of length 1 and beta = sigmoid(W x), writing under a key first takes out the
+    share beta of what is there. q, k, v pass a short convolution; a norm for each head after."""
+    forms = ("chunked", "parallel", "recurrent")
+    functions = {"parallel": delta_parallel, "chunked": delta_chunked, "recurrent": delta_recurrent}
+
+    def __init__(self, d_model, n_heads=4, expand_v=1):
+        super().__init__()
+        self.n_heads, d, d_value = n_heads, head_dim(d_model, n_heads), expand_v * d_model
+        self.qkv, self.conv = linear(d_model, 2 * d_model + d_value), ShortConv(2 * d_model + d_value)
+        self.beta, self.out = linear(d_model, n_heads), linear(d_value, d_model)
+        self.norm = nn.Parameter(torch.ones(d_value // n_heads))
+        self.state_shape = (n_heads, d, d_value // n_heads)
+
+    def project(self, x, carry):
+        qkv, carry = self.conv(self.qkv(x), carry)
+        q, k, v = (split_heads(y, self.n_heads) for y in qkv.split([x.shape[2], x.shape[2], self.out.in_features], -1))
+        q, k = F.normalize(q, dim=-1) * q.shape[-1] ** -0.5, F.normalize(k, dim=-1)
+        beta = torch.sigmoid(at_least_float32(self.beta(x))).mT[..., None]           # (b, h, t, 1)
+        return (q, k, v, None, beta), None, carry
+
+    def finish(self, o, _):
+        return self.out(join_heads(rms_norm(o) * self.norm))
+
+    def init_carry(self, batch_size):
+        return self.conv.init_carry(batch_size)
+
+    def matrix(self, x):
+        """(Q K^T with decay) (1 + A)^{-1} diag(beta): the delta rule is a linear attention to corrected values."""
+        q, k, _, g, beta = (at_least_float32(y) for y in self.inputs(x)[:5])
+        system, G = delta_system(k, gates(g, q), beta)
+        beta = torch.diag_embed(beta[..., 0])
+        return weights(q, k, G) @ torch.linalg.solve_triangular(system, beta, upper=False, unitriangular=True)
+
+
+class GatedDeltaNet(DeltaNet):
+    """DeltaNet whose state also decays, g = -e^{A_log} softplus(W x + dt_bias), with values of twice the keys' width
+    and a swish gate behind the norm [Y25]. (transformers' Qwen3-Next stores the norm's weight as it is here, and
+    everywhere else as 1 + w.)"""
+
+    def __init__(self, d_model, n_heads=4, expand_v=2):
+        super().__init__(d_model, n_heads, expand_v)
+        self.decay, self.gate = linear(d_model, n_heads), linear(d_model, self.out.in_features)
+        self.dt_bias = nn.Parameter(time_steps(n_heads))
+        self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(0, 16).log())
+        own_settings(self.dt_bias, self.A_log)
+
+    def project(self, x, carry):
+        (q, k, v, _, beta), _, carry = super().project(x, carry)
+        dt = F.softplus(at_least_float32(self.decay(x)) + self.dt_bias).mT[..., None]        # (b, h, t, 1)
+        return (q, k, v, -dt * self.A_log.exp()[:, None, None], beta), F.silu(self.gate(x)), carry
+
+    def finish(self, o, gate):
+        return self.out(join_heads(rms_norm(o) * self.norm) * gate)
+
+
+# --------------------------------------------------------------------- further away: complex states, RWKV's bonus
+
+
 def scan(a, b):
-    """h_t = a_t h_{t-1} + b_t along axis 2 by doubling [Hillis, Steele 1986]: log t rounds, sums of 2^j terms."""
+    """h_t = a_t h_{t-1} + b_t along axis 2 by doubling [HS86]: log t rounds, sums of 2^j terms."""
     n = 1
     while n < b.shape[2]:
         pad = (0, 0) * (b.ndim - 3) + (n, -n)
@@ -132,67 +750,114 @@ def scanned(q, k, v, g=None, state=None):
     return (q[..., None, :] @ S)[..., 0, :], S[:, :, -1]
 
 
-def triton(q, k, v, g=None, state=None):
-    """The same as one kernel, on a GPU: kernels/linear_attention.py; kernels/gla.py for a decay of each channel;
-    kernels/step.py for a single token. q and k are brought to v's dtype, which may be of 16 bits."""
-    from kernels.gla import gla
-    from kernels.linear_attention import linear_attention
-    from kernels.step import linear_step
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    if q.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
-        o, state = linear_step(*(x[:, :, 0] for x in (q, k, v)), None if g is None else g[:, :, 0], state)
-        return o[:, :, None], state
-    return (linear_attention if g is None or g.shape[-1] == 1 else gla)(q, k, v, g, state)
+def real_part(form, q, k, v, g, state=None):
+    """A form with a complex decay: real q, k, v meet a complex state, of which the real part is read."""
+    o, S = form(*(x.to(g.dtype) for x in (q, k, v)), g, state=state)
+    return o.real, S
+
+
+class GateLoop(LinearMixer):
+    """[Ka23, eq. 6]: a complex decay for each channel from the token, g = logsigmoid(a) + i b, with heads of width 1:
+    one complex number of state a channel, which can rotate as well as fade. o = q Re(S), then a swish gate.
+    (gateloop-transformer's layer has |e^g| = sigmoid(|z|), so never below 1/2.)"""
+    forms = ("scan", "parallel", "recurrent")        # for a state of one number a chunk's matrix does not pay
+    functions = {name: partial(real_part, form) for name, form in (FORMS | {"scan": scanned}).items()}
+
+    def __init__(self, d_model, n_heads=None):                   # n_heads is not used: each channel is one
+        super().__init__()
+        self.q, self.k, self.v, self.gate, self.out = (linear(d_model, d_model) for _ in range(5))
+        self.decay = linear(d_model, 2 * d_model, bias=True)
+        nn.init.uniform_(self.decay.bias[:d_model], 1, 5)                            # |decay| from 0.73 to 0.993
+        self.state_shape = (d_model, 1, 1)
+
+    def project(self, x, carry):
+        q, k, v = (f(x).mT[..., None] for f in (self.q, self.k, self.v))             # (b, c, t, 1)
+        size, turn = at_least_float32(self.decay(x)).mT.chunk(2, dim=1)
+        g = torch.complex(F.logsigmoid(size), turn)[..., None]
+        return (q, k, v, g), F.silu(self.gate(x)), carry + x.shape[1]
+
+    def finish(self, o, gate):
+        return self.out(o[..., 0].mT * gate)
+
+    def init_state(self, batch_size):
+        carry, S = super().init_state(batch_size)
+        return carry, torch.complex(S, S)
+
+    def state_size(self, t):
+        return 2 * super().state_size(t)
+
+    def matrix(self, x):
+        q, k, _, g, _ = self.inputs(x)
+        return weights(q.to(g.dtype), k.to(g.dtype), segment_sums(g)).real
 
 
 def with_bonus(form, q, k, v, g, u, state=None):
-    """RWKV reads before it writes: o_t = q_t^T (S_{t-1} + diag(u) k_t v_t^T). The same form with k, v, g one step
-    late."""
+    """RWKV reads before it writes: o_t = q_t^T (S_{t-1} + diag(u) k_t v_t^T). S_{t-1} is what any form gives for k, v
+    and g one step late, so that the last token is written after it."""
     g = gates(g, q)
-    o, S = form(q, *(F.pad(x, (0, 0, 1, -1)) for x in (k, v, g)), state=state)  # S: before the last token
+    o, S = form(q, *(F.pad(x, (0, 0, 1, -1)) for x in (k, v, g)), state=state)       # S: before the last token
     S = g[:, :, -1, :, None].exp() * S + (k[:, :, -1, :, None] * v[:, :, -1, None, :]).to(S.dtype)
     return o + (q * u * k).sum(dim=-1, keepdim=True) * v, S
 
 
-# ------------------------------------------------------------------------------------------------------ the delta rule
-#
-# S_t = e^{g_t} (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T: what the state holds under k_t is replaced, not
-# added to.
+def shifted(x, last):
+    """Token shift: the token before each, and the last one to carry on. x: (b, t, c), last: (b, 1, c)."""
+    return torch.cat([last.to(x.dtype), x[:, :-1]], dim=1), x[:, -1:]
 
 
-def delta_system(k, g, beta):
-    """1 + A with A_ts = beta_t (k_t . k_s) e^{G_ts} for s < t: how much of the correction at s is met again at t. And
-    G."""
-    G = segment_sums(g)
-    A = (beta * (k @ k.mT) * G[..., 0].exp()).tril(-1)
-    return A + torch.eye(k.shape[2], dtype=A.dtype, device=A.device), G
+class RWKV6(LinearMixer):
+    """RWKV-6's time mixing [Pe24, section 4]: a vector decay from the token, g = -exp(w_0 + tanh(x A) B), and a bonus
+    u for the token itself, which is read before it is written. Each of w, k, v, r, g sees its own, input-dependent mix
+    of the token and the one before it. RWKV-5 is this with A = 0 and fixed mixes. `depth`: place of the layer, 0 to
+    1, for the initial values."""
 
+    functions = {name: partial(with_bonus, form) for name, form in FORMS.items()}
 
-def delta_parallel(q, k, v, g, beta, state=None):
-    """The WY form [Y24, eq. 10; Y25]: the corrections D_t = beta_t (v_t - e^{g_t} S_{t-1}^T k_t) of a whole block
-    solve the triangular system (1 + A) D = beta (V - e^{g_1 + ... + g_t} K S_0); then D takes the place of V."""
-    g = gates(g, q)
-    system, G = delta_system(k, g, beta)
-    since = g.cumsum(dim=2).exp()
-    known = 0 if state is None else (k * since) @ state
-    D = torch.linalg.solve_triangular(system, beta * (v - known), upper=False, unitriangular=True)
-    o = weights(q, k, G) @ D
-    S = (k * G[:, :, -1].exp()).mT @ D
-    return (o, S) if state is None else (o + (q * since) @ state, S + since[:, :, -1, :, None] * state)
+    def __init__(self, d_model, n_heads=4, depth=0.5, rank=32, decay_rank=64):
+        super().__init__()
+        self.n_heads, d = n_heads, head_dim(d_model, n_heads)
+        i = torch.arange(d_model) / max(1, d_model - 1)
+        near, half = 1 - i ** (1 - depth), 1 - i ** ((1 - depth) / 2)
+        self.mix_all = nn.Parameter(near.clone())
+        self.mixes = nn.Parameter(torch.stack([near, near, near - 0.3 * depth, half, half]))       # of w, k, v, r, g
+        self.mix_down = nn.Parameter(torch.zeros(d_model, 5 * rank))
+        self.mix_up = nn.Parameter(torch.empty(5, rank, d_model).uniform_(-0.01, 0.01))
+        self.w = nn.Parameter(-6 + 5 * i ** (0.7 + 1.3 * depth))
+        self.w_down = nn.Parameter(torch.zeros(d_model, decay_rank))
+        self.w_up = nn.Parameter(torch.empty(decay_rank, d_model).uniform_(-0.01, 0.01))
+        zigzag = 0.1 * ((torch.arange(d_model) + 1) % 3 - 1)
+        self.bonus = nn.Parameter((depth * (1 - i) + zigzag).view(n_heads, 1, d))
+        self.r, self.k, self.v, self.gate, self.out = (linear(d_model, d_model) for _ in range(5))
+        for layer, gain in ((self.r, 1.0), (self.k, 0.1), (self.v, 1.0), (self.gate, 0.1)):
+            nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(self.out.weight)
+        self.norm = nn.GroupNorm(n_heads, d_model, eps=64e-5)
+        own_settings(self.mixes, self.mix_down, self.mix_up, self.w_down, self.w_up, self.bonus)
+        self.state_shape = (n_heads, d, d)
 
+    def project(self, x, carry):
+        before, carry = shifted(x, carry)
+        step = before - x
+        low = torch.tanh((x + step * self.mix_all) @ self.mix_down).unflatten(-1, (5, -1))         # (b, t, 5, rank)
+        mixes = self.mixes + torch.einsum("btnr,nrc->btnc", low, self.mix_up)
+        w, k, v, r, gate = (x[:, :, None] + step[:, :, None] * mixes).unbind(dim=2)
+        g = -torch.exp(at_least_float32(self.w + torch.tanh(w @ self.w_down) @ self.w_up))
+        q, k, v, g = (split_heads(y, self.n_heads) for y in (self.r(r), self.k(k), self.v(v), g))
+        return (q, k, v, g, self.bonus.to(q.dtype)), F.silu(self.gate(gate)), carry
 
-delta_chunked = in_chunks(delta_parallel)
+    def finish(self, o, gate):
+        o = join_heads(o)
+        return self.out(self.norm(o.flatten(0, 1)).view_as(o) * gate)
 
+    def init_carry(self, batch_size):
+        return self.out.weight.new_zeros(batch_size, 1, self.out.in_features)
 
-def delta_recurrent(q, k, v, g, beta, state=None):
-    g, o = gates(g, q), []
-    S = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
-    for t in range(q.shape[2]):
-        S = g[:, :, t, :, None].exp() * S
-        D = beta[:, :, t, None] * (v[:, :, t, None] - k[:, :, t, None] @ S)          # (b, h, 1, e)
-        S = S + k[:, :, t, :, None] * D
-        o.append(q[:, :, t, None] @ S)
-    return torch.cat(o, dim=2), S
+    def matrix(self, x):
+        """What is read before the token is written: the matrix for keys one step late, moved back; u for the token."""
+        q, k, _, g, u = (at_least_float32(y) for y in self.inputs(x)[:5])
+        k_late, g_late = (F.pad(y, (0, 0, 1, -1)) for y in (k, g))
+        M = F.pad(weights(q, k_late, segment_sums(g_late)), (-1, 1))                 # (b, h, t, s)
+        return M + torch.diag_embed((q * u * k).sum(dim=-1))
 
 
 # ------------------------------------------------------------------------------------------------------ RWKV-4's forms
@@ -200,6 +865,14 @@ def delta_recurrent(q, k, v, g, beta, state=None):
 # o_t = (sum_{s<t} e^{(t-1-s) w + k_s} v_s + e^{u + k_t} v_t) / (the same with v = 1): numerator and denominator are
 # two linear recurrences, of e^k v and of e^k, with a bonus for the own token. k, v: (b, c, t); w: (c,) below 0; u:
 # (c,).
+
+
+def rwkv_ratio(k, v, w, u, form=chunked):
+    """The ratio of two linear recurrences by the general form, with e^k as it is: the definition, but infinite over
+    infinite for large k, so no mixer runs it."""
+    k, v = k[..., None].exp(), torch.stack([v, torch.ones_like(v)], dim=-1)          # (b, c, t, 1), (b, c, t, 2)
+    o, _ = with_bonus(form, torch.ones_like(k), k, v, w[None, :, None, None], u[None, :, None, None].exp(), None)
+    return o[..., 0] / o[..., 1]
 
 
 def rwkv_weights(k, w, u):
@@ -210,12 +883,9 @@ def rwkv_weights(k, w, u):
     return E.masked_fill(lag < -1, -torch.inf).softmax(dim=-1)
 
 
-def rwkv_ratio(k, v, w, u, form=chunked):
-    """The ratio of two linear recurrences by the general form, with e^k as it is: infinite over infinite for large
-    k."""
-    k, v = k[..., None].exp(), torch.stack([v, torch.ones_like(v)], dim=-1)          # (b, c, t, 1), (b, c, t, 2)
-    o, _ = with_bonus(form, torch.ones_like(k), k, v, w[None, :, None, None], u[None, :, None, None].exp(), None)
-    return o[..., 0] / o[..., 1]
+def rwkv_parallel(k, v, w, u, state):
+    """M v, from no state and to none."""
+    return (rwkv_weights(k, w, u) @ v[..., None])[..., 0], state
 
 
 def rwkv_read(p, q, m, k, v, u):
@@ -255,582 +925,12 @@ def rwkv_scan(k, v, w, u, state):
     return o, torch.stack([p[..., -1], q[..., -1], m[..., -1]], dim=1)
 
 
-# -------------------------------------------------------------------------------------------------------- feature maps
-#
-# phi: (b, h, t, d) -> (b, h, t, D), so that phi(q) . phi(k) stands in for exp(q . k / sqrt(d)), or for something else
-# that works. `start` is the position of the first token. shared: one map for q and k, or one for each.
-
-
-class Elu(nn.Module):
-    """elu(x) + 1 [K20, eq. 7]: positive, and nothing else."""
-    shared = True
-
-    def __init__(self, d, n_heads):
-        super().__init__()
-        self.dim = d
-
-    def forward(self, x, start=0):
-        return F.elu(x) + 1
-
-
-class Relu(Elu):
-    """max(x, 0): the half of the space that q and k share."""
-
-    def forward(self, x, start=0):
-        return F.relu(x)
-
-
-class Performer(nn.Module):
-    """FAVOR+ [C20, lemma 1]: e^{x.y} = E_w[e^{w.x - |x|^2/2} e^{w.y - |y|^2/2}] for w ~ N(0, 1), estimated with m
-    drawn w, whose directions are orthogonal in blocks of d; positive, unbiased. x = q d^{-1/4}. (The papers'
-    stabiliser, a maximum over all keys, would look ahead; without it the exponent is still at most |w|^2 / 2.)"""
-    shared = True
-
-    def __init__(self, d, n_heads, m=None):
-        super().__init__()
-        self.dim = m = m or 4 * d
-        blocks = [Q * R.diagonal().sign() for Q, R in (torch.linalg.qr(torch.randn(d, d)) for _ in range(-(-m // d)))]
-        norms = torch.randn(m, d).norm(dim=1, keepdim=True)
-        self.register_buffer("w", torch.cat(blocks)[:m] * norms)  # (m, d); without the signs Q would lean to one side
-
-    def forward(self, x, start=0):
-        x = x * x.shape[-1] ** -0.25
-        return torch.exp(x @ self.w.mT.to(x.dtype) - x.square().sum(dim=-1, keepdim=True) / 2) * self.dim ** -0.5
-
-
-class RandomFourier(nn.Module):
-    """RFA [P21, eq. 3]: [sin Wx, cos Wx] / sqrt(m), W ~ N(0, 1) / tau, x of length 1: e^{x.y / tau^2} up to a
-    constant. The estimate is unbiased but can be negative."""
-    shared = True
-
-    def __init__(self, d, n_heads, m=64, tau=1.0):
-        super().__init__()
-        self.dim = 2 * m
-        self.register_buffer("w", torch.randn(m, d) / tau)
-
-    def forward(self, x, start=0):
-        x = F.normalize(x, dim=-1) @ self.w.mT.to(x.dtype)
-        return torch.cat([x.sin(), x.cos()], dim=-1) * (2 / self.dim) ** 0.5
-
-
-class CosFormer(nn.Module):
-    """relu(x) [sin(pi i / 2M), cos(pi i / 2M)] at position i [Q22, eq. 10]: weights fall with cos of the distance. M
-    is fixed (the authors take the length at hand, with which the outputs change as the text grows); no text may be
-    longer."""
-    shared = True
-
-    def __init__(self, d, n_heads, M=8192):
-        super().__init__()
-        self.dim, self.M = 2 * d, M
-
-    def forward(self, x, start=0):
-        if start + x.shape[2] > self.M:
-            raise ValueError(f"position {start + x.shape[2]} is beyond M = {self.M} of this cosFormer")
-        angle = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float64) * (math.pi / 2 / self.M)
-        x = F.relu(x)
-        return torch.cat([x * f(angle).to(x.dtype)[:, None] for f in (torch.sin, torch.cos)], dim=-1)
-
-
-class Hedgehog(nn.Module):
-    """[softmax(Wx), softmax(-Wx)] [Z24, eq. 6], W learned for each head, for q and k apart, the identity at first:
-    spiky like softmax, and it learns to grow with q . k."""
-    shared = False
-
-    def __init__(self, d, n_heads):
-        super().__init__()
-        self.dim = 2 * d
-        self.W = nn.Parameter(torch.eye(d).repeat(n_heads, 1, 1))                    # (h, d, d)
-
-    def forward(self, x, start=0):
-        x = x @ self.W.mT.to(x.dtype)
-        return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
-
-
-def products(x):
-    """The d (d + 1) / 2 different products x_i x_j, so weighted that products(x) . products(y) = (x . y)^2."""
-    i, j = torch.triu_indices(x.shape[-1], x.shape[-1], device=x.device)
-    pick = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)        # products with 0 and 1: faster than indexing
-    return (x @ pick[:, i]) * (x @ pick[:, j]) * x.new_full(i.shape, 2 ** 0.5).masked_fill(i == j, 1.0)
-
-
-class Taylor(nn.Module):
-    """[1, x / d^{1/4}, x x^T / sqrt(2d)] [A24, eq. 2]: with s = q . k / sqrt(d), phi(q) . phi(k) = 1 + s + s^2/2, at
-    least 1/2. Each product is kept once: 1 + d + d (d + 1) / 2 features (d = 16: 153)."""
-    shared = True
-
-    def __init__(self, d, n_heads):
-        super().__init__()
-        self.dim = 1 + d + d * (d + 1) // 2
-
-    def forward(self, x, start=0):
-        x = x * x.shape[-1] ** -0.25
-        return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5 ** 0.5], dim=-1)
-
-
-class TaylorFull(Taylor):
-    """The same function with all d^2 products, as it is usually written (d = 16: 273 features)."""
-
-    def __init__(self, d, n_heads):
-        super().__init__(d, n_heads)
-        self.dim = 1 + d + d * d
-
-    def forward(self, x, start=0):
-        x = x * x.shape[-1] ** -0.25
-        square = (x[..., :, None] * x[..., None, :]).flatten(-2)
-        return torch.cat([torch.ones_like(x[..., :1]), x, square * 0.5 ** 0.5], dim=-1)
-
-
-class ReBased(nn.Module):
-    """(q . k)^2 / d of q and k after a LayerNorm with a learned scale and shift each [Ak24, eq. 9]: a parabola
-    that can move its minimum, 0, to where it ignores. Hence the normaliser needs its eps."""
-    shared = False
-
-    def __init__(self, d, n_heads):
-        super().__init__()
-        self.dim = d * (d + 1) // 2
-        self.norm = nn.LayerNorm(d)
-
-    def forward(self, x, start=0):
-        x = F.layer_norm(x, x.shape[-1:], self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype))
-        return products(x) * x.shape[-1] ** -0.5
-
-
-FEATURE_MAPS = {"elu": Elu, "relu": Relu, "performer": Performer, "rfa": RandomFourier, "cosformer": CosFormer,
-                "hedgehog": Hedgehog, "taylor": Taylor, "taylor_full": TaylorFull, "rebased": ReBased}
-
-
-# -------------------------------------------------------------------------------------------------------------- mixers
-
-
-def pick_form(mixer, x, form=None):
-    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
-    cannot run there, or if x is not (b, t, c) with t >= 1."""
-    if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
-    if form is None:
-        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
-        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
-            return "triton"
-        slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
-        return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]
-    if form not in mixer.forms:
-        raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
-    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
-        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
-    return form
-
-
-def split_heads(x, n):
-    """(b, t, n d) -> (b, n, t, d). Raises ValueError if n does not divide the width."""
-    return x.unflatten(-1, (n, -1)).transpose(1, 2)
-
-
-def join_heads(x):
-    """(b, n, t, d) -> (b, t, n d)"""
-    return x.transpose(1, 2).flatten(-2)
-
-
-def head_dim(d_model, n_heads):
-    if n_heads < 1 or d_model % n_heads:
-        raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}")
-    return d_model // n_heads
-
-
-def linear(d_in, d_out, bias=False):
-    return nn.Linear(d_in, d_out, bias=bias)
-
-
-def own_settings(*parameters):
-    """Mark parameters that train.py shall not decay."""
-    for p in parameters:
-        p.optim = {"weight_decay": 0.0}
-
-
-class LinearMixer(nn.Module):
-    """What all mixers here share: project, run a form of the recurrence, finish. A mixer defines
-
-    project(x, carry) -> inputs of the form (q, k, v, g, ...), whatever finish wants, carry
-    finish(o, more)   -> y
-
-    where carry is what projecting needs of the past: the number of tokens so far, or the inputs that a convolution
-    still sees. A state is (carry, S). Forms run in float32 or better, also under autocast; but the kernel takes q, k, v
-    as they are, and sums in float32."""
-    forms = ("chunked", "parallel", "recurrent", "triton")
-    causal = True
-    functions = {"parallel": parallel, "chunked": chunked, "recurrent": recurrent, "scan": scanned, "triton": triton}
-    normaliser = None        # eps: divide by the same sum with v = 1
-    state_dtype = None       # complex64 for a complex decay
-
-    def __init__(self):
-        super().__init__()
-        self.register_parameter("bonus", None)       # u: (h, 1, d), the own token's weight in RWKV
-        self.register_parameter("skip", None)        # D: (h,), adds D v
-
-    def mix(self, form, q, k, v, g, *more, state):
-        function = self.functions[form]
-        if self.normaliser is not None:
-            v = F.pad(v, (0, 1), value=1.0)
-        if self.bonus is not None:
-            o, S = with_bonus(function, q, k, v, g, self.bonus.to(q.dtype), state)
-        else:
-            o, S = function(q, k, v, g, *more, state=state)
-        if self.normaliser is not None:
-            o = o[..., :-1] / o[..., -1:].clamp(min=self.normaliser)
-        return (o if self.skip is None else o + self.skip[:, None, None] * v), S
-
-    def run(self, x, state, form):
-        carry, S = self.init_state(len(x)) if state is None else state
-        if len(S) != len(x):
-            raise ValueError(f"the state is of {len(S)} sequences, x of {len(x)}")
-        inputs, more, carry = self.project(x, carry)
-        with torch.autocast(x.device.type, enabled=False):
-            q, k, v, *rest = inputs if form == "triton" else (at_least_float32(y) for y in inputs)
-            o, S = self.mix(form, q, k, v, *rest, state=S)
-        return self.finish(o.to(inputs[2].dtype), more), (carry, S)
-
-    def forward(self, x, form=None):
-        return self.run(x, None, pick_form(self, x, form))[0]
-
-    def prefill(self, x, state=None):
-        return self.run(x, state, pick_form(self, x))
-
-    def step(self, x_t, state):
-        x = x_t[:, None]
-        y, state = self.run(x, state, "triton" if pick_form(self, x) == "triton" else "recurrent")
-        return y[:, 0], state
-
-    def init_carry(self, batch_size):
-        return 0                                                                     # the number of tokens so far
-
-    def init_state(self, batch_size):
-        like = at_least_float32(next(self.parameters()))
-        dtype = torch.promote_types(like.dtype, self.state_dtype or like.dtype)
-        return self.init_carry(batch_size), like.new_zeros(batch_size, *self.state_shape, dtype=dtype)
-
-    def state_size(self, t):
-        carry = self.init_carry(1)
-        complex_numbers = 2 if self.state_dtype else 1
-        return complex_numbers * math.prod(self.state_shape) + (carry.numel() if torch.is_tensor(carry) else 0)
-
-    def inputs(self, x):
-        (q, k, v, *rest), more, _ = self.project(x, self.init_carry(len(x)))
-        return q, k, v, *rest, more
-
-    def values(self, x):
-        return self.inputs(x)[2]                                                     # (b, h, s, e)
-
-    def output(self, o, x):
-        return self.finish(o, self.inputs(x)[-1])
-
-    def matrix(self, x):
-        q, k, v, g, *_ = (y if y is None else at_least_float32(y) for y in self.inputs(x)[:4])
-        g = gates(g, q)
-        if self.bonus is not None:
-            M = weights(q, F.pad(k, (0, 0, 1, -1)), segment_sums(F.pad(g, (0, 0, 1, -1))))
-            M = F.pad(M, (-1, 1)) + torch.diag_embed((q * self.bonus * k).sum(dim=-1))
-        else:
-            M = weights(q, k, segment_sums(g))
-        if self.normaliser is not None:
-            M = M / M.sum(dim=-1, keepdim=True).clamp(min=self.normaliser)
-        return M if self.skip is None else M + self.skip[:, None, None] * torch.eye(x.shape[1], device=x.device)
-
-
-def at_least_float32(x):
-    return x if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rms_norm(o, eps=1e-5):
-    return o * torch.rsqrt(o.square().mean(dim=-1, keepdim=True) + eps)
-
-
-class LinearAttention(LinearMixer):
-    """Linear attention with any feature map, normalised: o_t = phi(q_t) S_t / phi(q_t) z_t [K20, eq. 9].
-
-    feature_map: a name in FEATURE_MAPS. feature_dim: width of q and k that it is given (default: the head's; 16 where
-    the features grow with its square). gated: decay by a gate g_t of the token, S_t = g S_{t-1} + (1 - g) phi(k) v^T
-    [P21, eq. 6]. More options go to the feature map. ValueError for a width that the heads do not divide and for an
-    unknown map."""
-    feature_map, gated = "elu", False
-
-    def __init__(self, d_model, n_heads=4, feature_map=None, feature_dim=None, gated=None, **options):
-        super().__init__()
-        e = head_dim(d_model, n_heads)
-        name = feature_map or self.feature_map
-        if name not in FEATURE_MAPS:
-            raise ValueError(f"unknown feature_map {name!r}; there are {', '.join(FEATURE_MAPS)}")
-        d = (16 if name in ("taylor", "taylor_full", "rebased") else e) if feature_dim is None else feature_dim
-        self.n_heads = n_heads
-        self.q, self.k = linear(d_model, n_heads * d), linear(d_model, n_heads * d)
-        self.v, self.out = linear(d_model, d_model), linear(d_model, d_model)
-        self.phi_q = FEATURE_MAPS[name](d, n_heads, **options)
-        self.phi_k = self.phi_q if self.phi_q.shared else FEATURE_MAPS[name](d, n_heads, **options)
-        self.gate = linear(d_model, n_heads, bias=True) if (self.gated if gated is None else gated) else None
-        self.normaliser = 1e-3 if name == "rfa" else 1e-6        # RFA's weights can be negative: keep away from 0
-        self.state_shape = (n_heads, self.phi_q.dim, e + 1)
-
-    def project(self, x, carry):
-        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
-        with torch.autocast(x.device.type, enabled=False):
-            q, k, g = self.phi_q(at_least_float32(q), carry), self.phi_k(at_least_float32(k), carry), None
-        if self.gate is not None:
-            g = at_least_float32(self.gate(x)).mT[..., None]                         # (b, h, t, 1)
-            k, g = k * torch.sigmoid(-g), F.logsigmoid(g)
-        return (q, k, v, g), None, carry + x.shape[1]
-
-    def finish(self, o, _):
-        return self.out(join_heads(o))
-
-
-class RetNet(LinearMixer):
-    """Retention [S23, eq. 5-8]: constant decays gamma_h = 1 - 2^{-5-h}, rotary q and k, values of twice the width, a
-    norm for each head and a swish gate in place of a normaliser."""
-
-    def __init__(self, d_model, n_heads=4, expand_v=2):
-        super().__init__()
-        self.n_heads, d, d_value = n_heads, head_dim(d_model, n_heads), expand_v * d_model
-        if d % 2:
-            raise ValueError(f"rotary positions turn pairs: the head dim d_model / n_heads = {d} must be even")
-        self.q, self.k = linear(d_model, d_model), linear(d_model, d_model)
-        self.v, self.gate, self.out = linear(d_model, d_value), linear(d_model, d_value), linear(d_value, d_model)
-        for layer in (self.q, self.k, self.v, self.gate):
-            nn.init.xavier_uniform_(layer.weight, gain=2 ** -2.5)
-        nn.init.xavier_uniform_(self.out.weight, gain=0.5)
-        gamma = 1 - 2.0 ** (-5 - torch.arange(n_heads, dtype=torch.float64))
-        self.register_buffer("g", gamma.log().float()[None, :, None, None])
-        self.state_shape = (n_heads, d, d_value // n_heads)
-
-    def project(self, x, carry):
-        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
-        inputs = rope(q, carry), rope(k, carry) * k.shape[-1] ** -0.5, v, self.g
-        return inputs, F.silu(self.gate(x)), carry + x.shape[1]
-
-    def finish(self, o, gate):
-        return self.out(join_heads(rms_norm(o)) * gate)
-
-
-class GLA(LinearMixer):
-    """Gated linear attention [Y23, section 4.4]: a decay for each key channel from the token, g = logsigmoid(W_2 W_1
-    x + b) / 16. Without the 16th root nothing would be left after some 50 tokens at first."""
-
-    def __init__(self, d_model, n_heads=4, gate_rank=16):
-        super().__init__()
-        self.n_heads, e, half = n_heads, head_dim(d_model, n_heads), d_model // 2
-        d = head_dim(half, n_heads)
-        self.q, self.k, self.v = linear(d_model, half), linear(d_model, half), linear(d_model, d_model)
-        self.decay = nn.Sequential(linear(d_model, gate_rank), linear(gate_rank, half, bias=True))
-        self.gate, self.out, self.norm = linear(d_model, d_model), linear(d_model, d_model), nn.Parameter(torch.ones(e))
-        self.state_shape = (n_heads, d, e)
-
-    def project(self, x, carry):
-        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
-        g = split_heads(F.logsigmoid(at_least_float32(self.decay(x))) / 16, self.n_heads)
-        return (q * q.shape[-1] ** -0.5, k, v, g), F.silu(self.gate(x)), carry + x.shape[1]
-
-    def finish(self, o, gate):
-        return self.out(join_heads(rms_norm(o) * self.norm) * gate)
-
-
-class GateLoop(LinearMixer):
-    """[Ka23, eq. 6]: a complex decay for each channel from the token, g = logsigmoid(a) + i b, with heads of width 1:
-    one complex number of state a channel, which can rotate as well as fade. o = q Re(S), then a swish gate."""
-    forms = ("scan", "parallel", "recurrent")        # for a state of one number a chunk's matrix does not pay
-    state_dtype = torch.complex64
-
-    def __init__(self, d_model, n_heads=None):                   # n_heads is not used: each channel is one
-        super().__init__()
-        self.q, self.k, self.v, self.gate, self.out = (linear(d_model, d_model) for _ in range(5))
-        self.decay = linear(d_model, 2 * d_model, bias=True)
-        nn.init.uniform_(self.decay.bias[:d_model], 1, 5)  # |decay| from 0.73 to 0.993 at first
-        self.state_shape = (d_model, 1, 1)
-
-    def project(self, x, carry):
-        q, k, v = (f(x).mT[..., None] for f in (self.q, self.k, self.v))             # (b, c, t, 1)
-        size, turn = at_least_float32(self.decay(x)).mT.chunk(2, dim=1)
-        g = torch.complex(F.logsigmoid(size), turn)[..., None]
-        return (q, k, v, g), F.silu(self.gate(x)), carry + x.shape[1]
-
-    def mix(self, form, q, k, v, g, state):
-        o, S = super().mix(form, *(y.to(g.dtype) for y in (q, k, v)), g, state=state)
-        return o.real, S
-
-    def finish(self, o, gate):
-        return self.out(o[..., 0].mT * gate)
-
-    def matrix(self, x):
-        q, k, v, g, _ = self.inputs(x)
-        return weights(q.to(g.dtype), k.to(g.dtype), segment_sums(g)).real
-
-
-class ShortConv(nn.Module):
-    """A causal filter of `width` taps for each channel, then SiLU. x: (b, t, c) and the width - 1 inputs before it."""
-
-    def __init__(self, channels, width=4, bias=False):
-        super().__init__()
-        self.width = width
-        self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=bias)
-
-    def forward(self, x, past):
-        x = torch.cat([past.to(x.dtype), x], dim=1)
-        return F.silu(self.conv(x.mT).mT), x[:, x.shape[1] - self.width + 1:]
-
-    def init_carry(self, batch_size):
-        return self.conv.weight.new_zeros(batch_size, self.width - 1, self.conv.in_channels)
-
-
-def inverse_softplus(x):
-    return x + torch.log(-torch.expm1(-x))
-
-
-def time_steps(n):
-    """Biases whose softplus is log-uniform in [1e-3, 1e-1]."""
-    return inverse_softplus(torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1))))
-
-
-class Mamba2(LinearMixer):
-    """Mamba-2 [D24, section 7]: a scalar decay for each head, g = -dt e^{A_log}; C, B and x are q, k and v, with B
-    scaled by dt; a short convolution before, a skip D, a gate and a norm after. The chunked form is its SSD
-    algorithm. C and B are shared by the heads; the inner width is 2 c."""
-
-    def __init__(self, d_model, n_heads=4, n_state=64, expand=2):
-        super().__init__()
-        self.n_heads, self.n_state, self.d_inner = n_heads, n_state, expand * d_model
-        d_head = expand * head_dim(d_model, n_heads)
-        self.z, self.xbc = linear(d_model, self.d_inner), linear(d_model, self.d_inner + 2 * n_state)
-        self.dt, self.out = linear(d_model, n_heads), linear(self.d_inner, d_model)
-        self.conv = ShortConv(self.d_inner + 2 * n_state, bias=True)
-        self.dt_bias = nn.Parameter(time_steps(n_heads))
-        self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
-        self.skip = nn.Parameter(torch.ones(n_heads))
-        self.norm = nn.Parameter(torch.ones(self.d_inner))
-        own_settings(self.dt_bias, self.A_log, self.skip)
-        self.state_shape = (n_heads, n_state, d_head)
-
-    def project(self, x, carry):
-        xbc, carry = self.conv(self.xbc(x), carry)
-        v, k, q = xbc.split([self.d_inner, self.n_state, self.n_state], dim=-1)
-        dt = F.softplus(at_least_float32(self.dt.weight @ x.mT) + self.dt_bias[:, None])[..., None]  # (b, h, t, 1)
-        g = -dt * self.A_log.exp()[:, None, None]
-        return (q[:, None], k[:, None] * dt, split_heads(v, self.n_heads), g), F.silu(self.z(x)), carry
-
-    def mix(self, form, q, k, v, g, state):
-        return super().mix(form, q.expand_as(k), k, v, g, state=state)
-
-    def finish(self, o, z):
-        return self.out(rms_norm(join_heads(o) * z) * self.norm)
-
-    def init_carry(self, batch_size):
-        return self.conv.init_carry(batch_size)
-
-
-class DeltaNet(LinearMixer):
-    """The delta rule [Y24]: with keys of length 1 and beta = sigmoid(W x), writing under a key first takes out the
-    share beta of what is there. q, k, v pass a short convolution; a norm for each head after. gated: the state also
-    decays, g = -e^{A_log} softplus(W x + dt_bias), and a swish gate follows the norm [Y25]."""
-    forms = ("chunked", "parallel", "recurrent")
-    functions = {"parallel": delta_parallel, "chunked": delta_chunked, "recurrent": delta_recurrent}
-    gated = False
-
-    def __init__(self, d_model, n_heads=4):
-        super().__init__()
-        self.n_heads, d = n_heads, head_dim(d_model, n_heads)
-        self.qkv, self.conv = linear(d_model, 3 * d_model), ShortConv(3 * d_model)
-        self.beta, self.out = linear(d_model, n_heads), linear(d_model, d_model)
-        self.norm = nn.Parameter(torch.ones(d))
-        self.state_shape = (n_heads, d, d)
-        if self.gated:
-            self.decay, self.gate = linear(d_model, n_heads), linear(d_model, d_model)
-            self.dt_bias = nn.Parameter(time_steps(n_heads))
-            self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
-            own_settings(self.dt_bias, self.A_log)
-
-    def project(self, x, carry):
-        qkv, carry = self.conv(self.qkv(x), carry)
-        q, k, v = split_heads(qkv, 3 * self.n_heads).chunk(3, dim=1)
-        q, k = F.normalize(q, dim=-1) * q.shape[-1] ** -0.5, F.normalize(k, dim=-1)
-        beta, g, gate = torch.sigmoid(at_least_float32(self.beta(x))).mT[..., None], None, None
-        if self.gated:
-            dt = F.softplus(at_least_float32(self.decay(x)) + self.dt_bias).mT[..., None]
-            g, gate = -dt * self.A_log.exp()[:, None, None], F.silu(self.gate(x))
-        return (q, k, v, g, beta), gate, carry
-
-    def finish(self, o, gate):
-        o = join_heads(rms_norm(o) * self.norm)
-        return self.out(o if gate is None else o * gate)
-
-    def init_carry(self, batch_size):
-        return self.conv.init_carry(batch_size)
-
-    def matrix(self, x):
-        """(Q K^T with decay) (1 + A)^{-1} diag(beta): the delta rule is a linear attention to corrected values."""
-        q, k, v, g, beta = (at_least_float32(y) for y in self.inputs(x)[:5])
-        system, G = delta_system(k, gates(g, q), beta)
-        beta = torch.diag_embed(beta[..., 0])
-        return weights(q, k, G) @ torch.linalg.solve_triangular(system, beta, upper=False, unitriangular=True)
-
-
-class GatedDeltaNet(DeltaNet):
-    """DeltaNet with a decay for each head and a swish gate [Y25]."""
-    gated = True
-
-
-def shifted(x, last):
-    """Token shift: the token before each, and the last one to carry on. x: (b, t, c), last: (b, 1, c)."""
-    return torch.cat([last.to(x.dtype), x[:, :-1]], dim=1), x[:, -1:]
-
-
-class RWKV6(LinearMixer):
-    """RWKV-6's time mixing [Pe24, section 4]: a vector decay from the token, g = -exp(w_0 + tanh(x A) B), and a bonus
-    u for the own token, which is read before it is written. Each of w, k, v, r, g sees its own, input-dependent mix
-    of the token and the one before it. RWKV-5 is this with A = 0 and fixed mixes. `depth`: place of the layer, 0 to
-    1, for the initial values."""
-
-    def __init__(self, d_model, n_heads=4, depth=0.5, rank=32, decay_rank=64):
-        super().__init__()
-        self.n_heads, d = n_heads, head_dim(d_model, n_heads)
-        i = torch.arange(d_model) / max(1, d_model - 1)
-        near, half = 1 - i ** (1 - depth), 1 - i ** ((1 - depth) / 2)
-        self.mix_all = nn.Parameter(near.clone())
-        self.mixes = nn.Parameter(torch.stack([near, near, near - 0.3 * depth, half, half]))       # of w, k, v, r, g
-        self.mix_down = nn.Parameter(torch.zeros(d_model, 5 * rank))
-        self.mix_up = nn.Parameter(torch.empty(5, rank, d_model).uniform_(-0.01, 0.01))
-        self.w = nn.Parameter(-6 + 5 * i ** (0.7 + 1.3 * depth))
-        self.w_down = nn.Parameter(torch.zeros(d_model, decay_rank))
-        self.w_up = nn.Parameter(torch.empty(decay_rank, d_model).uniform_(-0.01, 0.01))
-        zigzag = 0.1 * ((torch.arange(d_model) + 1) % 3 - 1)
-        self.bonus = nn.Parameter((depth * (1 - i) + zigzag).view(n_heads, 1, d))
-        self.r, self.k, self.v, self.gate, self.out = (linear(d_model, d_model) for _ in range(5))
-        for layer, gain in ((self.r, 1.0), (self.k, 0.1), (self.v, 1.0), (self.gate, 0.1)):
-            nn.init.orthogonal_(layer.weight, gain)
-        nn.init.zeros_(self.out.weight)
-        self.norm = nn.GroupNorm(n_heads, d_model, eps=64e-5)
-        own_settings(self.mixes, self.mix_down, self.mix_up, self.w_down, self.w_up, self.bonus)
-        self.state_shape = (n_heads, d, d)
-
-    def project(self, x, carry):
-        before, carry = shifted(x, carry)
-        step = before - x
-        low = torch.tanh((x + step * self.mix_all) @ self.mix_down).unflatten(-1, (5, -1))         # (b, t, 5, rank)
-        mixes = self.mixes + torch.einsum("btnr,nrc->btnc", low, self.mix_up)
-        w, k, v, r, gate = (x[:, :, None] + step[:, :, None] * mixes).unbind(dim=2)
-        g = -torch.exp(at_least_float32(self.w + torch.tanh(w @ self.w_down) @ self.w_up))
-        inputs = (split_heads(y, self.n_heads) for y in (self.r(r), self.k(k), self.v(v), g))
-        return tuple(inputs), F.silu(self.gate(gate)), carry
-
-    def finish(self, o, gate):
-        o = join_heads(o)
-        return self.out(self.norm(o.flatten(0, 1)).view_as(o) * gate)
-
-    def init_carry(self, batch_size):
-        return self.out.weight.new_zeros(batch_size, 1, self.out.in_features)
-
-
 class RWKV4(LinearMixer):
-    """RWKV-4's time mixing [Pe23, eq. 14-18]: for each channel a weighted average of v with weights e^k that decay by
-    e^w a step, the own token at e^{u+k}; times sigmoid(r). Forms with a running maximum, as exponents k are free to
-    grow."""
+    """RWKV-4's time mixing [Pe23, eq. 11-13, 16, 17]: for each channel a weighted average of v with weights e^k that
+    decay by e^w a step (w below 0; the paper's w is -w here), the token itself at e^{u+k}; times sigmoid(r). Forms with
+    a running maximum, as exponents k are free to grow."""
     forms = ("scan", "parallel", "recurrent")
+    functions = {"scan": rwkv_scan, "recurrent": rwkv_recurrent, "parallel": rwkv_parallel}
 
     def __init__(self, d_model, n_heads=None, depth=0.5):        # n_heads is not used: each channel is one
         super().__init__()
@@ -849,12 +949,7 @@ class RWKV4(LinearMixer):
         before, carry = shifted(x, carry)
         k, v, r = (before + (x - before) * mix for mix in self.mixes)
         k, v = self.k(k).mT, self.v(v).mT                                            # (b, c, t)
-        return (None, k, v, -self.decay.exp(), self.u), torch.sigmoid(self.r(r)), carry
-
-    def mix(self, form, _, k, v, w, u, state):
-        if form == "parallel":
-            return (rwkv_weights(k, w, u) @ v[..., None])[..., 0], state
-        return (rwkv_scan if form == "scan" else rwkv_recurrent)(k, v, w, u, state)
+        return (k, v, -self.decay.exp(), self.u), torch.sigmoid(self.r(r)), carry
 
     def finish(self, o, r):
         return self.out(o.view(*o.shape[:2], -1).mT * r)
@@ -868,32 +963,18 @@ class RWKV4(LinearMixer):
         return self.out.weight.new_zeros(batch_size, 1, self.out.in_features)
 
     def values(self, x):
-        return super().values(x)[..., None]                                          # (b, c, s, 1)
+        return self.inputs(x)[1][..., None]                                          # (b, c, s, 1)
 
     def matrix(self, x):
-        _, k, _, w, u, _ = self.inputs(x)
+        k, _, w, u, _ = self.inputs(x)
         return rwkv_weights(k, w, u)
 
 
-def rope(x, start=0, base=10000.0):
-    """Rotary positions (lesson 01): the pair (x_i, x_{i + d/2}) at position p turned by the angle p base^(-2i/d)."""
-    t, d = x.shape[-2:]
-    theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)           # (d/2,)
-    angle = (start + torch.arange(t, device=x.device, dtype=torch.float64))[:, None] * theta
-    cos, sin = (f(angle).to(torch.promote_types(x.dtype, torch.float32)) for f in (torch.cos, torch.sin))
-    return (x * torch.cat([cos, cos], -1) + x.roll(d // 2, -1) * torch.cat([-sin, sin], -1)).to(x.dtype)
-
-
-def with_map(name, **settings):
-    """LinearAttention with another feature map, as a mixer of its own."""
-    options = {p.name: p.default for p in list(inspect.signature(FEATURE_MAPS[name]).parameters.values())[2:]}
-    return type(name, (LinearAttention,), {"feature_map": name, "more_options": options} | settings)
-
-
-MIXERS = {"linear_attention": LinearAttention}
-MIXERS |= {name: with_map(name) for name in FEATURE_MAPS if name != "elu"}
-MIXERS |= {"gated_rfa": with_map("rfa", gated=True), "retnet": RetNet, "gla": GLA, "gateloop": GateLoop, "rwkv4": RWKV4,
-           "rwkv6": RWKV6, "mamba2": Mamba2, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet}
+MIXERS = {"linear_attention": LinearAttention, "relu": ReluAttention, "performer": PerformerAttention,
+          "rfa": RFAttention, "cosformer": CosFormerAttention, "hedgehog": HedgehogAttention,
+          "taylor": TaylorAttention, "taylor_full": TaylorFullAttention, "rebased": ReBasedAttention,
+          "gated_rfa": GatedRFA, "retnet": RetNet, "gla": GLA, "gateloop": GateLoop, "rwkv4": RWKV4, "rwkv6": RWKV6,
+          "mamba2": Mamba2, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet}
 TASKS = {}
 
 
@@ -945,6 +1026,66 @@ def distil(q, k, phi_q, phi_k, steps=300, lr=1e-2):
             loss.backward()
             optimizer.step()
     return divergences
+
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+
+
+def pick_form(mixer, x, form=None):
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
+    cannot run there, or if x is not (b, t, c) with t >= 1."""
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
+    if form is None:
+        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
+        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
+        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
+            return "triton"
+        slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
+        return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]
+    if form not in mixer.forms:
+        raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
+    return form
+
+
+def split_heads(x, n):
+    """(b, t, n d) -> (b, n, t, d). Raises ValueError if n does not divide the width."""
+    return x.unflatten(-1, (n, -1)).transpose(1, 2)
+
+
+def join_heads(x):
+    """(b, n, t, d) -> (b, t, n d)"""
+    return x.transpose(1, 2).flatten(-2)
+
+
+def head_dim(d_model, n_heads):
+    if n_heads < 1 or d_model % n_heads:
+        raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}")
+    return d_model // n_heads
+
+
+def linear(d_in, d_out, bias=False):
+    return nn.Linear(d_in, d_out, bias=bias)
+
+
+def own_settings(*parameters):
+    """Mark parameters that train.py shall not decay."""
+    for p in parameters:
+        p.optim = {"weight_decay": 0.0}
+
+
+def at_least_float32(x):
+    return x if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def working_dtype(x):
+    """What a linear layer makes of x: x's own dtype, or autocast's."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 # ------------------------------------------------------------------------------------------------------ look and check
@@ -1026,5 +1167,6 @@ if __name__ == "__main__":
     if args.plot:
         plot(args.plot)
     else:
+        first()
         compare_forms()
         print_mimicry()

@@ -12,12 +12,12 @@ gives up the convolution and keeps the scan.
 
 Papers  [G20] Gu et al. 2020, HiPPO  arXiv:2008.07669         [G21]  Gu et al. 2021, LSSL  arXiv:2110.13985
         [G22] Gu et al. 2022, S4  arXiv:2111.00396            [G22b] Gu et al. 2022, S4D  arXiv:2206.11893
-        [Gu22] Gupta 2022, DSS  arXiv:2203.14343              [Sm23] Smith et al. 2023, S5  arXiv:2208.04933
+        [Gup22] Gupta 2022, DSS  arXiv:2203.14343              [Sm23] Smith et al. 2023, S5  arXiv:2208.04933
         [O23] Orvieto et al. 2023, LRU  arXiv:2303.06349      [Ma23] Ma et al. 2023, MEGA  arXiv:2209.10655
         [L23] Li et al. 2023, SGConv  arXiv:2210.09298        [H23]  Hasani 2023, Liquid-S4  arXiv:2209.12951
         [Me23] Mehta et al. 2023, GSS  arXiv:2206.13947       [W22]  Wang et al. 2022, BiGS  arXiv:2212.10544
         [F23] Fu et al. 2023, H3  arXiv:2212.14052            [P23]  Poli et al. 2023, Hyena  arXiv:2302.10866
-        [M23] Massaroli 2023, Laughing Hyena  2310.18780      [T23]  Fu et al. 2023, Monarch Mixer  2310.12109
+        [M23] Massaroli 2023, Laughing Hyena  2310.18780      [F23b]  Fu et al. 2023, Monarch Mixer  2310.12109
         [GD23] Gu, Dao 2023, Mamba  arXiv:2312.00752          [De24] De et al. 2024, Griffin  arXiv:2402.19427
         [B17] Bradbury et al. 2017, QRNN  arXiv:1611.01576    [Le18] Lei et al. 2018, SRU  arXiv:1709.02755
 
@@ -86,7 +86,7 @@ def toeplitz(K):
 
 
 def scan(a, b):
-    """h_t = a_t h_{t-1} + b_t along axis 2 by doubling [Hillis, Steele 1986]: log t rounds, sums of 2^j terms."""
+    """h_t = a_t h_{t-1} + b_t along axis 2 by doubling [HS86]: log t rounds, sums of 2^j terms."""
     n = 1
     while n < b.shape[2]:
         pad = (0, 0) * (b.ndim - 3) + (n, -n)
@@ -182,7 +182,7 @@ def hippo_legt(n):
 
 
 def hippo_fout(n):
-    """HiPPO-FouT [Gu et al. 2022, How to train your HiPPO, arXiv:2206.12037, theorem 7]: a sliding window of length 1
+    """HiPPO-FouT [G22c, theorem 7]: a sliding window of length 1
     in the Fourier basis 1, sqrt2 sin 2 pi x, sqrt2 cos 2 pi x, sqrt2 sin 4 pi x, ...: A, B."""
     B = torch.full((n,), 2.0, dtype=torch.float64)               # cosines weigh 2, sines 0, the constant sqrt 2
     B[1::2], B[0] = 0.0, 2 ** 0.5
@@ -202,8 +202,8 @@ def legendre(n, x):
 
 
 def hippo_online(u, n):
-    """Feed a signal u: (t,) through LegS, h' = A h / t + B u / t, bilinear [G20, theorem 2]: the state after the last
-    step."""
+    """Feed a signal u: (t,) through LegS, h' = A h / t + B u / t, [G20, theorem 2], bilinear: the state after the last
+    step. (The paper's eq. 4 takes Euler steps.)"""
     A, B = hippo_legs(n)
     h, one = torch.zeros(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
     for k in range(1, len(u) + 1):
@@ -500,7 +500,7 @@ class S4DLegS(S4D):
 
 
 class DSS(S4D):
-    """DSS [Gu22, prop. 1b]: K = Re(w / Lambda softmax_l(Lambda dt l)), the softmax over max_len positions (the
+    """DSS [Gup22, prop. 1b]: K = Re(w / Lambda softmax_l(Lambda dt l)), the softmax over max_len positions (the
     authors: over the length at hand, so that their loop agrees at that length only). The softmax is a scale of b: 1 /
     sum_l a^l."""
     init = "legs"
@@ -540,7 +540,7 @@ class LRU(DiagonalMixer):
 
 
 class EMA(DiagonalMixer):
-    """MEGA's damped moving average [Ma23, eq. 1-2, multi-dimensional]: n averages a channel, a = 1 - alpha delta, b =
+    """MEGA's damped moving average [Ma23, eq. 3-5]: n averages a channel, a = 1 - alpha delta, b =
     alpha beta, alpha, delta in (0, 1); silu(y + omega x) after. Real and positive: it can only smooth."""
 
     def __init__(self, d_model, n_heads=None, n_state=16):
@@ -889,8 +889,8 @@ class BiGS(nn.Module):
 
 
 def monarch_fft(x, n1):
-    """The discrete Fourier transform of length n = n1 n2 as two matrix products with a twiddle between [Dao 2022;
-    T23]: x: (..., n) -> (..., k1, k2), frequency k1 + n1 k2. Left in this order: the inverse undoes it, so no
+    """The discrete Fourier transform of length n = n1 n2 as two matrix products with a twiddle between [D22b;
+    F23b]: x: (..., n) -> (..., k1, k2), frequency k1 + n1 k2. Left in this order: the inverse undoes it, so no
     permutation is needed."""
     n2 = x.shape[-1] // n1
     F1, twiddle, F2 = monarch_factors(n1, n2, x.device)
@@ -911,7 +911,7 @@ def monarch_factors(n1, n2, device):
 
 
 class Monarch(nn.Module):
-    """A plain Monarch block [T23]: positions in an m x m grid, a learned m x m matrix for each row, then one for each
+    """A plain Monarch block [F23b]: positions in an m x m grid, a learned m x m matrix for each row, then one for each
     column, for every channel alike: m^3 = t^{3/2} in place of t^2. Every position sees every other: not causal. Up to
     max_len = m^2."""
     forms = ("conv", "parallel")      # conv: the two block-diagonal products, as in the FFT
@@ -953,7 +953,7 @@ class Monarch(nn.Module):
 
 
 class MonarchMixer(HyenaGates, ConvMixer):
-    """The causal gated Monarch mixer [T23, section 4]: M_0^{-1}(M_1 k * M_2 u), products of polynomials in two
+    """The causal gated Monarch mixer [F23b, section 4]: M_0^{-1}(M_1 k * M_2 u), products of polynomials in two
     variables. Position j1 m + j0 is X^{j1} times a learned polynomial of Y of degree j0 and more, below m; both
     degrees are kept below half of the transform, so that products do not wrap around, and no term of lower degree
     arises: exactly causal. It is not Toeplitz: the polynomials (lower triangular R) differ from block to block. Gates
@@ -1351,7 +1351,7 @@ LISTOPS_END, LISTOPS_PAD = 14, 15
 
 
 def listops(batch_size=32, generator=None, length=100, vocab_size=16, max_depth=10, max_args=10):
-    """ListOps after Long Range Arena's generator [Tay et al. 2021, arXiv:2011.04006]: nested [MIN ...], [MAX ...],
+    """ListOps after Long Range Arena's generator [T21]: nested [MIN ...], [MAX ...],
     [MED ...], [SM ...] (the sum modulo 10) of digits; an argument is a digit with probability 0.75. [MAX 2 9 [MIN 4
     7] 0] is 9. Tokens: digits 0 to 9, opening operators 10 to 13, ] 14, padding 15 on the left. Expressions fill a
     quarter of `length` at least, all of it at most (the benchmark: 500 to 2000). Asked for at the end: the value.

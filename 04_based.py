@@ -13,8 +13,8 @@ by the feature dimension f of q and k above (a state of f^2 / 2 features) and th
 scores q.k are divided by the square root of their dimension, as always. Far away it finds a token roughly, nearby it
 compares exactly.
 
-Papers  [A23]  Arora et al. 2023, Zoology: MQAR, BaseConv           arXiv:2312.04927
-        [A24]  Arora et al. 2024, Based                             arXiv:2402.18668
+Papers  [Ar23]  Arora et al. 2023, Zoology: MQAR, BaseConv           arXiv:2312.04927
+        [Ar24] Arora et al. 2024, Based                             arXiv:2402.18668
         [C21]  Chen et al. 2021, Scatterbrain                       arXiv:2110.15343
         [C20]  Choromanski et al. 2020, Performer                   arXiv:2009.14794
         [De24] De et al. 2024, Griffin                              arXiv:2402.19427
@@ -49,6 +49,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also runs alone, without its kernels
+NO_FLOAT64 = {"mps"}                                         # devices that have no float64
 
 # ------------------------------------------------------------------------------------------------ convolution and gate
 
@@ -145,7 +146,7 @@ def products(x):
 
 
 def taylor(x):
-    """phi(x) = [1, x / f^{1/4}, x x^T / sqrt(2 f)] [A24, eq. 2], each product once: 1 + f + f (f + 1) / 2 features.
+    """phi(x) = [1, x / f^{1/4}, x x^T / sqrt(2 f)] [Ar24, eq. 4], each product once: 1 + f + f (f + 1) / 2 features.
     phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(f), which is at least 1/2."""
     x = x * x.shape[-1] ** -0.25
     return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5 ** 0.5], dim=-1)
@@ -302,8 +303,9 @@ class SparsePlusLowRank:
 def rope(x, start=0, base=10000.0):
     """Rotary positions (lesson 01): the pair (x_i, x_{i + d/2}) at position p turned by the angle p base^(-2i/d)."""
     t, d = x.shape[-2:]
-    theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float64) / d)           # (d/2,)
-    angle = (start + torch.arange(t, device=x.device, dtype=torch.float64))[:, None] * theta
+    exact = torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
+    theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=exact) / d)                   # (d/2,)
+    angle = (start + torch.arange(t, device=x.device, dtype=exact))[:, None] * theta
     cos, sin = (f(angle).to(torch.promote_types(x.dtype, torch.float32)) for f in (torch.cos, torch.sin))
     return (x * torch.cat([cos, cos], -1) + x.roll(d // 2, -1) * torch.cat([-sin, sin], -1)).to(x.dtype)
 
@@ -356,7 +358,7 @@ def linear(d_in, d_out, bias=False):
 
 
 class BaseConv(nn.Module):
-    """y = (u W + b_1) * (h conv u + b_2) [A23, eq. 1]: a gate times a convolution, the least that Hyena, H3 and RWKV
+    """y = (u W + b_1) * (h conv u + b_2) [Ar23, eq. 1]: a gate times a convolution, the least that Hyena, H3 and RWKV
     have in common. h: a free number for each channel and tap, so nothing beyond `taps` tokens back is seen."""
     forms = ("conv", "parallel", "triton")
     causal = True
@@ -436,7 +438,7 @@ class BaseConvShort(BaseConv):
 
 
 class ShortConv(BaseConvShort):
-    """Based's gated short convolution [A24, code]: y = W_o (silu(h conv W_1 x) * W_2 x), twice as wide inside: what
+    """Based's gated short convolution [Ar24, code]: y = W_o (silu(h conv W_1 x) * W_2 x), twice as wide inside: what
     stands next to what, for a state of two tokens."""
 
     def __init__(self, d_model, n_heads=None, taps=3, expand=2):
@@ -522,7 +524,7 @@ class LookBack(nn.Module):
 
 
 class Based(LookBack):
-    """Based [A24] in one layer: Taylor linear attention to all tokens plus softmax attention to the last `window`, of
+    """Based [Ar24] in one layer: Taylor linear attention to all tokens plus softmax attention to the last `window`, of
     the same values. As in the paper only the window is told positions.
 
     feature_dim: f, to which q and k are projected for the linear part. window: w tokens, the own one included. packed:
@@ -579,7 +581,7 @@ class Scatterbrain(LookBack):
 
 
 class RepeatAttention(nn.Module):
-    """Zoology's input-dependent sparse attention [A23, eq. 3]: softmax attention for the tokens that occurred before,
+    """Zoology's input-dependent sparse attention [Ar23, eq. 3]: softmax attention for the tokens that occurred before,
     zero for the others: what a convolution can't do, and only where it is needed. (The paper's learned selection
     takes the highest-scored tokens of a whole text, which is not causal.)
 
@@ -665,11 +667,14 @@ def repeats(ids):
     return (ids[:, :, None] == ids[:, None, :]).tril(-1).any(dim=-1)
 
 
+GOLDEN = -7046029254386353131        # 2^64 / golden ratio as a signed number, Knuth's multiplicative hash
+
+
 def hash_rows(x):
     """Equal rows, equal number: the bits of each row of x: (..., c) as a 64-bit linear hash (...)."""
     bits = x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).long()
     odd = 2 * torch.arange(x.shape[-1], device=x.device) + 1
-    return (bits * (odd * -7046029254386353131)).sum(dim=-1)         # wraps around, as a hash should
+    return (bits * (odd * GOLDEN)).sum(dim=-1)         # wraps around, as a hash should
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -677,7 +682,7 @@ def hash_rows(x):
 
 def mqar(batch_size=32, generator=None, length=64, n_pairs=4, vocab_size=8192, filler=False, power=0.01, easy=0.0,
          progress=1.0):
-    """Multi-query associative recall [A23, section 3 and code]: n_pairs of key and value, then every key once more
+    """Multi-query associative recall [Ar23, section 3 and code]: n_pairs of key and value, then every key once more
     somewhere, where its value is asked for. Keys are of the lower half of the vocabulary, values of the upper, all
     different. The query of a key stands 2 g tokens after the pairs, p(g) ~ (g + 1)^(power - 1): mostly early, as words
     come back in text. In between is token 0, or, with filler, random tokens. While progress, the share of the training
@@ -691,7 +696,7 @@ def mqar(batch_size=32, generator=None, length=64, n_pairs=4, vocab_size=8192, f
 
     def different(n):
         """n_pairs different numbers below n in each row, in any order: of j + 1 numbers one is drawn, or, if the row
-        has it, the new one, j [Floyd, in Bentley 1987]."""
+        has it, the new one, j [Be87]."""
         drawn = torch.full((batch_size, n_pairs), -1)
         for i, j in enumerate(range(n - n_pairs, n)):
             x = torch.randint(j + 1, (batch_size, 1), generator=generator)
@@ -725,7 +730,7 @@ def associative_recall(batch_size=32, generator=None, length=63, vocab_size=8192
     return torch.cat([pairs, keys.gather(1, asked)], dim=1), targets
 
 
-# The settings that have names: length and pairs in Zoology's Figure 2 [A23]; with random filler in Based's [A24].
+# The settings that have names: length and pairs in Zoology's Figure 2 [Ar23]; with random filler in Based's [Ar24].
 MQAR_SETTINGS = {f"mqar_{n}": dict(length=n, n_pairs=k) for n, k in ((64, 4), (128, 8), (256, 16), (512, 64))}
 MQAR_SETTINGS |= {f"mqar_based_{n}": dict(length=n, n_pairs=n // 4, filler=True) for n in (64, 128, 256, 512, 1024)}
 MIXERS = {"baseconv": BaseConv, "baseconv_short": BaseConvShort, "short_conv": ShortConv, "based": Based,
@@ -735,8 +740,8 @@ TASKS |= {name: partial(mqar, **setting) for name, setting in MQAR_SETTINGS.item
 
 # Layers in a row, as published models repeat them: names that train.py's --mixer takes.
 PATTERNS = {
-    "based_layers": "short_conv,taylor,window,short_conv,short_conv",                        # [A24], 360M
-    "zoology_hybrid": "baseconv,repeat_attention",                                           # [A23]
+    "based_layers": "short_conv,taylor,window,short_conv,short_conv",                        # [Ar24], 360M
+    "zoology_hybrid": "baseconv,repeat_attention",                                           # [Ar23]
     "stripedhyena": "modal,attention",                                                       # 7B: strictly in turn
     "griffin": "rglru,rglru,window",                                                         # [De24]
     "samba": "mamba,window",                                                                 # [R24]
@@ -831,7 +836,7 @@ def accuracy(model, ids, targets):
 
 
 def best_readout(states, answers):
-    """The lower bound [A24, theorem 3.1], executed. states: (memories, n), what a recurrent model is left with for each
+    """The lower bound [Ar24, theorem 3.1], executed. states: (memories, n), what a recurrent model is left with for each
     memory that it may have read; answers: (memories, questions). Memories with equal states get equal answers,
     whatever reads the state: the best share of right answers, and the number of different states."""
     groups = torch.unique(states, dim=0, return_inverse=True)[1]

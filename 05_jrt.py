@@ -13,8 +13,8 @@ for a prefix of M tokens. Generation starts from the two sums added up: a state 
 cost. With M = 0 it is Based's linear attention, causal; with the second sum alone over everything, bidirectional. (One
 such layer adds up what it sees, chooses nothing: the keys of the next layer, which know the whole prefix, can choose.)
 
-Papers  [A24b] Arora et al. 2024, Just read twice        arXiv:2407.05483
-        [A24]  Arora et al. 2024, Based                  arXiv:2402.18668
+Papers  [Ar24b] Arora et al. 2024, Just read twice        arXiv:2407.05483
+        [Ar24] Arora et al. 2024, Based                  arXiv:2402.18668
         [K20]  Katharopoulos et al. 2020                 arXiv:2006.16236
 
 Axes    b batch, t time (target), s source, h head, f width of q and k, D features (by Taylor 1 + f + f (f + 1) / 2),
@@ -112,7 +112,7 @@ def products(x):
 
 
 def taylor(x):
-    """phi(x) = [1, x / f^{1/4}, x x^T / sqrt(2 f)] [A24, eq. 2], each product once: 1 + f + f (f + 1) / 2 features.
+    """phi(x) = [1, x / f^{1/4}, x x^T / sqrt(2 f)] [Ar24, eq. 4], each product once: 1 + f + f (f + 1) / 2 features.
     phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(f), which is at least 1/2."""
     x = x * x.shape[-1] ** -0.25
     return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5 ** 0.5], dim=-1)
@@ -182,7 +182,7 @@ def find_map(name, feature_dim):
 
 
 class JRT(nn.Module):
-    """Prefix linear attention, the mixer of JRT-RNN [A24b].
+    """Prefix linear attention, the mixer of JRT-RNN [Ar24b].
 
     prefix, an argument more of forward, prefill and matrix: how many of these tokens, from the first, are the prefix
     that all tokens see, a number or (b,) of them; 0, the default, leaves a causal mixer. A model hands it on from the
@@ -316,7 +316,7 @@ SIZES = ((4, 16), (8, 32), (16, 64), (4, 128), (16, 256), (4, 256))        # of 
 
 def set_disjointness(batch_size=32, generator=None, first=16, second=64, vocab_size=2048, prompt=True, mixed=0.0,
                      progress=1.0):
-    """[1] A [2] B [3] and then the one token that is in both sets [A24b, code]: A has `first` tokens, B
+    """[1] A [2] B [3] and then the one token that is in both sets [Ar24b, code]: A has `first` tokens, B
     has `second`, all different but for the answer, in random places. Loss on the answer alone. prompt: also
     return {"prefix": t}, all of it is prompt, for a mixer that reads a prefix; without it that mixer is causal, too.
     mixed: while progress, the share of the training that is done, is below it, each batch has one of SIZES instead, in
@@ -345,7 +345,7 @@ def set_disjointness(batch_size=32, generator=None, first=16, second=64, vocab_s
 
 
 def jrt_prompt(batch, generator=None):
-    """JRT-prompt [A24b]: the text, then the text again; the loss counts only in the second copy. For any
+    """JRT-prompt [Ar24b]: the text, then the text again; the loss counts only in the second copy. For any
     causal model. ValueError where the first copy would give the answers away, as in predicting the next token."""
     ids, targets, extras = batch
     asked = targets[:, :-1] != -100
@@ -361,7 +361,7 @@ def jrt_prompt(batch, generator=None):
 
 
 def prefix_lm(batch, generator=None, prefix=64, masked=0.15, weight=0.25, mask=0):
-    """JRT-RNN's training loss [A24b, code]: the first `prefix` tokens are seen without causality, so the
+    """JRT-RNN's training loss [Ar24b, code]: the first `prefix` tokens are seen without causality, so the
     next token is asked from the prefix's last one on; plus `weight` times another mean, over prefix tokens that are
     hidden, a share `masked` of them, whose original is asked. `mask` is put in their place: 0 is the NUL byte, which no
     text has (with gpt2's tokenizer say mask=188). A test hides nothing."""
