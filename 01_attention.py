@@ -15,11 +15,12 @@ Papers  [V17]  Vaswani et al. 2017, Attention Is All You Need            arXiv:1
         [Ai23] Ainslie et al. 2023, GQA: grouped keys and values         arXiv:2305.13245
         [B20]  Beltagy et al. 2020, Longformer: sliding window           arXiv:2004.05150
         [W20]  Wang et al. 2020, Linformer                               arXiv:2006.04768
-        [Aky24] Akyurek et al. 2024, In-Context Language Learning         arXiv:2401.12973
+        [Aky24] Akyurek et al. 2024, In-Context Language Learning        arXiv:2401.12973
+        [Ol22] Olsson et al. 2022, Induction heads                       arXiv:2209.11895
 
 Axes    b batch, t time (target), s source, h head, g group of heads that share keys and values, d key dim,
         e value dim, c model width, w window, n order of an n-gram.
-Letters here are the papers': M the mixing matrix (P in [D22]), S scores, m, l a row's maximum and sum, L = m + log l,
+Letters here are the papers': M the mixing matrix (P in [D22]), S scores, m, l a row's maximum and sum, L = m + log2 l,
         D = rowsum(dO * O); E, F Linformer's projections; A, W_0, W_1 of [Aky24]. W_Q, W_K, W_V, W_O are qkv and out.
 
 mixer      forms                          training cost   state per sequence

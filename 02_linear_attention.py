@@ -18,6 +18,7 @@ Papers  [K20]  Katharopoulos et al. 2020, Transformers are RNNs  arXiv:2006.1623
         [Ka23] Katsch 2023, GateLoop  arXiv:2311.01927                   [Pe23] Peng 2023, RWKV-4  arXiv:2305.13048
         [Pe24] Peng et al. 2024, RWKV-5 and 6  arXiv:2404.05892          [D24]  Dao, Gu 2024, Mamba-2  arXiv:2405.21060
         [Y24]  Yang et al. 2024, DeltaNet  arXiv:2406.06484              [Y25]  Yang, Gated DeltaNet  arXiv:2412.06464
+        [HS86] Hillis, Steele 1986, Data parallel algorithms
 
 Axes    b batch, t time (target), s source, h head, d key or feature dim, e value dim, c model width, n chunk.
 Letters alpha, gamma, a, w of the papers (the decay) are e^g; Mamba-2's C, B, x are q, k, v; RWKV's r is q; z, the
@@ -806,7 +807,7 @@ def shifted(x, last):
 
 
 class RWKV6(LinearMixer):
-    """RWKV-6's time mixing [Pe24, section 4]: a vector decay from the token, g = -exp(w_0 + tanh(x A) B), and a bonus
+    """RWKV-6's time mixing [Pe24, section 4.2]: a vector decay from the token, g = -exp(w_0 + tanh(x A) B), and a bonus
     u for the token itself, which is read before it is written. Each of w, k, v, r, g sees its own, input-dependent mix
     of the token and the one before it. RWKV-5 is this with A = 0 and fixed mixes. `depth`: place of the layer, 0 to
     1, for the initial values."""

@@ -13,13 +13,14 @@ by the feature dimension f of q and k above (a state of f^2 / 2 features) and th
 scores q.k are divided by the square root of their dimension, as always. Far away it finds a token roughly, nearby it
 compares exactly.
 
-Papers  [Ar23]  Arora et al. 2023, Zoology: MQAR, BaseConv           arXiv:2312.04927
+Papers  [Ar23] Arora et al. 2023, Zoology: MQAR, BaseConv           arXiv:2312.04927
         [Ar24] Arora et al. 2024, Based                             arXiv:2402.18668
         [C21]  Chen et al. 2021, Scatterbrain                       arXiv:2110.15343
         [C20]  Choromanski et al. 2020, Performer                   arXiv:2009.14794
         [De24] De et al. 2024, Griffin                              arXiv:2402.19427
         [R24]  Ren et al. 2024, Samba                               arXiv:2406.07522
         [L24]  Lieber et al. 2024, Jamba                            arXiv:2403.19887
+        [Be87] Bentley 1987, Programming pearls: a sample of brilliance
 
 Axes    b batch, t time (target), s source, h head, d key dim, f feature dim, D features, e value dim, c model width,
         w window, m random features, k tap of a filter.
@@ -836,8 +837,8 @@ def accuracy(model, ids, targets):
 
 
 def best_readout(states, answers):
-    """The lower bound [Ar24, theorem 3.1], executed. states: (memories, n), what a recurrent model is left with for each
-    memory that it may have read; answers: (memories, questions). Memories with equal states get equal answers,
+    """The lower bound [Ar24, theorem 3.1], executed. states: (memories, n), what a recurrent model is left with for
+    each memory that it may have read; answers: (memories, questions). Memories with equal states get equal answers,
     whatever reads the state: the best share of right answers, and the number of different states."""
     groups = torch.unique(states, dim=0, return_inverse=True)[1]
     right = sum(F.one_hot(answers[groups == g]).sum(dim=0).amax(dim=-1).sum() for g in groups.unique())

@@ -182,7 +182,7 @@ def find_map(name, feature_dim):
 
 
 class JRT(nn.Module):
-    """Prefix linear attention, the mixer of JRT-RNN [Ar24b].
+    """Prefix linear attention, the mixer of JRT-RNN [Ar24b, eq. 3].
 
     prefix, an argument more of forward, prefill and matrix: how many of these tokens, from the first, are the prefix
     that all tokens see, a number or (b,) of them; 0, the default, leaves a causal mixer. A model hands it on from the
@@ -345,8 +345,8 @@ def set_disjointness(batch_size=32, generator=None, first=16, second=64, vocab_s
 
 
 def jrt_prompt(batch, generator=None):
-    """JRT-prompt [Ar24b]: the text, then the text again; the loss counts only in the second copy. For any
-    causal model. ValueError where the first copy would give the answers away, as in predicting the next token."""
+    """JRT-prompt [Ar24b, section 3.2]: the text, then the text again; the loss counts only in the second copy.
+    For any causal model. ValueError where the first copy would give the answers away: where the next token is asked."""
     ids, targets, extras = batch
     asked = targets[:, :-1] != -100
     if asked.sum() >= 16 and (targets[:, :-1] == ids[:, 1:])[asked].all():
@@ -361,7 +361,7 @@ def jrt_prompt(batch, generator=None):
 
 
 def prefix_lm(batch, generator=None, prefix=64, masked=0.15, weight=0.25, mask=0):
-    """JRT-RNN's training loss [Ar24b, code]: the first `prefix` tokens are seen without causality, so the
+    """JRT-RNN's training loss [Ar24b, eq. 5, and code]: the first `prefix` tokens are seen without causality, so the
     next token is asked from the prefix's last one on; plus `weight` times another mean, over prefix tokens that are
     hidden, a share `masked` of them, whose original is asked. `mask` is put in their place: 0 is the NUL byte, which no
     text has (with gpt2's tokenizer say mask=188). A test hides nothing."""

@@ -186,7 +186,7 @@ def test_what_stands_in_two_lessons_is_the_same():
 
 
 def test_gated_rfa_averages():
-    """S_t = g S_{t-1} + (1 - g) phi(k) v^T, and the same for the normaliser [Peng et al. 2021, eq. 6]."""
+    """S_t = g S_{t-1} + (1 - g) phi(k) v^T, and the same for the normaliser [P21, eq. 7]."""
     mixer = make("gated_rfa")
     x, _ = inputs(mixer, 20)
     q, k, v = (linear.split_heads(f(x), 4) for f in (mixer.q, mixer.k, mixer.v))
