@@ -491,6 +491,7 @@ class NGram(nn.Module):
     y = W_1 x + sum_n W_0^n A^n x.
     Attention has to learn this pattern (an induction head is n = 1); here it is built in. All orders 1 to max_order
     stand in one layer (the authors use a layer each), and n_heads is not used: there is one head for each order.
+    Differs: W_0 and W_1 have no biases, the authors' code has.
 
     Which tokens are equal is read from ids: (b, t), an argument more for every method. A model hands it to the mixers
     that list it in `reads`. Without ids, rows of x that are equal to the bit count as the same token."""

@@ -269,7 +269,9 @@ class LinearAttention(LinearMixer):
     feature_map: a name in FEATURE_MAPS. feature_dim: width of q and k that it is given (default: the head's; 16 where
     the features grow with its square). gated: decay by a gate a_t of the token, S_t = a_t S_{t-1} + (1 - a_t) phi(k)
     v^T [P21, eq. 7]. More options go to the feature map. ValueError for a width that the heads do not divide and for an
-    unknown map."""
+    unknown map.
+    Differs: the sum that divides has a floor, 1e-6 (RFA's: 1e-3), which no paper has; it acts where all weights are 0.
+    (fla's chunk form normalises by default, its recurrent and naive ones do not.)"""
 
     def __init__(self, d_model, n_heads=4, feature_map="elu", feature_dim=None, gated=False, **options):
         super().__init__()
@@ -368,7 +370,8 @@ class CosFormer(nn.Module):
 
 class Hedgehog(nn.Module):
     """[softmax(Wx), softmax(-Wx)] [Z24, eq. 6], W learned for each head, for q and k apart, the identity at first:
-    spiky like softmax, and it learns to grow with q . k."""
+    spiky like softmax, and it learns to grow with q . k. (fla's map is one softmax over [2x, -2x] of a layer with a
+    bias: its features sum to 1, these to 2.)"""
     shared = False
 
     def __init__(self, d, n_heads):
@@ -436,7 +439,7 @@ FEATURE_MAPS = {"elu": Elu, "relu": Relu, "performer": Performer, "rfa": RandomF
 
 
 class ReluAttention(LinearAttention):
-    """Linear attention with phi = relu."""
+    """Linear attention with phi = relu. (Kasai et al. 2021, T2R, arXiv:2103.13076, has a learned layer before it.)"""
 
     def __init__(self, d_model, n_heads=4, **options):
         super().__init__(d_model, n_heads, "relu", **options)
@@ -818,7 +821,8 @@ class RWKV6(LinearMixer):
         super().__init__()
         self.n_heads, d = n_heads, head_dim(d_model, n_heads)
         i = torch.arange(d_model) / max(1, d_model - 1)
-        near, half = 1 - i ** (1 - depth), 1 - i ** ((1 - depth) / 2)
+        share = torch.arange(d_model) / d_model                              # as the authors: not up to 1
+        near, half = 1 - share ** (1 - depth), 1 - share ** ((1 - depth) / 2)
         self.mix_all = nn.Parameter(near.clone())
         self.mixes = nn.Parameter(torch.stack([near, near, near - 0.3 * depth, half, half]))       # of w, k, v, r, g
         self.mix_down = nn.Parameter(torch.zeros(d_model, 5 * rank))
@@ -936,7 +940,7 @@ class RWKV4(LinearMixer):
     def __init__(self, d_model, n_heads=None, depth=0.5):        # n_heads is not used: each channel is one
         super().__init__()
         i = torch.arange(d_model) / max(1, d_model - 1)
-        near = i ** (1 - depth)
+        near = (torch.arange(d_model) / d_model) ** (1 - depth)                      # as the authors: not up to 1
         self.mixes = nn.Parameter(torch.stack([near, near + 0.3 * depth, near ** 0.5]))              # of k, v, r
         self.decay = nn.Parameter(-5 + 8 * i ** (0.7 + 1.3 * depth))                 # w = -exp(decay)
         self.u = nn.Parameter(math.log(0.3) + 0.5 * ((torch.arange(d_model) + 1) % 3 - 1))

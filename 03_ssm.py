@@ -385,12 +385,14 @@ class StateSpace(nn.Module):
 
 def s4d_lin(n):
     """-1/2 + i pi k. (k = 0 is real, and counts twice.)"""
-    return torch.complex(torch.full((n // 2,), -0.5), math.pi * torch.arange(n // 2).float())
+    k = torch.arange(n // 2, dtype=torch.float32)
+    return torch.complex(torch.full_like(k, -0.5), math.pi * k)
 
 
 def s4d_inv(n):
     """-1/2 + i (n / pi) (n / (2k + 1) - 1)"""
-    return torch.complex(torch.full((n // 2,), -0.5), n / math.pi * (n / (2 * torch.arange(n // 2).float() + 1) - 1))
+    k = torch.arange(n // 2, dtype=torch.float32)
+    return torch.complex(torch.full_like(k, -0.5), n / math.pi * (n / (2 * k + 1) - 1))
 
 
 def s4d_legs(n):

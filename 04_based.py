@@ -4,7 +4,8 @@
 
 A convolution looks back by fixed amounts: to find a token that may stand anywhere it needs channels for every distance,
 a width that grows with the length. Attention compares contents; one narrow head is enough, but its state grows with the
-length instead. Some growth is a law: who is to answer for k pairs must keep k log2 v bits. Based dials between the two,
+length instead. Some growth is a law: a state that can answer for k pairs holds at least k log2 v bits. Based lies
+between the two,
 
     o_t = sum_{s<=t} (1 + q_t.k_s + (q_t.k_s)^2 / 2) v_s / (the same with v = 1)     e^x to second order, to all tokens
         + sum_{t-w<s<=t} softmax_s(q_t . k_s) v_s                                    softmax itself, to the last w
@@ -24,6 +25,7 @@ Papers  [Ar23] Arora et al. 2023, Zoology: MQAR, BaseConv           arXiv:2312.0
 
 Axes    b batch, t time (target), s source, h head, d key dim, f feature dim, D features, e value dim, c model width,
         w window, m random features, k tap of a filter.
+Letters of BaseConv are [Ar23]'s: u its input, W, b_1 the gate, h, b_2 the filter; S is a sum over phi(k) [v, 1]^T.
 
 mixer             forms                       training cost   state per sequence
 baseconv          conv parallel               t log t         the past inputs, c t (at most its taps)
@@ -51,6 +53,49 @@ import torch.nn.functional as F
 
 KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also runs alone, without its kernels
 NO_FLOAT64 = {"mps"}                                         # devices that have no float64
+
+
+def first():
+    """The lesson on four tokens with d = e = 2: what followed the first A? In A c B A it stands two back when the
+    second A asks, in A c A B one back. Prints and returns the texts and, for each, q, k, v, the M of Taylor, M V."""
+    A, B, c = (2.0, 0.0), (0.0, 2.0), (-1.0, -1.0)
+    texts = {"AcBA": (torch.tensor([A, c, B, A]), 3), "AcAB": (torch.tensor([A, c, A, B]), 2)}       # x, who asks
+
+    # One convolution, M_ts = K_{t-s}: each text wants the weight 1 at the lag of c and 0 at the other.
+    print("four tokens: the second A asks what followed the first; one convolution has to serve both texts")
+    lags = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]])                          # (text, lag): what is wanted
+    K = lags.mean(dim=0)                                                             # nearest to both
+    print(f"    wanted: K = {lags[0].int().tolist()} and K = {lags[1].int().tolist()}; the nearest to both is "
+          f"{K.tolist()}, half of c and half of another token")
+
+    results = {}
+    for name, (x, asks) in texts.items():
+        # A convolution of two taps sets the token before beside each token: it is the key, the token is the value.
+        q, k, v = x, torch.cat([torch.zeros(1, 2), x[:-1]]), x                       # (t, d), (t, d), (t, e)
+
+        # All at once: 1 + s + s^2 / 2 in place of e^s, rows that sum to 1.
+        s = q @ k.T / 2 ** 0.5                                                       # (t, s)
+        weights = (1 + s + s * s / 2).tril()
+        M = weights / weights.sum(dim=1, keepdim=True)
+        softmax = s.masked_fill(torch.ones(4, 4).triu(1) == 1, -torch.inf).softmax(dim=1)
+
+        # Token by token: the polynomial is phi(q) . phi(k) with six features, so a state of 6 x 3 numbers is enough.
+        def phi(x):
+            y = x * 2 ** -0.25
+            return torch.stack([torch.ones(()), y[0], y[1], y[0] ** 2 / 2 ** 0.5, y[0] * y[1], y[1] ** 2 / 2 ** 0.5])
+        S, recurrent = torch.zeros(6, 3), []                                         # (D, e + 1)
+        for t in range(4):
+            S = S + phi(k[t])[:, None] * torch.cat([v[t], torch.ones(1)])
+            o = phi(q[t]) @ S
+            recurrent.append(o[:2] / o[2])
+        assert torch.allclose(M @ v, torch.stack(recurrent), atol=1e-5)
+        shown = {"convolution": K.flip(0) if asks == 2 else torch.cat([torch.zeros(1), K.flip(0)]), "Taylor": M[asks],
+                 "softmax": softmax[asks]}
+        print(f"    {name}: the second A's weights   " + "   ".join(
+            f"{kind} " + " ".join(f"{w:.2f}" for w in row.tolist()) for kind, row in shown.items()))
+        results[name] = q, k, v, M, M @ v
+    print("    a key beside its value is found wherever it stands; the state has 18 numbers for any length\n")
+    return results
 
 # ------------------------------------------------------------------------------------------------ convolution and gate
 
@@ -148,7 +193,8 @@ def products(x):
 
 def taylor(x):
     """phi(x) = [1, x / f^{1/4}, x x^T / sqrt(2 f)] [Ar24, eq. 4], each product once: 1 + f + f (f + 1) / 2 features.
-    phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(f), which is at least 1/2."""
+    phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(f), which is at least 1/2: positive, but below s = -1 it
+    rises again, so that keys that point away from the query count as well."""
     x = x * x.shape[-1] ** -0.25
     return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5 ** 0.5], dim=-1)
 
@@ -204,7 +250,7 @@ def distance(t, s, device):
 
 
 class Window:
-    """Softmax over the last w tokens, the own one included. State: their keys and values, oldest first."""
+    """Softmax over the last w tokens, itself among them. State: their keys and values, oldest first."""
 
     def __init__(self, w):
         self.w = w
@@ -259,8 +305,8 @@ class SparsePlusLowRank:
         self.phi, self.m, self.w, self.top = partial(favor, W=W), len(W), w, top
 
     def weights(self, q, k):
-        """e^{-m} A, for the last t of s sources, and e^{-m}: (b, h, t, s), (b, h, t, 1). m: the largest score in the
-        support, so that e^{s - m} is at most 1; but not below -20, so that e^{-m} is not too large either."""
+        """e^{-top} A, for the last t of s sources, and e^{-top}: (b, h, t, s), (b, h, t, 1). top: the largest score in
+        the support, so that e^{s - top} is at most 1; but not below -20, so that e^{-top} is not too large either."""
         scores = (q * q.shape[-1] ** -0.5) @ k.mT
         back = distance(q.shape[2], k.shape[2], q.device)
         past = back >= 0
@@ -269,11 +315,10 @@ class SparsePlusLowRank:
             support = past & (scores >= ranked[..., -1:])
         else:
             support = (past & (back < self.w)).expand_as(scores)
-        m = scores.detach().masked_fill(~support, -torch.inf)
-        m = m.amax(dim=-1, keepdim=True).clamp(min=-20)
-        exact = torch.where(support, scores - m, -torch.inf).exp()
+        top = scores.detach().masked_fill(~support, -torch.inf).amax(dim=-1, keepdim=True).clamp(min=-20)
+        exact = torch.where(support, scores - top, -torch.inf).exp()
         rest = (self.phi(q) @ self.phi(k).mT).masked_fill(support | ~past, 0)
-        return exact + rest * torch.exp(-m), torch.exp(-m)
+        return exact + rest * torch.exp(-top), torch.exp(-top)
 
     def matrix(self, q, k):
         A, _ = self.weights(q, k)
@@ -314,26 +359,6 @@ def rope(x, start=0, base=10000.0):
 # -------------------------------------------------------------------------------------------------------------- mixers
 
 
-def pick_form(mixer, x, form=None):
-    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
-    cannot run there, or if x is not (b, t, c) with t >= 1."""
-    if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
-    if form is None:
-        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
-        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
-            return "triton"
-        slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
-        return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]
-    if form not in mixer.forms:
-        raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
-    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
-        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
-    return form
-
-
 def split_heads(x, n):
     """(b, t, n d) -> (b, n, t, d)"""
     return x.unflatten(-1, (n, -1)).transpose(1, 2)
@@ -360,7 +385,8 @@ def linear(d_in, d_out, bias=False):
 
 class BaseConv(nn.Module):
     """y = (u W + b_1) * (h conv u + b_2) [Ar23, eq. 1]: a gate times a convolution, the least that Hyena, H3 and RWKV
-    have in common. h: a free number for each channel and tap, so nothing beyond `taps` tokens back is seen."""
+    have in common. h: a free number for each channel and tap, so nothing beyond `taps` tokens back is seen. (The
+    authors' code adds the input, too; where its text is shorter than its longest, the convolution wraps around.)"""
     forms = ("conv", "parallel", "triton")
     causal = True
 
@@ -439,20 +465,19 @@ class BaseConvShort(BaseConv):
 
 
 class ShortConv(BaseConvShort):
-    """Based's gated short convolution [Ar24, code]: y = W_o (silu(h conv W_1 x) * W_2 x), twice as wide inside: what
-    stands next to what, for a state of two tokens."""
+    """Based's gated short convolution [Ar24, code]: y = W_o (silu(h conv W_1 x + b) * W_2 x), twice as wide inside,
+    each W with a bias: what stands next to what, for a state of two tokens."""
 
     def __init__(self, d_model, n_heads=None, taps=3, expand=2):
         super().__init__(expand * d_model, n_heads, taps)
-        del self.b2
-        self.W1, self.gate = linear(d_model, expand * d_model), linear(d_model, expand * d_model)
-        self.out = linear(expand * d_model, d_model)
+        self.W1, self.gate = (linear(d_model, expand * d_model, bias=True) for _ in range(2))
+        self.out = linear(expand * d_model, d_model, bias=True)
 
     def u(self, x):
         return self.W1(x).mT
 
     def output(self, o, x):
-        return self.out(F.silu(o[..., 0].mT) * self.gate(x))
+        return self.out(F.silu(o[..., 0].mT + self.b2) * self.gate(x))
 
 
 class LookBack(nn.Module):
@@ -480,10 +505,10 @@ class LookBack(nn.Module):
     def run(self, x, state, form):
         start, *states = self.init_state(len(x)) if state is None else state
         v, o, after = self.values(x), 0, [start + x.shape[1]]
-        for (_, term, q, k), before in zip(self.inputs(x, start), states, strict=True):
+        for (_, *term_q_k), before in zip(self.inputs(x, start), states, strict=True):
             with torch.autocast(x.device.type, enabled=False):
-                q, k, values = (q, k, v) if form == "triton" else (at_least_float32(y) for y in (q, k, v))
-                part, state = FORMS[form](term, q, k, values, before)
+                term, *qkv = *term_q_k, v
+                part, state = FORMS[form](term, *(qkv if form == "triton" else map(at_least_float32, qkv)), before)
             o = o + part
             after.append(state)
         return self.output(o.to(v.dtype), x), after
@@ -528,9 +553,10 @@ class Based(LookBack):
     """Based [Ar24] in one layer: Taylor linear attention to all tokens plus softmax attention to the last `window`, of
     the same values. As in the paper only the window is told positions.
 
-    feature_dim: f, to which q and k are projected for the linear part. window: w tokens, the own one included. packed:
+    feature_dim: f, to which q and k are projected for the linear part. window: w tokens, itself among them. packed:
     keep each product of features once (f = 16: 153 features, not 273). feature_dim=None or window=None leaves that part
-    out. ValueError for sizes that do not fit."""
+    out. ValueError for sizes that do not fit. (The authors' window of 128 is 65 tokens, nearly the 64 here: they hand
+    window_size // 2 to flash-attention, which sees one more.)"""
     forms = ("chunked", "parallel", "recurrent", "triton")
     rotary = ("window",)
 
@@ -837,7 +863,7 @@ def accuracy(model, ids, targets):
 
 
 def best_readout(states, answers):
-    """The lower bound [Ar24, theorem 3.1], executed. states: (memories, n), what a recurrent model is left with for
+    """The lower bound [Ar24, theorem 3.1], run. states: (memories, n), what a recurrent model is left with for
     each memory that it may have read; answers: (memories, questions). Memories with equal states get equal answers,
     whatever reads the state: the best share of right answers, and the number of different states."""
     groups = torch.unique(states, dim=0, return_inverse=True)[1]
@@ -871,6 +897,29 @@ def scatterbrain_errors(scale, top=8, n=64, d=16, m=32, seeds=10):
         for i, A in enumerate((low_rank, sparse, torch.where(support, scores.exp(), low_rank))):
             errors[i] += (A / A.sum(dim=1, keepdim=True) - scores.softmax(dim=1)).norm() / seeds
     return errors.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+
+
+def pick_form(mixer, x, form=None):
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
+    cannot run there, or if x is not (b, t, c) with t >= 1."""
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
+    if form is None:
+        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
+        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
+        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
+            return "triton"
+        slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
+        return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]
+    if form not in mixer.forms:
+        raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
+    return form
 
 
 # ------------------------------------------------------------------------------------------------------ look and check
@@ -981,5 +1030,6 @@ if __name__ == "__main__":
     if args.plot:
         plot(args.plot)
     else:
+        first()
         compare_forms()
         print_theory()

@@ -18,7 +18,7 @@ Papers  [Ar24b] Arora et al. 2024, Just read twice        arXiv:2407.05483
         [K20]  Katharopoulos et al. 2020                 arXiv:2006.16236
 
 Axes    b batch, t time (target), s source, h head, f width of q and k, D features (by Taylor 1 + f + f (f + 1) / 2),
-        e value dim, c model width, M prefix length.
+        e value dim, c model width, M prefix length (in the formulas; the mixing matrix has no letter here).
 
 mixer          forms                       training cost   state per sequence
 jrt            chunked parallel recurrent  t D, prefix 2x  h D (e + 1); f = 16: D = 153
@@ -39,6 +39,47 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 KERNELS = Path(__file__).with_name("kernels").is_dir()       # a lesson also runs alone, without its kernels
+
+
+def first():
+    """The lesson on four tokens, A c B A, with d = e = 2, q, k and v as in lesson 02, no feature map, no normaliser:
+    read once, and read twice. Prints and returns q, k, v, M read once, M for the second reading, and M V of that."""
+    A, B, c, nothing = (2.0, 0.0), (0.0, 2.0), (-1.0, -1.0), (0.0, 0.0)
+    q = v = torch.tensor([A, c, B, A])                                               # (t, d), (t, e)
+    k = torch.tensor([nothing, A, c, B])                                             # (t, d), the token before
+
+    # Read once: S_t = S_{t-1} + k_t v_t^T. The first A cannot know what is to follow.
+    S, once = torch.zeros(2, 2), []
+    for t in range(4):
+        S = S + k[t][:, None] * v[t]                                                 # (d, e)
+        once.append(q[t] @ S)
+    causal = (q @ k.T).tril()                                                        # (t, s)
+    assert torch.equal(causal @ v, torch.stack(once))
+
+    # Read twice, A c B A A c B A (JRT-prompt): the loop goes on from the S that the first reading left.
+    prompt = []
+    for t in range(4):
+        S = S + k[t][:, None] * v[t]
+        prompt.append(q[t] @ S)
+
+    # Or as a prefix (JRT-RNN): an encoder sums all k_s v_s^T first, a decoder goes on; here both have the same k, v.
+    encoder = q @ k.T                                                                # (t, s): every token sees all
+    S = k.T @ v                                                                      # (d, e)
+    prefix = []
+    for t in range(4):
+        S = S + k[t][:, None] * v[t]
+        prefix.append(q[t] @ S)
+    M = causal + encoder
+    assert torch.equal(M @ v, torch.stack(prompt)) and torch.equal(M @ v, torch.stack(prefix))
+
+    print("four tokens, A c B A: read once, M is causal; read twice, or as a prefix, each token sees all")
+    print("         M, read once             M, read twice            M V, read twice = prefix")
+    for token, row, both, y in zip("AcBA", causal.tolist(), M.tolist(), (M @ v).tolist(), strict=True):
+        print(f"    {token} " + "".join(f"{x:6g}" for x in row) + " " + "".join(f"{x:6g}" for x in both) + "   "
+              + "".join(f"{x:6g}" for x in y))
+    print("    the first A has the weight 0 at c, which follows it, in the first reading, and "
+          f"{M[0, 1]:g} in the second; S stays 2 x 2\n")
+    return q, k, v, causal, M, M @ v
 
 # ------------------------------------------------------------------------------------------ prefix linear attention
 #
@@ -64,9 +105,10 @@ def matrices(q, k, k_enc, inside):
 
 
 def parallel(q, k, v, k_enc, v_enc, inside, S):
-    """The definition. It starts from no state, and leaves none."""
-    decoder, encoder = matrices(q, k, k_enc, inside)
-    return decoder @ v + encoder @ v_enc, None
+    """The definition, and what came before it in S."""
+    v, v_enc = with_one(v), with_one(v_enc)
+    o = (q @ k.mT).tril() @ v + q @ (k_enc * inside).mT @ v_enc + q @ S                      # (b, h, t, e + 1)
+    return normalised(o), S + k.mT @ v + (k_enc * inside).mT @ v_enc
 
 
 def encode(k_enc, v_enc, inside):
@@ -113,7 +155,8 @@ def products(x):
 
 def taylor(x):
     """phi(x) = [1, x / f^{1/4}, x x^T / sqrt(2 f)] [Ar24, eq. 4], each product once: 1 + f + f (f + 1) / 2 features.
-    phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(f), which is at least 1/2."""
+    phi(q) . phi(k) = 1 + s + s^2 / 2 with s = q . k / sqrt(f), which is at least 1/2: positive, but below s = -1 it
+    rises again, so that keys that point away from the query count as well."""
     x = x * x.shape[-1] ** -0.25
     return torch.cat([torch.ones_like(x[..., :1]), x, products(x) * 0.5 ** 0.5], dim=-1)
 
@@ -127,26 +170,6 @@ FEATURE_MAPS = {"taylor": taylor, "elu": elu, "relu": F.relu}
 
 
 # -------------------------------------------------------------------------------------------------------------- mixers
-
-
-def pick_form(mixer, x, form=None):
-    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
-    cannot run there, or if x is not (b, t, c) with t >= 1."""
-    if x.ndim != 3 or 0 in x.shape:
-        raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
-    if form is None:
-        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
-        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
-            return "triton"
-        slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
-        return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]
-    if form not in mixer.forms:
-        raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
-    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
-        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
-    return form
 
 
 def split_heads(x, n):
@@ -205,15 +228,16 @@ class JRT(nn.Module):
 
     def inputs(self, x, prefix=0):
         """q, k, v, k', v', and `inside`, or None if the prefix is empty."""
-        prefix = torch.as_tensor(prefix)                 # a number stays on the CPU: a GPU would have to be waited for
+        prefix = torch.as_tensor(prefix)                 # a number stays on the CPU: to look at it must not wait
         if prefix.is_floating_point() or prefix.numel() not in (1, len(x)):
             raise ValueError(f"prefix must be a whole number, or {len(x)}, one a sequence; not {prefix.tolist()}")
-        for n in (int(prefix.min()), int(prefix.max())):
-            if not 0 <= n <= x.shape[1]:
-                raise ValueError(f"a prefix of {n} tokens does not fit {x.shape[1]} tokens: it must come whole")
-        limit = n if prefix.numel() == 1 else prefix.to(x.device).view(-1, 1)
-        inside = (torch.arange(x.shape[1], device=x.device) < limit).view(-1, x.shape[1])    # (1 or b, t)
-        inside = inside[:, None, :, None] if n else None
+        shortest, longest = int(prefix.min()), int(prefix.max())
+        if shortest < 0 or longest > x.shape[1]:
+            n = shortest if shortest < 0 else longest
+            raise ValueError(f"a prefix of {n} tokens does not fit {x.shape[1]} tokens: it must come whole")
+        length = longest if prefix.numel() == 1 else prefix.to(x.device).view(-1, 1)
+        inside = (torch.arange(x.shape[1], device=x.device) < length).view(-1, x.shape[1])   # (1 or b, t)
+        inside = inside[:, None, :, None] if longest else None
         q, k = split_heads(self.qk(x), 2 * self.n_heads).chunk(2, dim=1)
         k_enc, v, v_enc = (split_heads(f(x), self.n_heads) for f in (self.k_enc, self.v, self.v_enc))
         return q, k, v, k_enc, v_enc, inside
@@ -362,9 +386,10 @@ def jrt_prompt(batch, generator=None):
 
 def prefix_lm(batch, generator=None, prefix=64, masked=0.15, weight=0.25, mask=0):
     """JRT-RNN's training loss [Ar24b, eq. 5, and code]: the first `prefix` tokens are seen without causality, so the
-    next token is asked from the prefix's last one on; plus `weight` times another mean, over prefix tokens that are
-    hidden, a share `masked` of them, whose original is asked. `mask` is put in their place: 0 is the NUL byte, which no
-    text has (with gpt2's tokenizer say mask=188). A test hides nothing."""
+    next token is asked from the first one behind the prefix on (the first answer is the token after that one); plus
+    `weight` times another mean, over prefix tokens that are hidden, a share `masked` of them, whose original is asked.
+    `mask` is put in their place: 0 is the NUL byte, which no text has (with gpt2's tokenizer say mask=188). A test
+    hides nothing."""
     ids, targets, extras = batch
     if not 0 <= masked < 1 or not 0 <= weight < math.inf:
         raise ValueError(f"prefix_lm needs 0 <= masked < 1 and a finite weight >= 0, not {masked} and {weight}")
@@ -372,7 +397,7 @@ def prefix_lm(batch, generator=None, prefix=64, masked=0.15, weight=0.25, mask=0
     hidden = torch.zeros_like(ids, dtype=torch.bool)
     if generator is not None:
         hidden = (i < prefix) & (torch.rand(ids.shape, generator=generator) < masked)
-    unasked = (i < prefix - 1) | hidden
+    unasked = (i < min(prefix, ids.shape[1] - 1)) | hidden               # the last token at least is asked
     weights = extras.get("weights", (targets != -100).float()).masked_fill(unasked, 0.0)
     share = weight * weights.sum() / hidden.sum().clamp(min=1)           # so that it is a mean next to a mean
     return (ids.masked_fill(hidden, mask), torch.where(hidden, ids, targets.masked_fill(unasked, -100)),
@@ -405,6 +430,29 @@ def order_effect(first, second, f=16, readings=1, trials=1000):
         right += ((taylor(B) * S).sum(dim=-1).argmax(dim=-1) == 0).sum().item()
     accuracy = right / trials
     return accuracy, (accuracy - 1 / asked) / (1 - 1 / asked) if asked > 1 else accuracy
+
+
+# ------------------------------------------------------------------------------------------------------------ plumbing
+
+
+def pick_form(mixer, x, form=None):
+    """The form to run: the one asked for, or the fastest on x's device. Raises ValueError if the mixer lacks it, if it
+    cannot run there, or if x is not (b, t, c) with t >= 1."""
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x must be (batch, time, width) with at least one of each, not {tuple(x.shape)}")
+    if form is None:
+        autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
+        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
+        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
+            return "triton"
+        slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
+        return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]
+    if form not in mixer.forms:
+        raise ValueError(f"{type(mixer).__name__} has no form {form!r}; it has {', '.join(mixer.forms)}")
+    if form == "triton" and (x.dtype == torch.float64 or not (x.is_cuda or os.environ.get("TRITON_INTERPRET"))):
+        raise ValueError("the form 'triton' needs a GPU (or TRITON_INTERPRET=1, to try it), and does not do float64")
+    return form
 
 
 # ------------------------------------------------------------------------------------------------------ look and check
@@ -490,5 +538,6 @@ if __name__ == "__main__":
     if args.plot:
         plot(args.plot)
     else:
+        first()
         compare_forms()
         print_order_effect()

@@ -3,7 +3,7 @@
 Products of polynomials mod X^N - i. Of two real ones, what is below X^N comes out as the real part, and what wraps
 around comes back times i, as the imaginary part: the real part is the causal convolution. So nothing is padded to 2 N
 ("right-angle" convolution). With w^N = i it is a cyclic one of w^j u_j, whose transform is two matrix products with a
-factor between them, a Monarch matrix [Fu et al. 2023, FlashFFTConv, arXiv:2311.05908]: for N = N1 N2, j = N2 j1 + j2,
+factor between them, a Monarch matrix [F23c]: for N = N1 N2, j = N2 j1 + j2,
 k = k1 + N1 k2, and e(x) = e^{2 pi i x}, w = e(1 / (4 N)),
 
     U_k = sum_j w^j u_j e(-j k / N)       U = ((F u) * T) G       F_{k1 j1} = e(-(k1 - 1/4) (j1 - 1/4) / N1)

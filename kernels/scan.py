@@ -18,7 +18,7 @@ from kernels.tiles import check_dtypes
 
 
 def reference(a, b, h0=None):
-    """The same in PyTorch by doubling [Hillis, Steele 1986]: log t rounds over all of memory. Shapes as in scan."""
+    """The same in PyTorch by doubling [HS86]: log t rounds over all of memory. Shapes as in scan."""
     h0 = torch.zeros_like(b[..., 0]) if h0 is None else h0
     b, n = torch.cat([b[..., :1] + a[..., :1] * h0[..., None], b[..., 1:]], dim=-1), 1
     while n < b.shape[-1]:

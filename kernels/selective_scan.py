@@ -1,6 +1,6 @@
 """Mamba's selective scan: n states for each channel, and none of them ever in memory but at chunk boundaries.
 
-    h_t = e^{dt_t A} h_{t-1} + dt_t B_t u_t,   y_t = sum_n C_t h_t + D u_t         [Gu, Dao 2023, algorithm 2]
+    h_t = e^{dt_t A} h_{t-1} + dt_t B_t u_t,   y_t = sum_n C_t h_t + D u_t         [GD23, algorithm 2]
 
 u, dt: (b, c, t); A: (c, n); B, C: (b, n, t), shared by all channels; D: (c,). Written out, h has n times the size of u,
 and a scan in PyTorch reads and writes it in each of its rounds. Here a program owns a few channels and walks over

@@ -47,12 +47,12 @@ def test_baseconv_is_its_equation_and_with_a_delta_a_gate():
 
 
 def test_baseds_short_convolution_is_its_equation():
-    """W_o (silu(h conv W_1 x) * W_2 x)"""
+    """W_o (silu(h conv W_1 x + b) * W_2 x), each W with a bias"""
     mixer = make("short_conv")
     x, _ = inputs(mixer, 20)
-    u = x @ mixer.W1.weight.mT
+    u = mixer.W1(x)
     conv = sum(mixer.h[:, k] * torch.nn.functional.pad(u, (0, 0, k, 0))[:, :20] for k in range(3))
-    y = (torch.nn.functional.silu(conv) * (x @ mixer.gate.weight.mT)) @ mixer.out.weight.mT
+    y = mixer.out(torch.nn.functional.silu(conv + mixer.b2) * mixer.gate(x))
     check_close(mixer(x), y, 1e-12, "short_conv")
 
 

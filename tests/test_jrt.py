@@ -134,15 +134,17 @@ def test_prefix_lm_asks_for_hidden_tokens_and_for_the_next_behind_the_prefix():
     ids, targets, extras = lesson.prefix_lm((row[:, :-1], row[:, 1:], given), generator, prefix=30)
     hidden, w = ids == 0, extras["weights"]
     assert 0.13 < hidden[:, :30].float().mean() < 0.17 and not hidden[:, 30:].any()
-    assert torch.equal(targets[hidden], row[:, :-1][hidden]) and (targets[:, :29][~hidden[:, :29]] == -100).all()
-    asked = ~hidden[:, 29:]                                       # the prefix's last token has not seen what follows
-    assert torch.equal(targets[:, 29:][asked], row[:, 30:][asked]) and extras["prefix"] == 30
-    assert torch.equal(w[:, 29:][asked], given["weights"][:, 29:][asked]) and not w[:, :29][~hidden[:, :29]].any()
+    assert torch.equal(targets[hidden], row[:, :-1][hidden]) and (targets[:, :30][~hidden[:, :30]] == -100).all()
+    asked = ~hidden[:, 30:]                                       # as the authors: what follows the prefix is not
+    assert torch.equal(targets[:, 30:][asked], row[:, 31:][asked]) and extras["prefix"] == 30
+    assert torch.equal(w[:, 30:][asked], given["weights"][:, 30:][asked]) and not w[:, :30][~hidden[:, :30]].any()
     assert w[hidden].sum().item() == pytest.approx(0.25 * w[~hidden].sum().item(), rel=1e-4)
     ids, targets, extras = lesson.prefix_lm((row[:, :-1], row[:, 1:], {}), prefix=30)        # a test
-    assert torch.equal(ids, row[:, :-1]) and (targets[:, :29] == -100).all() and (targets[:, 29:] != -100).all()
-    assert not extras["weights"][:, :29].any() and (extras["weights"][:, 29:] == 1).all()
+    assert torch.equal(ids, row[:, :-1]) and (targets[:, :30] == -100).all() and (targets[:, 30:] != -100).all()
+    assert not extras["weights"][:, :30].any() and (extras["weights"][:, 30:] == 1).all()
     assert lesson.prefix_lm((row[:, :5], row[:, 1:6], {}), prefix=30)[2]["prefix"] == 5      # a short prompt
+    whole = lesson.prefix_lm((row[:, :-1], row[:, 1:], {}), prefix=40)       # nothing behind it: the last is asked
+    assert (whole[1][:, :39] == -100).all() and (whole[1][:, 39] != -100).all()
 
 
 def test_set_disjointness_puts_the_answer_anywhere():
@@ -244,8 +246,8 @@ def test_the_recall_slice_knows_the_prefix():
     data.bigrams = torch.tensor([0]).numpy(), torch.tensor([0]).numpy()
     row = torch.tensor([[1, 2, 3, 4, 5, 1, 2, 9, 9]])
     batch = data.transform((row[:, :-1], row[:, 1:], {"weights": torch.ones(1, 8)}))
-    got = {name: count for name, _, count in data.scores(batch, None, torch.zeros(5), True)}
-    assert got["recall"] == 1 and got["rest"] == 4 and got["bits_per_byte"] == 5
+    got = {name: count for name, _, count in data.scores(batch, None, torch.zeros(4), True)}
+    assert got["recall"] == 1 and got["rest"] == 3 and got["bits_per_byte"] == 4
 
 
 @pytest.mark.parametrize("mixer, transform", [("short_conv,jrt", 0), ("bidirectional", 0), ("taylor", "jrt_prompt")])

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -17,13 +16,11 @@ LESSONS = sorted(train.ROOT.glob("0*_*.py"))
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
 def test_runs_alone_and_its_forms_agree(lesson, tmp_path):
     shutil.copy(lesson, tmp_path)
-    start = time.perf_counter()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([sys.executable, lesson.name], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     differences = [float(word) for word in done.stdout.split() if re.fullmatch(r"\d(\.\d+)?e[-+]\d+", word)]
     assert differences and max(differences) < 1e-9, done.stdout
-    assert time.perf_counter() - start < 30              # ten seconds, on a machine that does nothing else
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
