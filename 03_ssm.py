@@ -448,7 +448,10 @@ class S4D(StateSpace):
         if init not in DIAGONALS:
             raise ValueError(f"unknown init {init!r}; there are {', '.join(DIAGONALS)}")
         self.channels, self.n_state = d_model, n_state // 2
-        A, B = DIAGONALS[init](n_state), legs_normal_part(n_state)[1][n_state // 2:] if init == "legs" else None
+        A, B = DIAGONALS[init](n_state), None
+        if init == "legs":
+            B = legs_normal_part(n_state)[1][n_state // 2:]
+            B = B * (2 / B.abs()).clamp(max=1)                   # |B| up to 41 for n = 64; the authors' code cuts it at 2
         self.diagonal = Diagonal(d_model, A.repeat(d_model, 1), B)
         self.D, self.out = nn.Parameter(torch.randn(d_model)), GLU(d_model, d_model)
 
@@ -1126,8 +1129,8 @@ def shortened(a, C, t):
 class S4(Dense):
     """S4 [G22]: A = V (diag(Lambda) - P P^*) V^* of HiPPO-LegS, so that the kernel costs n t + t log t in place of
     n^2 t, once a^t is there (n^3 log t here). Each channel has its own dt and C.
-    Differs: Lambda, P and B are shared by the channels (the authors: a system for each), and all n states are kept, not
-    one of each conjugate pair."""
+    Differs: Lambda, P and B are shared by the channels (the authors: a system for each), all n states are kept, not one
+    of each conjugate pair, and B is HiPPO's, which the authors' code cuts at 2."""
 
     def __init__(self, d_model, n_heads=None, n_state=16):
         super().__init__()
@@ -1207,7 +1210,8 @@ class Hyena(Gated, FromKernel):
         device, dtype = self.delta.device, at_least_float32(self.D).dtype
         i = torch.arange(t, device=device, dtype=torch.float32 if device.type in NO_FLOAT64 else torch.float64)[:, None]
         place = i / max(1, self.max_len - 1)                                         # (t, 1)
-        turn = 2 * math.pi / self.max_len * i * torch.linspace(1e-4, self.n_bands - 1, self.n_bands, device=device)
+        turn = 2 * math.pi / self.max_len * i * torch.linspace(
+            1e-4, self.n_bands - 1, self.n_bands, device=device, dtype=i.dtype)
         z = torch.cat([place, turn.cos(), -turn.sin()], dim=1).to(dtype)             # (t, 2 n_bands + 1)
         for layer in self.layers:
             z = torch.sin(self.frequency.to(dtype) * F.linear(z, layer.weight.to(dtype), layer.bias.to(dtype)))

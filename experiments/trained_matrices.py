@@ -3,10 +3,10 @@
     python experiments/trained_matrices.py [--quick] [--draw]
 
 The text is Shakespeare's plays in which every scene has names of its own (new_names.py), so that a name cannot be
-known, only looked up. Each model has two layers, a short gated convolution and the mixer (the gated convolution, Hyena, has
-two of its own), and is asked to complete the name's second occurrence in a held-out scene. Drawn is the last layer: of
-all heads or channels the one that gives the token to be looked up the largest share of its row. Writes
-trained_matrices.npz, trained_matrices.png (the matrices) and docs/trained.png (the row, in the text).
+known, only looked up. Each model has two layers, a short gated convolution and the mixer (Hyena and Mamba, which have a
+convolution in them: two of these), and is asked to complete the name's second occurrence in a held-out scene. Drawn is
+the last layer: of all heads or channels the one that gives the token to be looked up the largest share of its row.
+Writes trained_matrices.npz, trained_matrices.png (the matrices) and docs/trained.png (the row, in the text).
 """
 import lab
 import new_names
