@@ -18,7 +18,7 @@ def joined(o, W):
 
 
 def R(x):
-    """RoFormer, eq. 13: (W x_m) e^{i m theta}, theta_i = 10000^{-2i/d}. As in GPT-NeoX and Llama the real parts are
+    """RoFormer: (W x_m) e^{i m theta}, theta_i = 10000^{-2i/d}. As in GPT-NeoX and Llama the real parts are
     the first half of a head, the imaginary parts the second."""
     m, d = x.shape[-2:]
     re, im = x.chunk(2, dim=-1)
@@ -48,12 +48,12 @@ def with_rope(p, x, allowed, g=H):
     return joined(torch.stack(o, dim=1), p["out.weight"])
 
 
-@referee("attention", by="Vaswani et al. 2017, eq. 1, RoFormer, eq. 13")
+@referee("attention", by="Vaswani et al. 2017, eq. 1, with RoFormer's rotations")
 def attention(p, x):
     return with_rope(p, x, back(x.shape[1]) >= 0)
 
 
-@referee("attention", by="GQA, figure 2", options={"n_kv_heads": 2})
+@referee("attention", by="Ainslie et al. 2023 (GQA), figure 2", options={"n_kv_heads": 2})
 def grouped(p, x):
     return with_rope(p, x, back(x.shape[1]) >= 0, g=2)
 
@@ -64,13 +64,13 @@ def torchs(p, x):
     return joined(torch.nn.functional.scaled_dot_product_attention(Q, K, V, is_causal=True), p["out.weight"])
 
 
-@referee("window", by="Longformer, section 3.1: the last w, one side of its window", options={"window": 5})
+@referee("window", by="Longformer: one side of its window", options={"window": 5})
 def window(p, x):
     distance = back(x.shape[1])
     return with_rope(p, x, (distance >= 0) & (distance < 5))
 
 
-@referee("linformer", by="Linformer, eq. 7", options={"k": 8, "max_len": 50})
+@referee("linformer", by="Wang et al. 2020 (Linformer), eq. 7", options={"k": 8, "max_len": 50})
 def linformer(p, x):
     """softmax(Q (E K)^T / sqrt(d_k)) F V"""
     n = x.shape[1]
@@ -80,7 +80,7 @@ def linformer(p, x):
     return joined(P @ (F @ V), p["out.weight"])
 
 
-@referee("ngram", by="Akyurek et al. 2024, n-gram heads")
+@referee("ngram", by="Akyurek et al. 2024: n-gram heads")
 def ngram(p, x, ids):
     """A(n)_ij = 1 / (how often) where the n tokens before j are the n tokens up to i, j < i; y = W_1 x + W_0 A x."""
     c, y = x.shape[-1], x @ p["W1.weight"].mT

@@ -18,7 +18,7 @@ def pairs(phi_Q, phi_K):
     return torch.einsum("bhid,bhjd->bhij", phi_Q, phi_K)
 
 
-@referee("linear_attention", by="Katharopoulos et al. 2020, eq. 3, 4 and 7")
+@referee("linear_attention", by="Katharopoulos et al. 2020, eq. 3 and 7")
 def elu(p, x):
     def phi(x):
         return torch.where(x > 0, x + 1, torch.exp(x))
@@ -30,7 +30,7 @@ def relu(p, x):
     return similarity_attention(p, lambda Q, K: pairs(Q.clamp(min=0), K.clamp(min=0)), x)
 
 
-@referee("performer", by="Choromanski et al. 2020, lemma 1 and eq. 5")
+@referee("performer", by="Choromanski et al. 2020, lemma 1")
 def performer(p, x):
     """SM(q, k) = E_w[exp(w.q - |q|^2 / 2) exp(w.k - |k|^2 / 2)], the mean over the m drawn w, of q and k / d^{1/4}."""
     def SM(Q, K):
@@ -45,18 +45,18 @@ def performer(p, x):
 
 
 def random_fourier(p, Q, K):
-    """RFA, eq. 3: phi(q) . phi(k) = (1/D) sum_i sin w_i.q sin w_i.k + cos w_i.q cos w_i.k = mean of cos w_i.(q - k)."""
+    """RFA: phi(q) . phi(k) = (1/D) sum_i sin w_i.q sin w_i.k + cos w_i.q cos w_i.k = mean of cos w_i.(q - k)."""
     Q, K = (y / torch.linalg.vector_norm(y, dim=-1, keepdim=True) for y in (Q, K))
     difference = Q[:, :, :, None] - K[:, :, None]                                    # (b, h, i, j, d)
     return torch.cos(difference @ p["phi_q.w"].mT).mean(-1)
 
 
-@referee("rfa", by="Peng et al. 2021, eq. 3 and 5")
+@referee("rfa", by="Peng et al. 2021 (RFA)")
 def rfa(p, x):
     return similarity_attention(p, lambda Q, K: random_fourier(p, Q, K), x, floor=1e-3)
 
 
-@referee("gated_rfa", by="Peng et al. 2021, the gated variant")
+@referee("gated_rfa", by="Peng et al. 2021 (RFA), gated")
 def gated_rfa(p, x):
     """g_t = sigmoid(w.x_t + b), S_t = g_t S_{t-1} + (1 - g_t) phi(k_t) v_t^T, and z_t alike."""
     Q, K, V = (heads(x, p[f"{name}.weight"]) for name in "qkv")
@@ -73,14 +73,14 @@ def gated_rfa(p, x):
     return joined(torch.stack(o, dim=2), p["out.weight"])
 
 
-@referee("cosformer", by="Qin et al. 2022, eq. 7 to 9: the cosine of the distance")
+@referee("cosformer", by="Qin et al. 2022 (cosFormer): the cosine of the distance")
 def cosformer(p, x, M=8192):
     def sim(Q, K):
         return pairs(torch.relu(Q), torch.relu(K)) * torch.cos(math.pi / 2 * back(x.shape[1]).double() / M)
     return similarity_attention(p, sim, x)
 
 
-@referee("hedgehog", by="Zhang et al. 2024, eq. 6: two softmaxes")
+@referee("hedgehog", by="Zhang et al. 2024 (Hedgehog): two softmaxes")
 def hedgehog(p, x):
     def phi(x, W):
         x = torch.einsum("hij,bhtj->bhti", W, x)
@@ -97,7 +97,7 @@ def taylor(p, x):
     return similarity_attention(p, sim, x)
 
 
-@referee("rebased", by="Aksenov et al. 2024, eq. 9: a square behind a LayerNorm")
+@referee("rebased", by="Aksenov et al. 2024 (ReBased): a square behind a LayerNorm")
 def rebased(p, x):
     """phi(x) = (gamma * norm(x) + beta)^2, in the kernel (q . k)^2, here for each head."""
     def norm(x, which):
@@ -127,7 +127,7 @@ def outer(k, v):
     return k[..., :, None] * v[..., None, :]
 
 
-@referee("retnet", by="Sun et al. 2023, eq. 5 and 8")
+@referee("retnet", by="Sun et al. 2023 (RetNet), eq. 5 and 8")
 def retnet(p, x):
     """D_nm = gamma^{n-m}, Retention = ((Q K^T / sqrt(d)) * D) V, gamma = 1 - 2^{-5 - arange(0, h)}; the norm of each
     head; (swish(X W_G) * Y) W_O."""
@@ -139,7 +139,7 @@ def retnet(p, x):
     return (swish(x @ p["gate.weight"].mT) * Y.transpose(1, 2).flatten(-2)) @ p["out.weight"].mT
 
 
-@referee("gla", by="Yang et al. 2023, section 4.4, and eq. 3")
+@referee("gla", by="Yang et al. 2023 (GLA), section 4.4")
 def gla(p, x):
     """alpha_t = sigmoid(x_t W_1 W_2 + b)^{1/16}, S_t = diag(alpha_t) S_{t-1} + k_t^T v_t, o_t = q_t S_t / sqrt(d_k)."""
     Q, K, V = (heads(x, p[f"{name}.weight"]) for name in "qkv")
@@ -155,7 +155,7 @@ def gla(p, x):
     return (O.transpose(1, 2).flatten(-2) * swish(x @ p["gate.weight"].mT)) @ p["out.weight"].mT
 
 
-@referee("gateloop", by="Katsch 2023, eq. 6: h_n = a_n h_{n-1} + k_n v_n")
+@referee("gateloop", by="Katsch 2023 (GateLoop): h_n = a_n h_{n-1} + k_n v_n")
 def gateloop(p, x):
     """a_n = sigmoid(size) e^{i turn}, y_n = q_n Re(h_n), one number of state for each channel."""
     q, k, v = (x @ p[f"{name}.weight"].mT for name in "qkv")
@@ -173,7 +173,7 @@ def before(x):
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
 
 
-@referee("rwkv4", by="Peng et al. 2023, eq. 11 to 17")
+@referee("rwkv4", by="Peng et al. 2023 (RWKV-4), eq. 11 to 13, 16, 17")
 def rwkv4(p, x):
     """r = W_r (mu_r x_t + (1 - mu_r) x_{t-1}), k and v alike; w = exp(decay);
     wkv_t = (sum_{i<t} e^{-(t-1-i) w + k_i} v_i + e^{u + k_t} v_t) / (the same without v); o = W_o (sigmoid(r) wkv)."""
@@ -186,7 +186,7 @@ def rwkv4(p, x):
     return (torch.sigmoid(r) * torch.stack(wkv, dim=1)) @ p["out.weight"].mT
 
 
-@referee("rwkv6", by="Peng et al. 2024, eq. 11 to 20")
+@referee("rwkv6", by="Peng et al. 2024 (RWKV-6), section 4")
 def rwkv6(p, x):
     """lora(x) = lambda + tanh(x A) B; ddlerp(a, b) = a + (b - a) * lora(a + (b - a) * mu_x);
     w_t = exp(-exp(lora_d(ddlerp_d))); wkv_t = diag(u) k_t^T v_t + sum_{i<t} diag(w_{i+1} ... w_{t-1}) k_i^T v_i."""
@@ -222,7 +222,7 @@ def short_filter(x, w, bias=0):
     return swish(y)
 
 
-@referee("mamba2", by="Dao, Gu 2024, section 7 and eq. 16")
+@referee("mamba2", by="Dao, Gu 2024 (Mamba-2), section 7")
 def mamba2(p, x):
     """h_t = e^{dt_t A} h_{t-1} + dt_t B_t x_t, y_t = C_t^T h_t + D x_t; RMSNorm(y * swish(z)) behind."""
     inner = len(p["norm"])
@@ -241,7 +241,7 @@ def mamba2(p, x):
 
 
 def delta_rule(p, x, alpha):
-    """Yang et al. 2024b, eq. 10: S_t = S_{t-1} alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t with
+    """S_t = S_{t-1} alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t with
     q / sqrt(d); q and k of length 1, q, k, v = swish of a short filter; beta = sigmoid(W x)."""
     c = x.shape[-1]
     qkv = short_filter(x @ p["qkv.weight"].mT, p["conv.conv.weight"])
@@ -259,12 +259,12 @@ def delta_rule(p, x, alpha):
     return rms(over_time(step, q, k, v, beta, alpha.expand_as(beta)), eps=1e-5) * p["norm"]
 
 
-@referee("deltanet", by="Yang et al. 2024 (DeltaNet), eq. 4, 5")
+@referee("deltanet", by="Yang et al. 2024 (DeltaNet)")
 def deltanet(p, x):
     return joined(delta_rule(p, x, torch.ones(1, 1, 1, dtype=x.dtype)), p["out.weight"])
 
 
-@referee("gated_deltanet", by="Yang et al. 2024b (Gated DeltaNet), eq. 10")
+@referee("gated_deltanet", by="Yang et al. 2024b (Gated DeltaNet)")
 def gated_deltanet(p, x):
     """alpha_t = exp(-e^{A_log} softplus(W x + dt_bias)), Mamba-2's; the norm's output times swish(W_g x)."""
     dt = torch.log(1 + torch.exp(x @ p["decay.weight"].mT + p["dt_bias"]))

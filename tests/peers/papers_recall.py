@@ -14,9 +14,9 @@ def sum_of_taps(x, h):
     return convolution(x, torch.cat([h[:, :t], torch.zeros(len(h), max(0, t - taps), dtype=h.dtype)], dim=1))
 
 
-@referee("baseconv", by="Arora et al. 2023 (Zoology), eq. 1", options={"taps": 40})
-@referee("baseconv", by="Arora et al. 2023 (Zoology), eq. 1, a filter shorter than the text", options={"taps": 17})
-@referee("baseconv_short", by="Arora et al. 2023 (Zoology), eq. 1")
+@referee("baseconv", by="Arora et al. 2023 (Zoology): BaseConv", options={"taps": 40})
+@referee("baseconv", by="Arora et al. 2023 (Zoology): BaseConv, a filter shorter than the text", options={"taps": 17})
+@referee("baseconv_short", by="Arora et al. 2023 (Zoology): BaseConv")
 def baseconv(p, u):
     """y = (u W + b_1) * (h conv u + b_2)"""
     return lin(u, p, "gate") * (sum_of_taps(u, p["h"]) + p["b2"])
@@ -27,7 +27,7 @@ def short_conv(p, x):
     return lin(swish(sum_of_taps(lin(x, p, "W1"), p["h"])) * lin(x, p, "gate"), p, "out")
 
 
-@referee("repeat_attention", by="Arora et al. 2023 (Zoology), eq. 3, programmatic selection")
+@referee("repeat_attention", by="Arora et al. 2023 (Zoology): attention for repeated tokens")
 def repeat_attention(p, x, ids):
     """softmax(Q K^T / sqrt(d)) V in the rows of tokens that occurred before, 0 in the others."""
     Q, K, V = (heads(x, W) for W in p["qkv.weight"].chunk(3))
@@ -41,7 +41,7 @@ def taylor_exp(Q, K):
     return 1 + s + s * s / 2
 
 
-@referee("based", by="Arora et al. 2024 (Based), eq. 4 and section 4.2", options={"window": 5, "feature_dim": 6})
+@referee("based", by="Arora et al. 2024 (Based), eq. 4, and a window", options={"window": 5, "feature_dim": 6})
 def based(p, x):
     """Taylor linear attention to all, and softmax attention to the last w, of the same values."""
     Q, K = (heads(x, W) for W in p["qk.linear.weight"].chunk(2))
@@ -61,7 +61,7 @@ def favor_mean(Q, K, W):
 
 
 def scatterbrain(p, x, support):
-    """Chen et al. 2021, algorithm 1: A = phi(Q) phi(K)^T + S, S = exp(Q K^T / sqrt(d)) - phi(Q) phi(K)^T on the support
+    """A = phi(Q) phi(K)^T + S, S = exp(Q K^T / sqrt(d)) - phi(Q) phi(K)^T on the support
     and 0 elsewhere; D^{-1} A V with D the sums of A's rows."""
     Q, K = (R(heads(x, W)) for W in p["qk.both.weight"].chunk(2))
     V, seen = heads(x, p["v.weight"]), back(x.shape[1]) >= 0
@@ -70,12 +70,12 @@ def scatterbrain(p, x, support):
     return joined(A @ V / A.sum(-1, keepdim=True), p["out.weight"])
 
 
-@referee("scatterbrain", by="Chen et al. 2021 (Scatterbrain), algorithm 1, a window", options={"window": 5, "m": 16})
+@referee("scatterbrain", by="Chen et al. 2021 (Scatterbrain), a window", options={"window": 5, "m": 16})
 def scatterbrain_window(p, x):
     return scatterbrain(p, x, lambda scores, seen: back(x.shape[1]) < 5)
 
 
-@referee("scatterbrain", by="Chen et al. 2021 (Scatterbrain), algorithm 1, the largest scores",
+@referee("scatterbrain", by="Chen et al. 2021 (Scatterbrain), the largest scores",
          options={"top": 5, "m": 16})
 def scatterbrain_top(p, x):
     def support(scores, seen):
@@ -85,9 +85,9 @@ def scatterbrain_top(p, x):
     return scatterbrain(p, x, support)
 
 
-@referee("jrt", by="Arora et al. 2024 (Just read twice), eq. 5, a prefix of 9", extras=lambda t: {"prefix": min(9, t)},
+@referee("jrt", by="Arora et al. 2024 (Just read twice), a prefix of 9", extras=lambda t: {"prefix": min(9, t)},
          options={"feature_dim": 6})
-@referee("jrt", by="Arora et al. 2024 (Just read twice), eq. 5, no prefix", options={"feature_dim": 6})
+@referee("jrt", by="Arora et al. 2024 (Just read twice), no prefix", options={"feature_dim": 6})
 def jrt(p, x, prefix=0):
     """y_i = phi(q_i) (sum_{j<=i} phi(k_j) v_j + sum_{j<=M} phi(k^e_j) v^e_j) / phi(q_i) (the same sums of the keys)."""
     q, k = (heads(x, W) for W in p["qk.weight"].chunk(2))
@@ -98,7 +98,7 @@ def jrt(p, x, prefix=0):
     return joined(y / (decoder.sum(-1, keepdim=True) + encoder.sum(-1, keepdim=True)), p["out.weight"])
 
 
-@referee("bidirectional", by="Katharopoulos et al. 2020, eq. 4, with Based's map", options={"feature_dim": 6})
+@referee("bidirectional", by="Katharopoulos et al. 2020, with Based's map", options={"feature_dim": 6})
 def bidirectional(p, x):
     q, k = (heads(x, W) for W in p["qk.weight"].chunk(2))
     A, v = taylor_exp(q, k), heads(x, p["v.weight"])

@@ -76,13 +76,13 @@ def bilinear_dense(A, B, step):
 # ----------------------------------------------------------------------------------------------- time-invariant systems
 
 
-@referee("lssl", by="Gu et al. 2021 (LSSL), eq. 1 to 4, bilinear")
+@referee("lssl", by="Gu et al. 2021 (LSSL), bilinear")
 def lssl(p, u):
     Abar, Bbar = bilinear_dense(p["A"], p["B"], p["log_dt"].exp())
     return glu_behind_gelu(p, dense(Abar, Bbar, p["C"], p["D"], u))
 
 
-@referee("s4", by="Gu et al. 2022 (S4), eq. 2, 3 and 6")
+@referee("s4", by="Gu et al. 2022 (S4), eq. 3 and 6")
 def s4(p, u):
     """A = Lambda - P P^*, discretised and run as it stands: no generating function, no Woodbury."""
     P, B, C = (complex_of(p, name) for name in "PBC")
@@ -92,14 +92,14 @@ def s4(p, u):
 
 
 def s4d_system(p, prefix=""):
-    """S4D, eq. 6: Abar = exp(step A), Bbar = (step A)^{-1} (exp(step A) - I) step B; B = 1 is part of C, and n / 2
+    """Zero-order hold: Abar = exp(step A), Bbar = (step A)^{-1} (exp(step A) - I) step B; B = 1 is part of C, and n / 2
     states stand for themselves and their conjugates."""
     A = torch.complex(-p[f"{prefix}log_A_real"].exp(), p[f"{prefix}A_imag"])
     step = p[f"{prefix}log_dt"].exp()[:, None]
     return torch.exp(step * A), (torch.exp(step * A) - 1) / A, 2 * complex_of(p, f"{prefix}C"), p[f"{prefix}D"]
 
 
-@referee("s4d", "s4d_inv", "s4d_legs", by="Gu et al. 2022 (S4D), eq. 6, zero-order hold")
+@referee("s4d", "s4d_inv", "s4d_legs", by="Gu et al. 2022 (S4D), zero-order hold")
 def s4d(p, u):
     return glu_behind_gelu(p, diagonal(*s4d_system(p), u))
 
@@ -114,7 +114,7 @@ def dss(p, u, L=40):
     return glu_behind_gelu(p, convolution(u, K) + p["D"] * u)
 
 
-@referee("s5", by="Smith et al. 2023 (S5), eq. 2 to 6: one system, in and out of all channels")
+@referee("s5", by="Smith et al. 2023 (S5): one system, in and out of all channels")
 def s5(p, u):
     Lambda = torch.complex(-p["log_A_real"].exp(), p["A_imag"])
     B, C, step = complex_of(p, "B"), complex_of(p, "C"), p["log_dt"].exp()
@@ -126,7 +126,7 @@ def s5(p, u):
     return glu_behind_gelu(p, torch.stack(y, dim=1))
 
 
-@referee("lru", by="Orvieto et al. 2023, eq. 7 and section 3.4, for each channel")
+@referee("lru", by="Orvieto et al. 2023 (LRU), section 3.4, for each channel")
 def lru(p, u):
     """x_k = lambda x_{k-1} + gamma B u_k, lambda = exp(-exp(nu) + i exp(theta)), gamma = sqrt(1 - |lambda|^2)."""
     Lambda = torch.exp(torch.complex(-p["nu"].exp(), p["theta"].exp()))
@@ -154,7 +154,7 @@ def stretched(k, s):
     return k[:, left] * (1 - at + left) + k[:, right] * (at - left)
 
 
-@referee("sgconv", by="Li et al. 2023 (SGConv), eq. 4: Cat(alpha^i Upsample(w_i)) / Z", options={"d": 8, "max_len": 50})
+@referee("sgconv", by="Li et al. 2023 (SGConv): Cat(alpha^i Upsample(w_i)) / Z", options={"d": 8, "max_len": 50})
 def sgconv(p, u):
     """alpha = 1/2; the first two scales have d taps, each one after twice as many as the one before; Z: the norm at
     the start."""
@@ -178,7 +178,7 @@ def liquid_s4(p, u):
 # -------------------------------------------------------------------------------------------------- gated convolutions
 
 
-@referee("gss", by="Mehta et al. 2023 (GSS), figure 1 and pseudocode")
+@referee("gss", by="Mehta et al. 2023 (GSS), pseudocode")
 def gss(p, x):
     """u = gelu(W x), v = gelu(W x) of a quarter of the width, uc = W DSS(v), o = W(uc * u)."""
     u, v = gelu(lin(x, p, "gate")), gelu(lin(x, p, "down"))
@@ -226,7 +226,7 @@ def hyena(p, u, L=40, K=8):
     return hyena_gates(p, u, lambda v: convolution(v, h) + p["D"] * v)
 
 
-@referee("modal", by="Massaroli et al. 2023 (Laughing Hyena), eq. 3.2: h_t = Re sum_n R_n lambda_n^t")
+@referee("modal", by="Massaroli et al. 2023 (Laughing Hyena): h_t = Re sum_n R_n lambda_n^t")
 def modal(p, u):
     Lambda = torch.polar(torch.exp(-p["log_decay"].exp()), p["angle"])
     t = torch.arange(u.shape[1])
@@ -234,7 +234,7 @@ def modal(p, u):
     return hyena_gates(p, u, lambda v: convolution(v, h) + p["D"] * v)
 
 
-@referee("monarch", by="Dao et al. 2022 (Monarch), definition 2.1: M = P L P^T R", options={"max_len": 25})
+@referee("monarch", by="Dao et al. 2022 (Monarch): M = P L P^T R", options={"max_len": 25})
 def monarch(p, x, m=5):
     """L and R block-diagonal, P the permutation that writes an m x m grid row by row, read column by column."""
     n = m * m
@@ -244,7 +244,7 @@ def monarch(p, x, m=5):
     return lin(M[:t, :t] @ x, p, "out")
 
 
-@referee("monarch_mixer", by="Fu et al. 2023 (Monarch Mixer), theorem 2 and 3: products of bivariate polynomials",
+@referee("monarch_mixer", by="Fu et al. 2023 (Monarch Mixer), section 4: products of bivariate polynomials",
          options={"max_len": 24, "m": 4})
 def monarch_mixer(p, u, m=4):
     """A sequence x is the polynomial sum_j x_j q_j(X, Y), q_j = X^{j1} (Y^{j0} + sum_{i0 > j0} R[j1][i0, j0] Y^{i0}) at
@@ -275,7 +275,7 @@ def monarch_mixer(p, u, m=4):
 # ----------------------------------------------------------------------------------------------------------- selection
 
 
-@referee("mamba", by="Gu, Dao 2023 (Mamba), algorithm 2 and eq. 2, 4")
+@referee("mamba", by="Gu, Dao 2023 (Mamba), algorithm 2")
 def mamba(p, x):
     """A from log_A; Delta = softplus(parameter + s_Delta(x)), B = s_B(x), C = s_C(x); Abar = exp(Delta A), and Delta B
     for Bbar, as in the code; y = C h + D x; times silu of the other branch."""
@@ -291,7 +291,7 @@ def mamba(p, x):
     return lin(torch.stack(y, dim=1) * swish(lin(x, p, "gate")), p, "out")
 
 
-@referee("rglru", by="De et al. 2024 (Griffin), eq. 1 to 4 and 6")
+@referee("rglru", by="De et al. 2024 (Griffin), section 2.4")
 def rglru(p, x):
     """r_t, i_t = sigmoid(W x_t + b), a_t = a^{c r_t}, a = sigmoid of a parameter, c = 8; h_t = a_t h_{t-1} + sqrt(1 -
     a_t^2) (i_t * x_t). With a = sigmoid(-Lambda) here, log a = -softplus(Lambda)."""
@@ -305,7 +305,7 @@ def rglru(p, x):
     return lin(torch.stack(y, dim=1) * gelu(lin(x, p, "gate")), p, "out")
 
 
-@referee("qrnn", by="Bradbury et al. 2017, eq. 2 and 4, fo-pooling")
+@referee("qrnn", by="Bradbury et al. 2017 (QRNN), fo-pooling")
 def qrnn(p, x):
     """Z = tanh(W^1 x_{t-1} + W^2 x_t), F, O alike with sigmoids; c_t = f_t c_{t-1} + (1 - f_t) z_t, h_t = o_t c_t."""
     Z, F, O = (lin(x, p, "now") + before(x) @ p["before.weight"].mT).chunk(3, dim=-1)
@@ -317,7 +317,7 @@ def qrnn(p, x):
     return lin(torch.stack(h, dim=1), p, "out")
 
 
-@referee("sru", by="Lei et al. 2018, eq. 1 to 4 with v = 0")
+@referee("sru", by="Lei et al. 2018 (SRU), with v = 0")
 def sru(p, x):
     """f_t, r_t = sigmoid(W x_t + b), c_t = f_t c_{t-1} + (1 - f_t) (W x_t), h_t = r_t c_t + (1 - r_t) x_t."""
     f, r = sigmoid(lin(x, p, "gates")).chunk(2, dim=-1)

@@ -31,14 +31,18 @@ class Referee(NamedTuple):
     extras: Callable     # t -> what the mixer reads besides x and ids
     tolerance: float
     cached: Callable     # (p, x, s) -> y by the peer's own cache: a prompt of s tokens, then one token after the other
+    shortest: int        # tokens that it takes
+    gradients: bool      # does it compute in torch?
 
 
-def referee(*names, by, needs=(), options=None, extras=lambda t: {}, tolerance=1e-9, cached=None):
+def referee(*names, by, needs=(), options=None, extras=lambda t: {}, tolerance=1e-9, cached=None,
+            shortest=1, gradients=True):
     """Enter a function as the referee of these mixers."""
     def enter(y):
         needed = (needs,) if isinstance(needs, str) else needs
         for name in names:
-            REFEREES.append(Referee(name, by, y, needed, options or {}, extras, tolerance, cached))
+            REFEREES.append(Referee(name, by, y, needed, options or {}, extras, tolerance, cached, shortest,
+                                    gradients))
         return y
     return enter
 
@@ -87,24 +91,28 @@ def file_of(package, path):
 @contextlib.contextmanager
 def in_double():
     """Many a peer turns everything into float32 before it computes. Meanwhile that means float64."""
-    float32, single = torch.float32, torch.Tensor.float
+    float32, single, default = torch.float32, torch.Tensor.float, torch.get_default_dtype()
     torch.float32 = torch.float = torch.float64
     torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
         torch.float32 = torch.float = float32
         torch.Tensor.float = single
+        torch.set_default_dtype(default)
 
 
 def tensors(mixer):
     return dict(mixer.named_parameters()) | dict(mixer.named_buffers())
 
 
-def outcome(f, mixer, x):
+def outcome(f, mixer, x, gradients=True):
     """f(x), and the gradients of a fixed function of it for x and all of the mixer's parameters."""
     x, named = x.clone().requires_grad_(), dict(mixer.named_parameters())
     y = f(x)
+    if not gradients:
+        return {"output": y.detach()}
     loss = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).sin()).sum()
     gradients = torch.autograd.grad(loss, [x, *named.values()], allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else g
@@ -140,11 +148,11 @@ def hold(r, t):
     x, extras = inputs(mixer, t)
     extras |= r.extras(t)
     p = tensors(mixer)
-    wanted = outcome(lambda x: r.y(p, x, **extras), mixer, x)
+    wanted = outcome(lambda x: r.y(p, x, **extras), mixer, x, r.gradients)
     for form in plain_forms(mixer):
         got = outcome(lambda x, form=form: mixer(x, form, **extras), mixer, x)
-        for what, value in got.items():
-            compare(r.name, r.by, value, wanted[what], r.tolerance, f"{what}, form {form}, {t} tokens")
+        for what, value in wanted.items():
+            compare(r.name, r.by, got[what], value, r.tolerance, f"{what}, form {form}, {t} tokens")
     if mixer.causal and t > 1 and not r.extras(t):
         with torch.no_grad():
             y = by_steps(mixer, x, t // 2, extras)

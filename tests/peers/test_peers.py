@@ -1,7 +1,9 @@
 """Every mixer is the paper's: all its forms held to code from elsewhere, or to the paper's formula in its own letters.
 
 Equal forms can be wrong together; what stands here was not written from the lessons."""
-import papers_attention  # noqa: F401  (each enters its referees)
+import packages_others  # noqa: F401  (each of these enters its referees)
+import packages_transformers  # noqa: F401
+import papers_attention  # noqa: F401
 import papers_linear  # noqa: F401
 import papers_recall  # noqa: F401
 import papers_ssm  # noqa: F401
@@ -10,10 +12,13 @@ from harness import MIXERS
 from referees import REFEREES, hold
 
 LENGTHS = (1, 21)
+pytestmark = pytest.mark.filterwarnings("ignore")            # what other people's packages warn of is theirs
 
 
-@pytest.mark.parametrize("t", LENGTHS)
-@pytest.mark.parametrize("r", REFEREES, ids=lambda r: f"{r.name}-{r.by}")
+CASES = [(r, t) for r in REFEREES for t in LENGTHS if t >= r.shortest]
+
+
+@pytest.mark.parametrize("r, t", CASES, ids=[f"{r.name} by {r.by}, {t}" for r, t in CASES])
 def test_every_form_is_the_referees(r, t):
     hold(r, t)
 
