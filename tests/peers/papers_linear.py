@@ -99,11 +99,13 @@ def taylor(p, x):
 
 @referee("rebased", by="Aksenov et al. 2024 (ReBased): a square behind a LayerNorm")
 def rebased(p, x):
-    """phi(x) = (gamma * norm(x) + beta)^2, in the kernel (q . k)^2, here for each head."""
+    """phi(x) = (gamma * norm(x) + beta)^2, in the kernel (q . k)^2; the norm is over all heads at once, as in the code."""
     def norm(x, which):
+        x = x.transpose(1, 2).flatten(-2)                                            # (b, t, h d)
         x = x - x.mean(-1, keepdim=True)
         x = x / torch.sqrt((x * x).mean(-1, keepdim=True) + 1e-5)
-        return x * p[f"phi_{which}.norm.weight"] + p[f"phi_{which}.norm.bias"]
+        x = x * p[f"phi_{which}.norm.weight"] + p[f"phi_{which}.norm.bias"]
+        return x.unflatten(-1, (H, -1)).transpose(1, 2)
     return similarity_attention(p, lambda Q, K: pairs(norm(Q, "q"), norm(K, "k")).square() / Q.shape[-1], x)
 
 
@@ -127,12 +129,12 @@ def outer(k, v):
     return k[..., :, None] * v[..., None, :]
 
 
-@referee("retnet", by="Sun et al. 2023 (RetNet), eq. 5 and 8")
+@referee("retnet", by="Sun et al. 2023 (RetNet), eq. 5 and 8", tolerance=1e-7)
 def retnet(p, x):
     """D_nm = gamma^{n-m}, Retention = ((Q K^T / sqrt(d)) * D) V, gamma = 1 - 2^{-5 - arange(0, h)}; the norm of each
-    head; (swish(X W_G) * Y) W_O."""
+    head; (swish(X W_G) * Y) W_O. (The mixer's gamma come out of float32 logarithms.)"""
     Q, K, V = (heads(x, p[f"{name}.weight"]) for name in "qkv")
-    gamma = torch.tensor([1 - 2.0 ** (-5 - i) for i in range(H)], dtype=torch.float32).double()[:, None, None]
+    gamma = torch.tensor([1 - 2.0 ** (-5 - i) for i in range(H)], dtype=torch.float64)[:, None, None]
     lag = back(x.shape[1])
     D = torch.where(lag >= 0, gamma ** lag, 0)
     Y = rms((R(Q) @ R(K).mT / math.sqrt(Q.shape[-1]) * D) @ V, eps=1e-6)

@@ -245,7 +245,7 @@ def test_lssls_matrix_is_hippos():
 
 
 def test_s4s_system_is_hippos_in_another_basis():
-    """A = V (Lambda - P P^*) V^*: what no unitary V changes is HiPPO's, P^* Lambda^k P, P^* Lambda^k B, B^* Lambda^k B."""
+    """A = V (Lambda - P P^*) V^*. No unitary V changes P^* Lambda^k P, P^* Lambda^k B, B^* Lambda^k B: HiPPO's."""
     p = parts(fresh("s4"))
     Lambda = torch.complex(-p["log_real"].exp(), p["imag"])
     n = Lambda.shape[-1]
