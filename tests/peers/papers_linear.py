@@ -99,7 +99,7 @@ def taylor(p, x):
 
 @referee("rebased", by="Aksenov et al. 2024 (ReBased): a square behind a LayerNorm")
 def rebased(p, x):
-    """phi(x) = (gamma * norm(x) + beta)^2, in the kernel (q . k)^2; the norm is over all heads at once, as in the code."""
+    """phi(x) = (gamma * norm(x) + beta)^2, in the kernel (q . k)^2; one norm over all heads, as in the code."""
     def norm(x, which):
         x = x.transpose(1, 2).flatten(-2)                                            # (b, t, h d)
         x = x - x.mean(-1, keepdim=True)
