@@ -55,6 +55,18 @@ def taylor(p, x):
     return joined(normalised(lambda v: sums(q, k, v, use_norm=False), v), p["out.weight"])
 
 
+@referee("rebased", by="fla's naive ReBased", needs=("fla", "einops"))
+def rebased(p, x):
+    """Its normaliser adds 1e-6 where the mixer's is at least that: left to us, too."""
+    def norm(y, which):
+        y = F.layer_norm(y, y.shape[-1:], p[f"phi_{which}.norm.weight"], p[f"phi_{which}.norm.bias"])
+        return y.unflatten(-1, (H, -1)).transpose(1, 2)
+    q, k, v = norm(lin(x, p, "q"), "q"), norm(lin(x, p, "k"), "k"), heads(x, p["v.weight"])
+    def sums(v):
+        return naive("rebased/naive", "naive_parallel_rebased")(q, k, v, use_norm=False)
+    return joined(sums(v) / sums(torch.ones_like(v)).clamp(min=1e-6), p["out.weight"])
+
+
 @referee("retnet", by="fla's naive retention", needs=("fla", "einops"), tolerance=1e-7)
 def retnet(p, x):
     """The mixer's decays come out of float32 logarithms."""
