@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from packages_transformers import call, mamba_weights
 from papers_attention import H, R, heads, joined
 from papers_linear import before, rms, short_filter
-from papers_ssm import causal_filter, complex_of, glu_behind_gelu, lin
+from papers_ssm import causal_filter, complex_of, continuous, glu_behind_gelu, lin
 from referees import file_of, in_double, peer, referee
 
 
@@ -211,12 +211,12 @@ def sru_ops():
 @referee("sru", by="sru's recurrence in Python, v = 0", needs="sru")
 def sru(p, x):
     t, b, c = x.shape[1], *x.shape[::2]
-    f, r = (x @ p["gates.weight"].mT).chunk(2, dim=-1)
+    f, r = (x @ p["gates_of.weight"].mT).chunk(2, dim=-1)
     U = torch.stack([lin(x, p, "z"), f, r], dim=-1).transpose(0, 1).flatten(-2)      # (t, b, 3 c)
     zero = torch.zeros(2 * c, dtype=x.dtype)
     with in_double(), torch.enable_grad(), contextlib.redirect_stderr(None):
-        h, _ = sru_ops().elementwise_recurrence_naive(U, x.transpose(0, 1).contiguous(), zero, p["gates.bias"], None, 0,
-                                                      c, False, True)
+        h, _ = sru_ops().elementwise_recurrence_naive(U, x.transpose(0, 1).contiguous(), zero, p["gates_of.bias"], None,
+                                                      0, c, False, True, torch.tensor(3 ** 0.5))
     return lin(h.view(t, b, c).transpose(0, 1), p, "out")
 
 
@@ -246,8 +246,33 @@ def s5_system(h, n, liquid=False):
 def s5(p, x):
     system = s5_system(x.shape[-1], len(p["log_dt"]))
     Lambda = torch.complex(-p["log_A_real"].exp(), p["A_imag"])
-    weights = {"Lambda": Lambda, "B": p["B"], "C": 2 * complex_of(p, "C"), "D": p["D"], "log_step": p["log_dt"]}
+    weights = {"Lambda": Lambda, "B": p["B"], "C": 2 * complex_of(p, "C"), "D": p["skip"], "log_step": p["log_dt"]}
     return glu_behind_gelu(p, torch.stack([call(system, weights, one) for one in x]))
+
+
+@referee("liquid_s4", by="s5-pytorch, liquid", needs="s5", options={"cut": False})
+def liquid_s4(p, x):
+    """A system of its own for each channel."""
+    A, _, step, C = continuous(p)
+    system = s5_system(1, A.shape[-1], liquid=True)
+    one = torch.stack([torch.ones_like(A.real), torch.zeros_like(A.real)], dim=-1)   # B
+
+    def channel(i, u):
+        weights = {"Lambda": A[i], "B": one[i, :, None], "C": 2 * C[i, None], "D": p["D"][i, None],
+                   "log_step": step[i].log().expand(A.shape[-1])}
+        return call(system, weights, u[:, None])[:, 0]
+    return glu_behind_gelu(p, each_channel(channel, x))
+
+
+@referee("gss", by="gated-state-spaces-pytorch", needs="gated_state_spaces_pytorch")
+def gss(p, x):
+    """Its DSS with its LayerNorm; its layer has a norm before, and a residual, which a model has around ours."""
+    A, _, _, C = continuous(p)
+    dss = peer("gated_state_spaces_pytorch.gss").DSS(dim=len(C), kernel_N=A.shape[-1], dss_kernel_lambda_imag_exp=False)
+    weights = {"norm.weight": p["norm.weight"], "norm.bias": p["norm.bias"], "C_real": 2 * C.real, "C_imag": 2 * C.imag,
+               "Lambda_real": (-A.real[0]).log(), "Lambda_imag": A.imag[0], "param_D": p["D"]}
+    v = call(dss, weights, F.gelu(lin(x, p, "down")))
+    return lin(lin(v, p, "up") * F.gelu(lin(x, p, "gate")), p, "out")
 
 
 @referee("lru", by="lru-pytorch", needs="LRU_pytorch")
@@ -258,9 +283,8 @@ def lru(p, x):
     apart = torch.eye(c, dtype=x.dtype)
     B = (complex_of(p, "B")[..., None] * apart[:, None]).flatten(0, 1)               # (c n, c)
     C = (complex_of(p, "C") * apart[..., None]).flatten(1)                           # (c, c n)
-    gamma = p["log_gamma"] if "log_gamma" in p else 0.5 * torch.log1p(-torch.exp(-2 * p["nu"].exp()))
-    weights = {"nu_log": p["nu"].flatten(), "theta_log": p["theta"].flatten(), "gamma_log": gamma.flatten(), "B": B,
-               "C": C, "D": torch.diag(p["D"])}
+    weights = {"nu_log": p["nu"].flatten(), "theta_log": p["theta"].flatten(), "gamma_log": p["log_gamma"].flatten(),
+               "B": B, "C": C, "D": torch.diag(p["D"])}
     return glu_behind_gelu(p, call(layer, weights, x))
 
 
@@ -302,9 +326,20 @@ def s4(p, u):
     return glu_behind_gelu(p, y)
 
 
-@referee("s4d", "s4d_inv", by="scipy's cont2discrete, zero-order hold, and dlsim", needs="scipy", gradients=False,
-         options={"n_state": 8})
+@referee("s4d", "s4d_inv", "s4d_legs", by="scipy's cont2discrete, zero-order hold, and dlsim", needs="scipy",
+         gradients=False, options={"n_state": 8})
 def s4d(p, u):
-    A, C = torch.diag_embed(torch.complex(-p["log_A_real"].exp(), p["A_imag"])), 2 * complex_of(p, "C")
-    one, dt = torch.ones(A.shape[-1], dtype=A.dtype), p["log_dt"].exp()
-    return glu_behind_gelu(p, each_channel(lambda i, u: simulated(A[i], one, C[i], p["D"][i], dt[i], u, "zoh"), u))
+    A, B, dt, C = continuous(p)
+    y = each_channel(lambda i, u: simulated(torch.diag(A[i]), B[i], 2 * C[i], p["D"][i], dt[i, 0], u, "zoh"), u)
+    return glu_behind_gelu(p, y)
+
+
+@referee("h3", by="scipy's cont2discrete, bilinear, and dlsim", needs="scipy", gradients=False,
+         options={"n_state": 8, "shift": 6})
+def h3(p, u):
+    q, k, v = lin(u, p, "qkv").chunk(3, dim=-1)
+    A, B, dt, C = continuous(p)
+
+    def channel(i, u):
+        return simulated(torch.diag(A[i]), B[i], 2 * C[i], p["skip"][i], dt[i, 0], u, "bilinear")
+    return lin(q * each_channel(channel, causal_filter(k, p["short.conv.weight"]) * v), p, "out")

@@ -91,24 +91,36 @@ def s4(p, u):
     return glu_behind_gelu(p, dense(Abar, Bbar, C, p["D"], u))
 
 
-def s4d_system(p, prefix=""):
-    """Zero-order hold: Abar = exp(step A), Bbar = (step A)^{-1} (exp(step A) - I) step B; B = 1 is part of C, and n / 2
-    states stand for themselves and their conjugates."""
+def continuous(p, prefix="diagonal."):
+    """A, B, step, C of a diagonal system, (c or 1, n / 2) each; the other states are the conjugates of these."""
     A = torch.complex(-p[f"{prefix}log_A_real"].exp(), p[f"{prefix}A_imag"])
-    step = p[f"{prefix}log_dt"].exp()[:, None]
-    return torch.exp(step * A), (torch.exp(step * A) - 1) / A, 2 * complex_of(p, f"{prefix}C"), p[f"{prefix}D"]
+    B = complex_of(p, f"{prefix}B") if f"{prefix}B" in p else torch.ones_like(A)
+    step = p[f"{prefix}log_dt"].exp()[:, None] if f"{prefix}log_dt" in p else torch.ones_like(A.real[:, :1])
+    return A, B, step, complex_of(p, f"{prefix}C")
+
+
+def held(p, prefix="diagonal."):
+    """Zero-order hold: Abar = exp(step A), Bbar = (step A)^{-1} (exp(step A) - I) step B; and C, twice its half."""
+    A, B, step, C = continuous(p, prefix)
+    return torch.exp(step * A), (torch.exp(step * A) - 1) / A * B, 2 * C
+
+
+def trapezoidal(p, prefix="diagonal."):
+    """The bilinear rule: Abar = (1 + step/2 A) / (1 - step/2 A), Bbar = step B / (1 - step/2 A); and C as above."""
+    A, B, step, C = continuous(p, prefix)
+    return (1 + step / 2 * A) / (1 - step / 2 * A), step * B / (1 - step / 2 * A), 2 * C
 
 
 @referee("s4d", "s4d_inv", "s4d_legs", by="Gu et al. 2022 (S4D), zero-order hold")
 def s4d(p, u):
-    return glu_behind_gelu(p, diagonal(*s4d_system(p), u))
+    return glu_behind_gelu(p, diagonal(*held(p), p["D"], u))
 
 
 @referee("dss", by="Gupta et al. 2022 (DSS), proposition 1, softmax", options={"max_len": 40})
 def dss(p, u, L=40):
     """K = w Lambda^{-1} row-softmax(P), P_jk = Lambda_j k step, over L positions."""
-    Lambda, w = torch.complex(-p["log_A_real"].exp(), p["A_imag"]), complex_of(p, "C")
-    P = Lambda[..., None] * (p["log_dt"].exp()[:, None, None] * torch.arange(L))
+    Lambda, _, step, w = continuous(p)
+    P = Lambda[..., None] * (step[..., None] * torch.arange(L))
     P = torch.exp(P) / torch.exp(P).sum(-1, keepdim=True)
     K = 2 * ((w / Lambda)[..., None] * P).sum(1).real
     return glu_behind_gelu(p, convolution(u, K) + p["D"] * u)
@@ -122,16 +134,16 @@ def s5(p, u):
     for k in range(u.shape[1]):
         Bbar_u = (torch.exp(step * Lambda) - 1) / Lambda * (u[:, k].to(B.dtype) @ B.mT)
         x = torch.exp(step * Lambda) * x + Bbar_u
-        y.append(2 * (x @ C.mT).real + p["D"] * u[:, k])
+        y.append(2 * (x @ C.mT).real + p["skip"] * u[:, k])
     return glu_behind_gelu(p, torch.stack(y, dim=1))
 
 
 @referee("lru", by="Orvieto et al. 2023 (LRU), section 3.4, for each channel")
 def lru(p, u):
-    """x_k = lambda x_{k-1} + gamma B u_k, lambda = exp(-exp(nu) + i exp(theta)), gamma = sqrt(1 - |lambda|^2)."""
+    """x_k = lambda x_{k-1} + exp(gamma^log) B u_k, lambda = exp(-exp(nu^log) + i exp(theta^log))."""
     Lambda = torch.exp(torch.complex(-p["nu"].exp(), p["theta"].exp()))
-    gamma = p["log_gamma"].exp() if "log_gamma" in p else torch.sqrt(1 - Lambda.abs() ** 2)
-    return glu_behind_gelu(p, diagonal(Lambda, gamma * complex_of(p, "B"), complex_of(p, "C"), p["D"], u))
+    B, C = p["log_gamma"].exp() * complex_of(p, "B"), complex_of(p, "C")
+    return glu_behind_gelu(p, diagonal(Lambda, B, C, p["D"], u))
 
 
 @referee("ema", by="Ma et al. 2023 (MEGA), eq. 3 to 5")
@@ -162,52 +174,79 @@ def sgconv(p, u):
     return glu_behind_gelu(p, convolution(u, K / p["norm"][:, :1]) + p["D"] * u)
 
 
-@referee("liquid_s4", by="Hasani et al. 2023 (Liquid-S4), eq. 9")
-def liquid_s4(p, u):
-    """x_k = (Abar + Bbar u_k) x_{k-1} + Bbar u_k, a coefficient of size above 1 put back to 1."""
-    Abar, Bbar, C, D = s4d_system(p, "s4d.")
+def liquid(p, u, limit):
+    """x_k = (Abar + Bbar u_k) x_{k-1} + Bbar u_k, with limit(Abar + Bbar u_k) in its place."""
+    Abar, Bbar, C = held(p)
     x, y = 0, []
     for k in range(u.shape[1]):
         now = u[:, k, :, None]
-        a = Abar + Bbar * now
-        x = a / a.abs().clamp(min=1) * x + Bbar * now
-        y.append((C * x).sum(-1).real + D * u[:, k])
-    return glu_behind_gelu({name.removeprefix("s4d."): value for name, value in p.items()}, torch.stack(y, dim=1))
+        x = limit(Abar + Bbar * now) * x + Bbar * now
+        y.append((C * x).sum(-1).real + p["D"] * u[:, k])
+    return glu_behind_gelu(p, torch.stack(y, dim=1))
+
+
+@referee("liquid_s4", by="Hasani et al. 2023 (Liquid-S4), eq. 9", options={"cut": False})
+def liquid_s4(p, u):
+    return liquid(p, u, lambda a: a)
+
+
+@referee("liquid_s4", by="Hasani et al. 2023 (Liquid-S4), eq. 9, no coefficient above 1")
+def liquid_s4_cut(p, u):
+    return liquid(p, u, lambda a: a / a.abs().clamp(min=1))
 
 
 # -------------------------------------------------------------------------------------------------- gated convolutions
 
 
+def layer_norm(x, weight, bias, eps=1e-5):
+    x = x - x.mean(-1, keepdim=True)
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight + bias
+
+
 @referee("gss", by="Mehta et al. 2023 (GSS), pseudocode")
 def gss(p, x):
-    """u = gelu(W x), v = gelu(W x) of a quarter of the width, uc = W DSS(v), o = W(uc * u)."""
+    """u = gelu(W x), v = LayerNorm(gelu(W x)) of a quarter of the width, uc = W DSS(v), o = W(uc * u)."""
     u, v = gelu(lin(x, p, "gate")), gelu(lin(x, p, "down"))
-    return lin(lin(diagonal(*s4d_system(p), v), p, "up") * u, p, "out")
+    v = layer_norm(v, p["norm.weight"], p["norm.bias"])
+    return lin(lin(diagonal(*held(p), p["D"], v), p, "up") * u, p, "out")
+
+
+@referee("bigs", by="Wang et al. 2022 (BiGS) and the authors' code")
+def bigs(p, x):
+    """V = gelu(W_v x), F = gelu(W_f x), B = gelu(W_b flip(x)); U = W_uf SSM(F) * flip(W_ub SSM(B)), O = W_o(gelu(W_u U)
+    * V)."""
+    F, B, V = gelu(lin(x, p, "into_ahead")), gelu(lin(x.flip(1), p, "into_back")), gelu(lin(x, p, "gate"))
+    F = diagonal(*held(p, "ahead."), p["D_ahead"], F)
+    B = diagonal(*held(p, "back."), p["D_back"], B)
+    U = lin(F, p, "up_ahead") * lin(B, p, "up_back").flip(1)
+    return lin(gelu(lin(U, p, "up")) * V, p, "out")
 
 
 @referee("h3", by="Fu et al. 2023 (H3), algorithm 1", options={"shift": 6})
 def h3(p, u):
     """Q * SSM_diag(SSM_shift(K) * V)"""
     Q, K, V = lin(u, p, "qkv").chunk(3, dim=-1)
-    K = causal_filter(K, p["shift.conv.weight"])
-    return lin(Q * diagonal(*s4d_system(p), K * V), p, "out")
+    K = causal_filter(K, p["short.conv.weight"])
+    return lin(Q * diagonal(*trapezoidal(p), p["skip"], K * V), p, "out")
 
 
 @referee("h3", by="Fu et al. 2023 (H3), algorithm 1, heads of 2", options={"shift": 6, "head_dim": 2})
 def h3_heads(p, u):
     """For each head: SSM_diag over K^T V, a d x d matrix at each time, then Q times it."""
     Q, K, V = lin(u, p, "qkv").chunk(3, dim=-1)
-    K = causal_filter(K, p["shift.conv.weight"])
+    K = causal_filter(K, p["short.conv.weight"])
     Q, K, V = (y.unflatten(-1, (-1, 2)) for y in (Q, K, V))                          # (b, t, h, d)
     KV, y = outer(K, V), 0                                                           # (b, t, h, d, d)
-    rows = [[diagonal(*s4d_system(p), KV[..., i, j]) for j in range(2)] for i in range(2)]
+    system = *trapezoidal(p), p["skip"]
+    rows = [[diagonal(*system, KV[..., i, j]) for j in range(2)] for i in range(2)]
     y = torch.stack([sum(Q[..., i] * rows[i][j] for i in range(2)) for j in range(2)], dim=-1)
     return lin(y.flatten(-2), p, "out")
 
 
 def hyena_gates(p, u, convolve):
     """Hyena, order 2: x^2, x^1, v = short filters of projections; y = x^2 * (h conv (x^1 * v))."""
-    x2, x1, v = causal_filter(lin(u, p, "qkv"), p["short.conv.weight"]).chunk(3, dim=-1)
+    projected = lin(u, p, "qkv")
+    x2, x1, v = causal_filter(projected, p["short.conv.weight"], p["short.conv.bias"]).chunk(3, dim=-1)
     return lin(x2 * convolve(x1 * v), p, "out")
 
 
@@ -319,10 +358,11 @@ def qrnn(p, x):
 
 @referee("sru", by="Lei et al. 2018 (SRU), with v = 0")
 def sru(p, x):
-    """f_t, r_t = sigmoid(W x_t + b), c_t = f_t c_{t-1} + (1 - f_t) (W x_t), h_t = r_t c_t + (1 - r_t) x_t."""
-    f, r = sigmoid(lin(x, p, "gates")).chunk(2, dim=-1)
+    """f_t, r_t = sigmoid(W x_t + b), c_t = f_t c_{t-1} + (1 - f_t) (W x_t), h_t = r_t c_t + (1 - r_t) alpha x_t, with
+    alpha = sqrt(1 + 2 e^b) = sqrt(3) for b = 0."""
+    f, r = sigmoid(lin(x, p, "gates_of")).chunk(2, dim=-1)
     c, h = 0, []
     for t in range(x.shape[1]):
         c = f[:, t] * c + (1 - f[:, t]) * lin(x[:, t], p, "z")
-        h.append(r[:, t] * c + (1 - r[:, t]) * x[:, t])
+        h.append(r[:, t] * c + (1 - r[:, t]) * math.sqrt(3) * x[:, t])
     return lin(torch.stack(h, dim=1), p, "out")

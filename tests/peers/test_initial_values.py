@@ -16,7 +16,10 @@ def fresh(name, c=C, **options):
 
 
 def parts(mixer):
-    return {name: p.detach() for name, p in [*mixer.named_parameters(), *mixer.named_buffers()]}
+    """Its parameters and buffers by name, those of its diagonal system by their last name, as D is whatever skips."""
+    named = [*mixer.named_parameters(), *mixer.named_buffers()]
+    short = {name: name.removeprefix("diagonal.") for name, _ in named}
+    return {"D" if short[name] == "skip" else short[name]: p.detach() for name, p in named}
 
 
 def check_uniform(x, low, high):
@@ -154,7 +157,7 @@ def test_mamba2_starts_as_its_authors():
     """[mamba-ssm]: A = -U(1, 16) for each head, D = 1, dt log-uniform in 0.001 to 0.1."""
     p = parts(fresh("mamba2", 512, n_heads=256))
     check_uniform(p["A_log"].exp(), 1, 16)
-    check_equal(p["skip"], 1, 0)
+    check_equal(p["D"], 1, 0)
     check_time_steps(p["dt_bias"])
 
 
@@ -184,10 +187,12 @@ def hippo_matrix(n):
 
 
 def normal_part(n):
-    """Eigenvalues of positive imaginary part of A + P P^T, P = sqrt(k + 1/2), smallest first."""
-    P = torch.tensor([math.sqrt(k + 0.5) for k in range(n)], dtype=torch.float64)
-    z = torch.linalg.eigvals(hippo_matrix(n) + P[:, None] * P)
-    return z[z.imag > 0][z[z.imag > 0].imag.argsort()]
+    """Eigenvalues of positive imaginary part of A + P P^T, P = sqrt(k + 1/2), smallest first; |V^* B| of HiPPO's B."""
+    P, B = ((torch.arange(n) * f + g).double().sqrt() for f, g in ((1, 0.5), (2, 1)))
+    skew = hippo_matrix(n) + P[:, None] * P + 0.5 * torch.eye(n)
+    imag, V = torch.linalg.eigh(-1j * skew)
+    up = imag > 1e-9
+    return torch.complex(torch.full_like(imag[up], -0.5), imag[up]), (V.mH @ B.to(V.dtype))[up].abs()
 
 
 def test_s4ds_eigenvalues():
@@ -196,46 +201,71 @@ def test_s4ds_eigenvalues():
     check_same_everywhere(eigenvalues_of(parts(fresh("s4d"))), torch.complex(half, math.pi * k))
     check_same_everywhere(eigenvalues_of(parts(fresh("s4d_inv"))),
                           torch.complex(half, 64 / math.pi * (64 / (2 * k + 1) - 1)))
-    check_same_everywhere(eigenvalues_of(parts(fresh("s4d_legs"))), normal_part(64))
+    check_same_everywhere(eigenvalues_of(parts(fresh("s4d_legs"))), normal_part(64)[0])
 
 
-@pytest.mark.parametrize("name", ["s4d", "s4d_inv", "s4d_legs", "dss", "s4", "lssl", "s5", "h3"])
+@pytest.mark.parametrize("name", ["s4d", "s4d_inv", "s4d_legs", "dss", "s4", "lssl", "s5", "h3", "liquid_s4"])
 def test_time_steps_start_log_uniform(name):
     """[the authors' code of each]: from 0.001 to 0.1."""
     check_uniform(parts(fresh(name))["log_dt"], math.log(1e-3), math.log(1e-1))
 
 
 @pytest.mark.parametrize("name", ["s4d", "s4d_inv", "s4d_legs", "dss", "s4", "lssl", "s5", "gss", "h3", "lru", "sgconv",
-                                  "hyena", "ema"])
+                                  "hyena", "ema", "liquid_s4"])
 def test_the_skip_starts_normal(name):
     """[state-spaces, safari and the authors' code of the others]: D ~ N(0, 1)."""
     check_normal(parts(fresh(name))["D"], 1.0)
 
 
-@pytest.mark.parametrize("name", ["s4d", "s4d_inv"])
+@pytest.mark.parametrize("name", ["s4d", "s4d_inv", "s4d_legs", "dss", "gss", "h3", "liquid_s4", "bigs"])
 def test_s4d_reads_its_state_with_complex_normal_numbers(name):
-    """[state-spaces]: C of variance 1, half of it in each part; H3's system alike."""
-    check_normal(parts(fresh(name))["C"], 0.5 ** 0.5)
+    """[state-spaces; safari, GSS and BiGS alike]: C of variance 1, half of it in each part."""
+    p = parts(fresh(name))
+    for C in [value for key, value in p.items() if key.split(".")[-1] == "C"]:
+        check_normal(C, 0.5 ** 0.5)
 
 
-def expected_norm(a, b, factor, length):
-    """sqrt(E |K|^2) of K_l = factor Re sum_n C_n b_n a_n^l with C complex normal of variance 1: each term adds half of
-    |factor b a^l|^2."""
-    r = a.abs() ** 2
-    return (factor ** 2 / 2 * b.abs() ** 2 * (1 - r ** length) / (1 - r)).sum(-1).sqrt()
+def check_norms(mixer, expected):
+    """|K|^2 of the kernel without its skip, over its expected value: on average 1."""
+    K = mixer.kernel(1024).detach()
+    K[:, 0] -= mixer.D.detach()
+    ratio = K.square().sum(-1) / expected
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(len(ratio)) and ratio.std() < 2, ratio.mean()
 
 
-@pytest.mark.parametrize("name", ["s4d", "s4d_inv"])
+@pytest.mark.parametrize("name", ["s4d", "s4d_inv", "s4d_legs"])
 def test_s4ds_kernel_has_the_norm_of_its_formula(name):
-    """K_l = 2 Re sum_n C_n (exp(dt A) - 1) / A exp(l dt A), C of variance 1: on average over 512 channels."""
+    """K_l = 2 Re sum_n C_n B_n (exp(dt A_n) - 1) / A_n exp(l dt A_n): a C_n of variance 1 adds 2 |the rest|^2."""
     mixer = fresh(name, 512)
     p = parts(mixer)
     A, dt = eigenvalues_of(p), p["log_dt"].exp()[:, None]
-    expected = expected_norm(torch.exp(dt * A), (torch.exp(dt * A) - 1) / A, 2, 1024)
-    K = mixer.kernel(1024).detach()
-    K[:, 0] -= p["D"]
-    ratio = K.square().sum(-1) / expected ** 2
-    assert abs(ratio.mean() - 1) < 0.15, ratio.mean()
+    B = torch.complex(p["B"][..., 0], p["B"][..., 1]) if "B" in p else torch.ones_like(A)
+    rest, r = B * (torch.exp(dt * A) - 1) / A, torch.exp(2 * dt * A.real)
+    check_norms(mixer, (2 * rest.abs() ** 2 * (1 - r ** 1024) / (1 - r)).sum(-1))
+
+
+def test_dsss_kernel_has_the_norm_of_its_formula():
+    """K_l = 2 Re sum_n w_n / Lambda_n softmax_l(Lambda_n dt l)"""
+    mixer = fresh("dss", 512, max_len=1024)
+    p = parts(mixer)
+    A = eigenvalues_of(p)
+    E = torch.exp(A[..., None] * (p["log_dt"].exp()[:, None, None] * torch.arange(1024)))
+    check_norms(mixer, (2 * (E / E.sum(-1, keepdim=True) / A[..., None]).abs() ** 2).sum((1, 2)))
+
+
+@pytest.mark.parametrize("n", [16, 64])
+@pytest.mark.parametrize("name", ["s4", "lssl"])
+def test_s4s_and_lssls_kernels_have_the_norm_of_theirs(name, n):
+    """K_l = C Abar^l Bbar with C ~ N(0, 1) in HiPPO's basis: E K_l^2 = |Abar^l Bbar|^2, Abar, Bbar bilinear."""
+    mixer = fresh(name, 256, n_state=n)
+    A, one = hippo_matrix(n), torch.eye(n, dtype=torch.float64)
+    B = (2 * torch.arange(n) + 1.0).double().sqrt()
+    dt = parts(mixer)["log_dt"].exp()[:, None, None]
+    inverse = torch.linalg.inv(one - dt / 2 * A)
+    Abar, h, expected = inverse @ (one + dt / 2 * A), (inverse @ (dt * B[:, None]))[..., 0], 0
+    for _ in range(1024):
+        expected, h = expected + h.square().sum(-1), (Abar @ h[..., None])[..., 0]
+    check_norms(mixer, expected)
 
 
 def test_lssls_matrix_is_hippos():
@@ -263,10 +293,41 @@ def test_s4s_system_is_hippos_in_another_basis():
                 assert (ours - theirs).abs().max() < 1e-5 * scale, k
 
 
-def test_liquid_s4_starts_as_s4d():
-    p = parts(fresh("liquid_s4"))
-    check_uniform(p["s4d.log_dt"], math.log(1e-3), math.log(1e-1))
-    check_normal(p["s4d.C"], 0.5 ** 0.5)
+def test_s4d_legss_B_is_hippos():
+    """[state-spaces, nplr]: V^* B of HiPPO's B, clipped at 2 (it goes up to 40); of V only the phases are free."""
+    p, (_, hippos) = parts(fresh("s4d_legs")), normal_part(64)
+    B = torch.complex(p["B"][..., 0], p["B"][..., 1])
+    check_equal(B.abs(), hippos.clamp(max=2), 0.05)
+
+
+def test_gss_starts_as_its_authors():
+    """[Mehta et al. 2023]: log(-Re A), log Im A ~ N(0, 1), the same for all channels; steps of 1."""
+    p = parts(fresh("gss", n_state=1024))
+    assert p["A_imag"].shape[0] == 1 and p["A_imag"].min() > 0 and "log_dt" not in p
+    check_normal(p["log_A_real"], 1.0)
+    check_normal(p["A_imag"].log(), 1.0)
+
+
+def test_bigss_systems_start_as_its_authors():
+    """[BiGS's code]: A as S4D-Lin's, D = 1, dt log-uniform in 0.01 to 1."""
+    p = parts(fresh("bigs"))
+    for way in ("ahead", "back"):
+        check_uniform(p[f"{way}.log_dt"], math.log(1e-2), 0)
+        check_equal(p[f"D_{way}"], 1, 0)
+        check_same_everywhere(p[f"{way}.A_imag"], math.pi * torch.arange(p[f"{way}.A_imag"].shape[1]).double())
+        check_equal(p[f"{way}.log_A_real"].exp(), 0.5)
+
+
+def test_lru_starts_uniform_on_the_disc():
+    """[Orvieto et al. 2023, lemma 3.2 and section 3.4; lru-pytorch]: |lambda|^2 uniform, phases up to 2 pi, gamma =
+    sqrt(1 - |lambda|^2), B and C of complex normal numbers."""
+    p = parts(fresh("lru"))
+    radius2 = torch.exp(-2 * p["nu"].exp())
+    check_uniform(radius2, 0, 1)
+    check_uniform(p["theta"].exp(), 0, 2 * math.pi)
+    check_equal(p["log_gamma"].exp(), torch.sqrt(1 - radius2), 1e-5)
+    check_normal(p["B"], 0.5 ** 0.5)
+    check_normal(p["C"], p["C"].shape[1] ** -0.5)
 
 
 def test_ema_starts_as_megas():
@@ -326,7 +387,7 @@ def test_qrnn_starts_remembering():
 
 def test_sru_starts_as_its_authors():
     """[Lei et al. 2018, section 3.2]: biases 0."""
-    check_equal(parts(fresh("sru"))["gates.bias"], 0, 0)
+    check_equal(parts(fresh("sru"))["gates_of.bias"], 0, 0)
 
 
 @pytest.mark.parametrize("name, taps", [("baseconv", 1024), ("baseconv_short", 3)])
