@@ -211,11 +211,11 @@ def sru_ops():
 @referee("sru", by="sru's recurrence in Python, v = 0", needs="sru")
 def sru(p, x):
     t, b, c = x.shape[1], *x.shape[::2]
-    f, r = (x @ p["gates_of.weight"].mT).chunk(2, dim=-1)
+    f, r = (x @ p["f_r.weight"].mT).chunk(2, dim=-1)
     U = torch.stack([lin(x, p, "z"), f, r], dim=-1).transpose(0, 1).flatten(-2)      # (t, b, 3 c)
     zero = torch.zeros(2 * c, dtype=x.dtype)
     with in_double(), torch.enable_grad(), contextlib.redirect_stderr(None):
-        h, _ = sru_ops().elementwise_recurrence_naive(U, x.transpose(0, 1).contiguous(), zero, p["gates_of.bias"], None,
+        h, _ = sru_ops().elementwise_recurrence_naive(U, x.transpose(0, 1).contiguous(), zero, p["f_r.bias"], None,
                                                       0, c, False, True, torch.tensor(3 ** 0.5))
     return lin(h.view(t, b, c).transpose(0, 1), p, "out")
 

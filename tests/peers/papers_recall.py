@@ -22,9 +22,10 @@ def baseconv(p, u):
     return lin(u, p, "gate") * (sum_of_taps(u, p["h"]) + p["b2"])
 
 
-@referee("short_conv", by="the Based authors' code: W_o (silu(h conv W_1 x) * W_2 x)")
+@referee("short_conv", by="the Based authors' code: W_o (silu(h conv W_1 x + b) * W_2 x)")
 def short_conv(p, x):
-    return lin(swish(sum_of_taps(lin(x, p, "W1"), p["h"])) * lin(x, p, "gate"), p, "out")
+    convolved = sum_of_taps(lin(x, p, "W1"), p["h"]) + p["b2"]
+    return lin(swish(convolved) * lin(x, p, "gate"), p, "out")
 
 
 @referee("repeat_attention", by="Arora et al. 2023 (Zoology): attention for repeated tokens")

@@ -360,7 +360,7 @@ def qrnn(p, x):
 def sru(p, x):
     """f_t, r_t = sigmoid(W x_t + b), c_t = f_t c_{t-1} + (1 - f_t) (W x_t), h_t = r_t c_t + (1 - r_t) alpha x_t, with
     alpha = sqrt(1 + 2 e^b) = sqrt(3) for b = 0."""
-    f, r = sigmoid(lin(x, p, "gates_of")).chunk(2, dim=-1)
+    f, r = sigmoid(lin(x, p, "f_r")).chunk(2, dim=-1)
     c, h = 0, []
     for t in range(x.shape[1]):
         c = f[:, t] * c + (1 - f[:, t]) * lin(x[:, t], p, "z")

@@ -387,7 +387,7 @@ def test_qrnn_starts_remembering():
 
 def test_sru_starts_as_its_authors():
     """[Lei et al. 2018, section 3.2]: biases 0."""
-    check_equal(parts(fresh("sru"))["gates_of.bias"], 0, 0)
+    check_equal(parts(fresh("sru"))["f_r.bias"], 0, 0)
 
 
 @pytest.mark.parametrize("name, taps", [("baseconv", 1024), ("baseconv_short", 3)])
