@@ -250,11 +250,12 @@ def hyena_gates(p, u, convolve):
     return lin(x2 * convolve(x1 * v), p, "out")
 
 
-@referee("hyena", by="Poli et al. 2023 (Hyena), definition 3.1 and section 3.3", options={"max_len": 40, "n_bands": 8})
+@referee("hyena", by="Poli et al. 2023 (Hyena), definition 3.1 and section 3.3", tolerance=1e-6,
+         options={"max_len": 40, "n_bands": 8})
 def hyena(p, u, L=40, K=8):
     """h_t = Window(t) FFN(PositionalEncoding(t)): the encoding is [t / (L - 1), Re rho_k(t), Im rho_k(t)], rho_k(t) =
     e^{-2 pi i k t / L}, k from 1e-4 to K - 1; sines in the FFN; the window is e^{-alpha t}, alpha from log(100) / 1.5
-    to log(100) / 0.3."""
+    to log(100) / 0.3 (in float32 in the mixer)."""
     t = torch.arange(u.shape[1], dtype=torch.float64)
     rho = torch.exp(-2j * math.pi * torch.linspace(1e-4, K - 1, K, dtype=torch.float64) * t[:, None] / L)
     z = torch.cat([t[:, None] / (L - 1), rho.real, rho.imag], dim=-1)
