@@ -117,7 +117,7 @@ def test_rwkv4_starts_as_transformers_does():
     module.RwkvPreTrainedModel._init_weights(module.RwkvModel(config), layer)
     p = parts(fresh("rwkv4", depth=0.5))
     check_equal(p["decay"], layer.time_decay.detach().double())
-    near = (layer.time_mix_value.detach().double()[0, 0] - 0.15) ** (3 / 4)          # their power is 2/3, ours 1/2
+    near = layer.time_mix_key.detach().double()[0, 0] ** (3 / 4)                     # their power is 2/3, ours 1/2
     check_equal(p["mixes"], torch.stack([near, near + 0.15, near ** 0.5]), 1e-5)
 
 
