@@ -250,7 +250,7 @@ def hyena_gates(p, u, convolve):
     return lin(x2 * convolve(x1 * v), p, "out")
 
 
-@referee("hyena", by="Poli et al. 2023 (Hyena), definition 3.1 and section 3.3", tolerance=1e-6,
+@referee("hyena", by="Poli et al. 2023 (Hyena), definition 3.1 and section 3.3", tolerance=1e-7,
          options={"max_len": 40, "n_bands": 8})
 def hyena(p, u, L=40, K=8):
     """h_t = Window(t) FFN(PositionalEncoding(t)): the encoding is [t / (L - 1), Re rho_k(t), Im rho_k(t)], rho_k(t) =
