@@ -49,3 +49,14 @@ def watch_memory():
 
 if os.environ.get("TRITON_INTERPRET"):
     watch_memory()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many referees the mixers were held to, and how far they were from them at most: see tests/peers."""
+    referees = sys.modules.get("referees")
+    if referees and referees.ERRORS:
+        (name, by), largest = max(referees.ERRORS.items(), key=lambda item: item[1])
+        exact = [error for error in referees.ERRORS.values() if error <= 1e-9]
+        terminalreporter.write_line(
+            f"{len(referees.ERRORS)} referees of {len({name for name, _ in referees.ERRORS})} mixers: largest error "
+            f"{largest:.1e} ({name}, by {by}); {len(exact)} of them within 1e-9, at most {max(exact, default=0):.1e}")

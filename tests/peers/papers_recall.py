@@ -1,0 +1,106 @@
+"""The formulas of the papers on recall: Zoology, Based, Scatterbrain, Just read twice."""
+import math
+
+import torch
+from papers_attention import R, back, heads, joined, scaled_dot_product
+from papers_linear import pairs, swish
+from papers_ssm import convolution, lin
+from referees import referee
+
+
+def sum_of_taps(x, h):
+    """(h conv x)_t = sum_l h_l x_{t-l}, of as many taps as there are. x: (b, t, c), h: (c, taps)"""
+    t, taps = x.shape[1], h.shape[1]
+    return convolution(x, torch.cat([h[:, :t], torch.zeros(len(h), max(0, t - taps), dtype=h.dtype)], dim=1))
+
+
+@referee("baseconv", by="Arora et al. 2023 (Zoology): BaseConv", options={"taps": 40})
+@referee("baseconv", by="Arora et al. 2023 (Zoology): BaseConv, a filter shorter than the text", options={"taps": 17})
+@referee("baseconv_short", by="Arora et al. 2023 (Zoology): BaseConv")
+def baseconv(p, u):
+    """y = (u W + b_1) * (h conv u + b_2)"""
+    return lin(u, p, "gate") * (sum_of_taps(u, p["h"]) + p["b2"])
+
+
+@referee("short_conv", by="the Based authors' code: W_o (silu(h conv W_1 x + b) * W_2 x)")
+def short_conv(p, x):
+    convolved = sum_of_taps(lin(x, p, "W1"), p["h"]) + p["b2"]
+    return lin(swish(convolved) * lin(x, p, "gate"), p, "out")
+
+
+@referee("repeat_attention", by="Arora et al. 2023 (Zoology): attention for repeated tokens")
+def repeat_attention(p, x, ids):
+    """softmax(Q K^T / sqrt(d)) V in the rows of tokens that occurred before, 0 in the others."""
+    Q, K, V = (heads(x, W) for W in p["qkv.weight"].chunk(3))
+    again = torch.tensor([[w in text[:i] for i, w in enumerate(text)] for text in ids.tolist()])
+    o = scaled_dot_product(R(Q), R(K), V, back(x.shape[1]) >= 0)
+    return joined(o * again[:, None, :, None], p["out.weight"])
+
+
+def taylor_exp(Q, K):
+    s = pairs(Q, K) / math.sqrt(Q.shape[-1])
+    return 1 + s + s * s / 2
+
+
+@referee("based", by="Arora et al. 2024 (Based), eq. 4, and a window", options={"window": 5, "feature_dim": 6})
+def based(p, x):
+    """Taylor linear attention to all, and softmax attention to the last w, of the same values."""
+    Q, K = (heads(x, W) for W in p["qk.linear.weight"].chunk(2))
+    V, seen = heads(x, p["v.weight"]), back(x.shape[1]) >= 0
+    A = taylor_exp(Q, K) * seen
+    far = A @ V / A.sum(-1, keepdim=True)
+    Q, K = (R(heads(x, W)) for W in p["qk.window.weight"].chunk(2))
+    near = scaled_dot_product(Q, K, V, seen & (back(x.shape[1]) < 5))
+    return joined(far + near, p["out.weight"])
+
+
+def favor_mean(Q, K, W):
+    """The Performer's estimate of exp(q . k / sqrt(d)): the mean over w of exp(w.q - |q|^2/2) exp(w.k - |k|^2/2)."""
+    Q, K = (y / y.shape[-1] ** 0.25 for y in (Q, K))
+    at = (torch.exp(y @ W.mT - (y * y).sum(-1, keepdim=True) / 2) for y in (Q, K))
+    return pairs(*at) / len(W)
+
+
+def scatterbrain(p, x, support):
+    """A = phi(Q) phi(K)^T + S, S = exp(Q K^T / sqrt(d)) - phi(Q) phi(K)^T on the support
+    and 0 elsewhere; D^{-1} A V with D the sums of A's rows."""
+    Q, K = (R(heads(x, W)) for W in p["qk.both.weight"].chunk(2))
+    V, seen = heads(x, p["v.weight"]), back(x.shape[1]) >= 0
+    estimate, exact = favor_mean(Q, K, p["W"]), torch.exp(pairs(Q, K) / math.sqrt(Q.shape[-1]))
+    A = (estimate + torch.where(support(pairs(Q, K), seen), exact - estimate, 0)) * seen
+    return joined(A @ V / A.sum(-1, keepdim=True), p["out.weight"])
+
+
+@referee("scatterbrain", by="Chen et al. 2021 (Scatterbrain), a window", options={"window": 5, "m": 16})
+def scatterbrain_window(p, x):
+    return scatterbrain(p, x, lambda scores, seen: back(x.shape[1]) < 5)
+
+
+@referee("scatterbrain", by="Chen et al. 2021 (Scatterbrain), the largest scores",
+         options={"top": 5, "m": 16})
+def scatterbrain_top(p, x):
+    def support(scores, seen):
+        """A score is in it if fewer than 5 of those seen are larger."""
+        larger = (scores[..., None, :] > scores[..., :, None]) & seen[:, None, :]
+        return larger.sum(-1) < 5
+    return scatterbrain(p, x, support)
+
+
+@referee("jrt", by="Arora et al. 2024 (Just read twice), a prefix of 9", extras=lambda t: {"prefix": min(9, t)},
+         options={"feature_dim": 6})
+@referee("jrt", by="Arora et al. 2024 (Just read twice), no prefix", options={"feature_dim": 6})
+def jrt(p, x, prefix=0):
+    """y_i = phi(q_i) (sum_{j<=i} phi(k_j) v_j + sum_{j<=M} phi(k^e_j) v^e_j) / phi(q_i) (the same sums of the keys)."""
+    q, k = (heads(x, W) for W in p["qk.weight"].chunk(2))
+    ke, v, ve = (heads(x, p[f"{name}.weight"]) for name in ("k_enc", "v", "v_enc"))
+    decoder = taylor_exp(q, k) * (back(x.shape[1]) >= 0)
+    encoder = taylor_exp(q, ke) * (torch.arange(x.shape[1]) < prefix)
+    y = decoder @ v + encoder @ ve
+    return joined(y / (decoder.sum(-1, keepdim=True) + encoder.sum(-1, keepdim=True)), p["out.weight"])
+
+
+@referee("bidirectional", by="Katharopoulos et al. 2020, with Based's map", options={"feature_dim": 6})
+def bidirectional(p, x):
+    q, k = (heads(x, W) for W in p["qk.weight"].chunk(2))
+    A, v = taylor_exp(q, k), heads(x, p["v.weight"])
+    return joined(A @ v / A.sum(-1, keepdim=True), p["out.weight"])
