@@ -451,7 +451,7 @@ class S4D(StateSpace):
         A, B = DIAGONALS[init](n_state), None
         if init == "legs":
             B = legs_normal_part(n_state)[1][n_state // 2:]
-            B = B * (2 / B.abs()).clamp(max=1)                   # |B| up to 41 for n = 64; the authors' code cuts it at 2
+            B = B * (2 / B.abs()).clamp(max=1)                   # it goes up to 41 for n = 64; the authors cut it at 2
         self.diagonal = Diagonal(d_model, A.repeat(d_model, 1), B)
         self.D, self.out = nn.Parameter(torch.randn(d_model)), GLU(d_model, d_model)
 
