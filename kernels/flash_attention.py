@@ -17,11 +17,13 @@ always in the same order.
 
     python -m kernels.flash_attention      check, then a table
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.tiles import in_one_piece, load, place, store
+from kernels.tiles import differentiable_gradients, in_one_piece, load, place, store
 
 LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 
@@ -219,6 +221,11 @@ def launch(blocks):
     return {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
 
 
+def twin(q, k, v, window):
+    """The reference, for arguments as FlashAttention takes them."""
+    return reference(*(x.transpose(1, 2) for x in (q, k, v)), window).transpose(1, 2)
+
+
 class FlashAttention(torch.autograd.Function):
     """q: (b, t, h, d), k, v: (b, s, g, d) in one piece."""
 
@@ -233,9 +240,10 @@ class FlashAttention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, L = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *differentiable_gradients(functools.partial(twin, window=ctx.window), (q, k, v), (do,)), None
         do, (b, t, h, _), (_, s, g, e) = do.contiguous(), q.shape, v.shape
         shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window)
         delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

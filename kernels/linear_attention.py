@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import decay_gradient, in_one_piece, load, place, store, without_zeros
+from kernels.tiles import decay_gradient, differentiable_gradients, in_one_piece, load, place, store, without_zeros
 
 CHUNK = 64
 
@@ -199,6 +199,12 @@ def segment_states(k, v, g, block, sizes, shape, grid, reverse):
     return states, decays
 
 
+def twin(q, k, v, g, S0):
+    """The reference, for arguments as LinearAttention takes them."""
+    o, S = reference(*(x.transpose(1, 2) for x in (q, k, v)), None if g is None else g[..., None], S0)
+    return o.transpose(1, 2), S
+
+
 class LinearAttention(torch.autograd.Function):
     """q, k, v: (b, t, h, d) in one piece; g: (b, h, t) of any strides."""
 
@@ -214,9 +220,10 @@ class LinearAttention(torch.autograd.Function):
         return o, S_T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dS_T):
         q, k, v, g, S0, states, decays, S_T = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(twin, (q, k, v, g, S0), (do, dS_T))
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS_T = None if dS_T is None else dS_T.contiguous()
         block, sizes, shape, grid = settings(q, v, g)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import in_one_piece, load, place, store
+from kernels.tiles import differentiable_gradients, in_one_piece, load, place, store
 
 CHUNK = 64
 TILE = tl.constexpr(64)          # features in a tile
@@ -338,6 +338,19 @@ def differentiate_with(q, k, do, v, a, w, S0, states=None, S_T=None, *, REVERSE=
     return dq
 
 
+def twin(q, k, v, S0):
+    """The reference, for arguments as TaylorAttention takes them."""
+    o, S = reference(*(x.transpose(1, 2) for x in (q, k, v)), S0)
+    return o.transpose(1, 2), S
+
+
+def state_twin(k, v, w):
+    """What StateOf computes, in PyTorch: for arguments as it takes them."""
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    one = torch.ones_like(v[..., :1]) if w is None else w.transpose(1, 2)[..., None]
+    return features(k).mT @ torch.cat([v, one], dim=-1)
+
+
 class TaylorAttention(torch.autograd.Function):
     """q, k, v: (b, t, h, d) in one piece; S0: (b, h, F, e + 1) or None."""
 
@@ -354,9 +367,10 @@ class TaylorAttention(torch.autograd.Function):
         return o, S_T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dS):
         q, k, v, S0, states, o, z = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(twin, (q, k, v, S0), (do, dS))
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS = None if dS is None else dS.contiguous()
         dN, da, e = torch.empty_like(v), torch.empty_like(z), v.shape[-1]
@@ -379,9 +393,10 @@ class StateOf(torch.autograd.Function):
         return segment_states(k, v, w).sum(dim=1).view(k.shape[0], k.shape[2], -1, v.shape[-1] + 1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dS):
         k, v, w = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(state_twin, (k, v, w), (dS,))
         dS = dS.contiguous()
         dk = differentiate_with(k, k, v, v, w, None, dS, CAUSAL=False)
         return dk, attend_with(k, k, v, dS, CAUSAL=False), None

@@ -55,6 +55,22 @@ def without_zeros(x, width):
     return x if x.shape[-1] == width else x[..., :width]     # a slice, be it of all, has a copy for its gradient
 
 
+def differentiable_gradients(twin, tensors, gradients):
+    """The gradients of `tensors`, None where none is needed, from those of the outputs of twin(*tensors), by PyTorch.
+    A kernel's backward returns them where torch.is_grad_enabled(): there it says that gradients will be differentiated
+    themselves (create_graph=True), and of what a kernel has written autograd knows nothing."""
+    with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        own = [x if x is None else x.view_as(x) for x in tensors]            # apart, also if one is made from another
+        wide = [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in own]
+        outputs = twin(*wide)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs, gradients = zip(*((y, dy.to(y.dtype)) for y, dy in zip(outputs, gradients, strict=True)
+                                   if dy is not None), strict=True)
+        wanted = [x for x in own if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+        return tuple(next(found) if x is not None and x.requires_grad else None for x in own)
+
+
 @triton.jit
 def decay_kernel(q, dq, k, dk, dg, totals, T, H, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
                  VECTOR: tl.constexpr):
