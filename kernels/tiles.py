@@ -1,8 +1,14 @@
-"""What the kernels share: tiles of tensors (b, t, h, d), which is how a lesson's heads lie in memory."""
+"""What the kernels share: tiles of tensors (b, t, h, d), which is how a lesson's heads lie in memory; what a device has
+room for; gradients of gradients."""
+import warnings
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
+ROOM = 232448                    # bytes of shared memory for a program where there is no GPU: as on an H100
+SAID = set()
 
 
 @triton.jit
@@ -53,6 +59,24 @@ def without_zeros(x, width):
     """Undo in_one_piece: (b, t, h, d) -> (b, h, t, width)."""
     x = x.transpose(1, 2)
     return x if x.shape[-1] == width else x[..., :width]     # a slice, be it of all, has a copy for its gradient
+
+
+@torch.compiler.assume_constant_result       # asked once, also when torch.compile looks on
+def shared_memory(device):
+    """Bytes of it that a program can have: 232448 on an H100, 166912 on an A100, 101376 on the RTX cards since 2020."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else ROOM
+
+
+@torch.compiler.assume_constant_result
+def no_room(what, n_bytes, device):
+    """Does a kernel ask for more shared memory than the device has? Then PyTorch computes it, which is said once."""
+    if n_bytes <= shared_memory(device):
+        return False
+    if what not in SAID:
+        SAID.add(what)
+        warnings.warn(f"{what}: the kernel needs {n_bytes} bytes of shared memory, of which this device has "
+                      f"{shared_memory(device)}; PyTorch computes it instead, which is slower", stacklevel=3)
+    return True
 
 
 def differentiable_gradients(twin, tensors, gradients):

@@ -2,6 +2,7 @@
 compiled."""
 import importlib
 import pkgutil
+import warnings
 
 import pytest
 import torch
@@ -75,6 +76,11 @@ def in_segments(monkeypatch, module, place):
     monkeypatch.setattr(module, "settings", cut)
 
 
+def with_the_memory_of_an_rtx_card(monkeypatch):
+    for module in (tiles, fft_conv, flash_attention):
+        monkeypatch.setattr(module, "shared_memory", lambda device: 101376)
+
+
 # ---------------------------------------------------------------------------------------------------------- attention
 
 
@@ -99,13 +105,22 @@ def test_flash_attention_with_a_cache_and_shared_heads(t, s, h, g, window):
 
 
 @pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 34, 63, 64, 65, 66, 127, 128, 129, 130])
-@pytest.mark.parametrize("s", [130, 163])
+@pytest.mark.parametrize("s", [130, 160])
 def test_windows_about_as_wide_as_blocks(monkeypatch, window, s):
     """Blocks of 32 and 64, also where a target stands elsewhere in its block than its source."""
     blocks = (64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)
     monkeypatch.setattr(flash_attention, "blocks_of", lambda *_: blocks)
     check_kernel(lambda *x: flash_attention.flash_attention(*x, window),
                  lambda *x: attention.parallel_attention(*x, window), random((1, 1, 130, 8), *[(1, 1, s, 8)] * 2))
+
+
+@pytest.mark.parametrize("d, e, blocks", [(256, 16, (16, 16)), (128, 16, (32, 32)), (16, 72, (32, 32)),
+                                          (16, 64, (64, 32))])
+def test_flash_attention_on_a_device_with_less_memory(monkeypatch, d, e, blocks):
+    with_the_memory_of_an_rtx_card(monkeypatch)
+    q, k, v = random((1, 1, 70, d), (1, 1, 70, d), (1, 1, 70, e))
+    assert flash_attention.blocks_of(q.float(), v, None)[0][:2] == blocks
+    check_kernel(flash_attention.flash_attention, attention.parallel_attention, (q, k, v))
 
 
 @pytest.mark.parametrize("blocks", [(128, 64), (64, 128), (32, 64)])
@@ -432,6 +447,41 @@ def test_what_a_test_makes_does_not_hinder_a_training():
         fft_conv.reference(u, K)
     fft_conv.reference(u.requires_grad_(), K).sum().backward()
     assert u.grad.shape == u.shape
+
+
+@pytest.mark.parametrize("t, taps", [(3000, 3000), (9000, 1500)])
+def test_fft_conv_on_a_device_with_less_memory(monkeypatch, recwarn, t, taps):
+    """What is one program on an H100 is done in 16 pieces."""
+    with_the_memory_of_an_rtx_card(monkeypatch)
+    u, K, pre = random((2, 1, t), (1, taps), (2, 1, t))
+    K = K * torch.exp(-torch.arange(taps) * 3 / taps)
+    assert fft_conv.cut(u.float().to(DEVICE), taps) == (16 * (256 if t < 4096 else 1024), True)
+    check_kernel(fft_conv.fft_conv, fft_conv.reference, (u, K, pre), 1e-5)
+    assert not [w for w in recwarn if "shared memory" in str(w.message)]
+
+
+def test_what_a_device_has_no_room_for_is_done_by_pytorch_and_said_once(monkeypatch):
+    with_the_memory_of_an_rtx_card(monkeypatch)
+    monkeypatch.setattr(tiles, "SAID", set())
+    u, K, pre, post = random((1, 1, 20000), (1, 9000), *[(1, 1, 20000)] * 2)
+    K = K * torch.exp(-torch.arange(9000) / 3000)
+    q, k, v, S = random((1, 2, 70, 20), (1, 2, 70, 20), (1, 2, 70, 80), (1, 2, 231, 81))
+    inside = torch.ones(1, 2, 70, device=DEVICE)
+
+    def both(k, v):
+        return taylor_attention.state_of(k, v), taylor_attention.state_of(k, v, inside)
+    for what, times, kernel, twin, tensors in (
+            ("convolution", 1, fft_conv.fft_conv, fft_conv.reference, (u, K, pre, post)),
+            ("features of 17 to 24", 1 + GPU, taylor_attention.taylor_attention, taylor_attention.reference,
+             (q, k, v, S + taylor_state(1, 2, 20, 80))),                                     # in 16 bits, too
+            (None, 0, both, lambda k, v: (encoder(k, v),) * 2, (k, v))):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                check_kernel(kernel, twin, tensors, 1e-4)
+        said = [str(w.message) for w in said if "shared memory" in str(w.message)]
+        assert len(said) == times, said
+        assert all(what in text and "of which this device has 101376; PyTorch" in text for text in said)
 
 
 def test_fft_conv_names_what_does_not_fit():
