@@ -347,7 +347,7 @@ def cut(u, taps):
     None, where it is too long for that, too. ValueError for filters and sequences too long for any device."""
     t, dtype = u.shape[-1], torch.float32 if u.dtype == torch.float32 else torch.float16
     most, n = max(MEMORY[dtype]), max(1024, triton.next_power_of_2(taps))
-    room = max((n for n, asked in MEMORY[dtype].items() if asked <= shared_memory(u.device)), default=0)
+    room = max([0, *(n for n, asked in MEMORY[dtype].items() if asked <= shared_memory(u.device))])
     if n <= room:
         return n, False
     piece = max(16 * 256, triton.next_power_of_2(t)) // 16
