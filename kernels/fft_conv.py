@@ -34,9 +34,9 @@ import triton.language as tl
 from kernels.tiles import check_dtypes, differentiable_gradients, no_room, shared_memory
 
 PIECES = tl.constexpr(16)                                  # of a sequence that is too long for one program
-MEMORY = {torch.float16: {1024: 32768, 2048: 57344, 4096: 114688, 8192: 196608},        # bytes of it that a program of
-          torch.float32: {1024: 90112, 2048: 147456}}                                   # so many steps asks for at most
-LONGEST = 8192                                             # of them
+MEMORY = {"16 bits": {1024: 32768, 2048: 57344, 4096: 114688, 8192: 196608},     # bytes of shared memory, at most, for
+          "float32": {1024: 90112, 2048: 147456}}                                # which a program of so many steps asks
+LONGEST = 8192                                             # of its steps
 TABLES = {}
 
 
@@ -342,20 +342,26 @@ def options(n):
     return (128, 8, 8) if n == 8192 else (min(64, n // 16), 4, 8 if n == 4096 else 4)
 
 
+@torch.compiler.assume_constant_result
+def longest(digits, device):
+    """The most steps for which a program has the memory on this device."""
+    return max((n for n, asked in MEMORY[digits].items() if asked <= shared_memory(device)), default=0)
+
+
 def cut(u, taps):
     """How long a transform is, and whether it is of 16 pieces: where it is too long for a program on this device. Or
     None, where it is too long for that, too. ValueError for filters and sequences too long for any device."""
-    t, dtype = u.shape[-1], torch.float32 if u.dtype == torch.float32 else torch.float16
-    most, n = max(MEMORY[dtype]), max(1024, triton.next_power_of_2(taps))
-    room = max([0, *(n for n, asked in MEMORY[dtype].items() if asked <= shared_memory(u.device))])
-    if n <= room:
+    t, n = u.shape[-1], max(1024, triton.next_power_of_2(taps))
+    digits = "float32" if u.dtype == torch.float32 else "16 bits"
+    if n <= longest(digits, u.device):
         return n, False
+    most = LONGEST // 4 if digits == "float32" else LONGEST
     piece = max(16 * 256, triton.next_power_of_2(t)) // 16
     if n > most and piece > most:
         raise ValueError(f"a convolution of {t} steps with {taps} taps in {u.dtype}: up to {16 * most} steps, or "
                          f"{most} taps of a filter")
-    asked = MEMORY[dtype][max(1024, piece) if piece <= most else n]
-    what = f"a convolution of up to {16 * piece} steps with up to {n} taps in {u.dtype}"
+    asked = MEMORY[digits][max(1024, piece) if piece <= most else n]
+    what = f"a convolution of up to {16 * piece} steps with up to {n} taps in {digits}"
     return None if no_room(what, asked, u.device) else (16 * piece, True)
 
 
