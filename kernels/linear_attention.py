@@ -177,8 +177,11 @@ def settings(q, v, g):
     H100."""
     b, t, h, d, e = *q.shape, v.shape[-1]
     block = 32 if g is None and b * h * triton.cdiv(e, 64) < 128 or max(d, e) > 128 else 64
+    stages = 2 if max(d, e) > 64 else 4 if block == 32 else 3
+    if g is None and max(d, e) > 128:                            # two would be more than an H100's shared memory
+        stages = 1
     sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "C": CHUNK, "PRECISION": "tf32", "num_warps": 4,
-             "num_stages": 2 if max(d, e) > 64 else 4 if block == 32 else 3}
+             "num_stages": stages}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         block, sizes = 32, sizes | {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
     segments = max(1, min((128 if g is None else 256) // (b * h * triton.cdiv(e, block)), t // 1024))
