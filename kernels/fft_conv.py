@@ -31,10 +31,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.tiles import check_dtypes
+from kernels.tiles import check_dtypes, differentiable_gradients, no_room, shared_memory
 
 PIECES = tl.constexpr(16)                                  # of a sequence that is too long for one program
-LONGEST = 8192                                             # that is not
+MEMORY = {"16 bits": {1024: 32768, 2048: 57344, 4096: 114688, 8192: 196608},     # bytes of shared memory, at most, for
+          "float32": {1024: 90112, 2048: 147456}}                                # which a program of so many steps asks
+LONGEST = 8192                                             # of its steps
 TABLES = {}
 
 
@@ -337,23 +339,39 @@ def join_kernel(x, scales, K_scale, y, post, y2, post2, F, T, C, steps, y_b, pos
 
 def options(n):
     """N1 for a transform of length n, and warps for a convolution and a filter's gradient: the fastest on an H100."""
-    return (128, 8, 8) if n == 8192 else (64, 4, 8 if n == 4096 else 4)
+    return (128, 8, 8) if n == 8192 else (min(64, n // 16), 4, 8 if n == 4096 else 4)
+
+
+@torch.compiler.assume_constant_result
+def longest(digits, device):
+    """The most steps for which a program has the memory on this device."""
+    return max((n for n, asked in MEMORY[digits].items() if asked <= shared_memory(device)), default=0)
+
+
+def cut(u, taps):
+    """How long a transform is, and whether it is of 16 pieces: where it is too long for a program on this device. Or
+    None, where it is too long for that, too. ValueError for filters and sequences too long for any device."""
+    t, n = u.shape[-1], max(1024, triton.next_power_of_2(taps))
+    digits = "float32" if u.dtype == torch.float32 else "16 bits"
+    if n <= longest(digits, u.device):
+        return n, False
+    most = LONGEST // 4 if digits == "float32" else LONGEST
+    piece = max(16 * 256, triton.next_power_of_2(t)) // 16
+    if n > most and piece > most:
+        raise ValueError(f"a convolution of {t} steps with {taps} taps in {u.dtype}: up to {16 * most} steps, or "
+                         f"{most} taps of a filter")
+    asked = MEMORY[digits][max(1024, piece) if piece <= most else n]
+    what = f"a convolution of up to {16 * piece} steps with up to {n} taps in {digits}"
+    return None if no_room(what, asked, u.device) else (16 * piece, True)
 
 
 class Plan:
-    """How a convolution of t steps and so many taps is cut: N = n1 n2 in one program, over `blocks` of it, or 16
-    pieces of N. ValueError for filters and sequences too long for both."""
+    """How a convolution of t steps and so many taps is done: N = n1 n2 in one program, over `blocks` of it, or 16
+    pieces of N."""
     programs = 528               # at least, if there are as many sequences: four for each multiprocessor of an H100
 
     def __init__(self, u, taps):
-        t, n, exact = u.shape[-1], max(1024, triton.next_power_of_2(taps)), u.dtype == torch.float32
-        longest = LONGEST // 4 if exact else LONGEST             # what fits on chip
-        self.pieces = n > longest
-        if self.pieces:
-            n = max(16 * 1024, triton.next_power_of_2(t))
-            if n > 16 * longest:
-                raise ValueError(f"a convolution of {t} steps with {taps} taps in {u.dtype}: up to {16 * longest} "
-                                 f"steps, or {longest} taps of a filter")
+        t, exact, (n, self.pieces) = u.shape[-1], u.dtype == torch.float32, cut(u, taps)
         self.root, n = n ** 0.5, n // 16 if self.pieces else n
         self.n, self.blocks = n, 1 if self.pieces else triton.cdiv(t, n)
         n1, warps, self.filter_warps = options(n)
@@ -436,9 +454,10 @@ class FFTConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         u, K, pre, post, *K_hat = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(reference, (u, K, pre, post), (dy,))
         plan, dy, dK = Plan(u, K.shape[-1]), in_rows(dy), None
         du, *dpre = plan.convolve(dy, post, K_hat, [pre] if pre is None else [pre, u], conj=True)
         dpost = None if post is None else plan.convolve(u, pre, K_hat, [dy])[0]
@@ -468,8 +487,18 @@ def fft_conv(u, K, pre=None, post=None):
             raise ValueError(f"{name} of {x.dtype} {tuple(x.shape)} should be like u, {u.dtype} {tuple(u.shape)}")
     if K.ndim != 2 or len(K) != c or K.shape[1] < 1:
         raise ValueError(f"K of shape {tuple(K.shape)} should be ({c}, taps) for u of shape {tuple(u.shape)}")
+    if cut(u, min(t, K.shape[1])) is None:
+        return by_torch_fft(u, K, pre, post)
     u, pre, post = (x if x is None else in_rows(x) for x in (u, pre, post))
     return FFTConv.apply(u, K[:, :t].contiguous(), pre, post)
+
+
+def by_torch_fft(u, K, pre=None, post=None):
+    """The same, padded to twice the length, in float32."""
+    t = u.shape[-1]
+    v = u.float() if pre is None else pre.float() * u
+    y = torch.fft.irfft(torch.fft.rfft(v, n=2 * t) * torch.fft.rfft(K[:, :t].float(), n=2 * t), n=2 * t)[..., :t]
+    return (y if post is None else post * y).to(u.dtype)
 
 
 def main():
@@ -482,16 +511,9 @@ def main():
         K, l = bench.random((1, 1, c, taps or t), dtype=torch.float32, seed=3)[0][0, 0], taps or t
         return [u, K * torch.exp(-torch.arange(l, device="cuda") * 8 / l), *gates]
 
-    def torch_fft(u, K, pre=None, post=None):
-        """Padded to twice the length, in float32."""
-        t = u.shape[-1]
-        v = u.float() if pre is None else pre.float() * u
-        y = torch.fft.irfft(torch.fft.rfft(v, n=2 * t) * torch.fft.rfft(K[:, :t].float(), n=2 * t), n=2 * t)[..., :t]
-        return (y if post is None else post * y).to(u.dtype)
-
     def check(what, shapes, names, lengths, **more):
         print(what)
-        bench.check(fft_conv, reference, ("torch.fft", torch_fft), shapes, names, lengths, **more)
+        bench.check(fft_conv, reference, ("torch.fft", by_torch_fft), shapes, names, lengths, **more)
     check("no gates", inputs, "uK", (1, 17, 1000, 2048, 8192, 20000, 32768))
     check("exact", lambda t: inputs(t, dtype=torch.float32), "uK", (1, 17, 1000, 2048, 8192, 32768), floor=2e-6)
     check("two gates", lambda t: inputs(t, gates=2), ("u", "K", "pre", "post"), (1000, 8192, 20000))
@@ -500,7 +522,7 @@ def main():
 
     def row(name, tensors, passes=2, t=None):
         """t: of the tensor cores' FLOPs."""
-        others = {"torch.fft": torch_fft} | ({"twin": reference} if t == 8192 else {})
+        others = {"torch.fft": by_torch_fft} | ({"twin": reference} if t == 8192 else {})
         n1 = 128 if t and (t if t <= LONGEST else t // 16) == 8192 else 64
         inner = t and (t if t <= LONGEST else t // 16)
         flops = 2 * tensors[0].numel() * (4 * n1 + 8 * inner // n1) if t else 0

@@ -17,11 +17,13 @@ always in the same order.
 
     python -m kernels.flash_attention      check, then a table
 """
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.tiles import in_one_piece, load, place, store
+from kernels.tiles import differentiable_gradients, in_one_piece, load, place, shared_memory, store
 
 LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 
@@ -200,23 +202,37 @@ def settings(q, k, v, window):
     shape = (t, s, h, g, s if window is None else min(window, s))
     sizes = {"SCALE": d ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)),
              "BE": max(16, triton.next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
-    return shape, sizes, blocks_of(q, window)
+    return shape, sizes, blocks_of(q, v, window)
 
 
-def blocks_of(q, window):
+def blocks_of(q, v, window):
     """(BM, BN, warps, stages) of the three kernels: forward, dq, dk and dv."""
-    if q.dtype == torch.float32 or q.shape[-1] > 128:                # float32: exact and slow, no tensor cores
-        return (64, 32, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1)
-    if q.shape[-1] > 64:
+    width = max(q.shape[-1], v.shape[-1])
+    if q.dtype == torch.float32 or width > 128:                      # float32: exact and slow, no tensor cores
+        row, memory = triton.next_power_of_2(width) * q.element_size(), shared_memory(q.device)
+        return [halved(*blocks, row, memory) for blocks in ((64, 32, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1))]
+    if width > 64:
         return (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)
     if window is not None and window <= 256:
         return (64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 4, 1)
     return (64 if q.shape[1] <= 16384 else 128, 64, 4, 3), (64, 64, 4, 3), (32, 128, 4, 3)
 
 
+def halved(BM, BN, warps, stages, row, memory):
+    """The larger block halved, until there is room for q, k, v and do, in rows of so many bytes, and two products."""
+    while max(BM, BN) > 16 and 2 * (BM + BN) * row + 8 * BM * BN > memory:
+        BM, BN = (BM // 2, BN) if BM >= BN else (BM, BN // 2)
+    return BM, BN, warps, stages
+
+
 def launch(blocks):
     BM, BN, warps, stages = blocks
     return {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
+
+
+def twin(q, k, v, window):
+    """The reference, for arguments as FlashAttention takes them."""
+    return reference(*(x.transpose(1, 2) for x in (q, k, v)), window).transpose(1, 2)
 
 
 class FlashAttention(torch.autograd.Function):
@@ -233,9 +249,10 @@ class FlashAttention(torch.autograd.Function):
         return o
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, L = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *differentiable_gradients(functools.partial(twin, window=ctx.window), (q, k, v), (do,)), None
         do, (b, t, h, _), (_, s, g, e) = do.contiguous(), q.shape, v.shape
         shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window)
         delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

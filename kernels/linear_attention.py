@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import decay_gradient, in_one_piece, load, place, store, without_zeros
+from kernels.tiles import decay_gradient, differentiable_gradients, in_one_piece, load, place, store, without_zeros
 
 CHUNK = 64
 
@@ -177,8 +177,11 @@ def settings(q, v, g):
     H100."""
     b, t, h, d, e = *q.shape, v.shape[-1]
     block = 32 if g is None and b * h * triton.cdiv(e, 64) < 128 or max(d, e) > 128 else 64
+    stages = 2 if max(d, e) > 64 else 4 if block == 32 else 3
+    if g is None and max(d, e) > 128:                            # two would be more than an H100's shared memory
+        stages = 1
     sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "C": CHUNK, "PRECISION": "tf32", "num_warps": 4,
-             "num_stages": 2 if max(d, e) > 64 else 4 if block == 32 else 3}
+             "num_stages": stages}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         block, sizes = 32, sizes | {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
     segments = max(1, min((128 if g is None else 256) // (b * h * triton.cdiv(e, block)), t // 1024))
@@ -199,6 +202,12 @@ def segment_states(k, v, g, block, sizes, shape, grid, reverse):
     return states, decays
 
 
+def twin(q, k, v, g, S0):
+    """The reference, for arguments as LinearAttention takes them."""
+    o, S = reference(*(x.transpose(1, 2) for x in (q, k, v)), None if g is None else g[..., None], S0)
+    return o.transpose(1, 2), S
+
+
 class LinearAttention(torch.autograd.Function):
     """q, k, v: (b, t, h, d) in one piece; g: (b, h, t) of any strides."""
 
@@ -214,9 +223,10 @@ class LinearAttention(torch.autograd.Function):
         return o, S_T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dS_T):
         q, k, v, g, S0, states, decays, S_T = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(twin, (q, k, v, g, S0), (do, dS_T))
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS_T = None if dS_T is None else dS_T.contiguous()
         block, sizes, shape, grid = settings(q, v, g)

@@ -102,6 +102,17 @@ def launch(a, b, start, h, end, states=None, da=None, back=False):
     scan_kernel[(b.numel() // T,)](*tensors, T, BLOCK=block, BACK=back, COMPLEX=pairs, num_warps=warps)
 
 
+def differentiable_gradients(a, h, h0, dh, dend):
+    """Those of a, b and h0, by a Scan that is known to autograd, from the last step to the first."""
+    g = torch.zeros_like(h) if dh is None else dh
+    if dend is not None:
+        g = torch.cat([g[..., :-1], g[..., -1:] + dend[..., None].to(g.dtype)], dim=-1)
+    g, _ = Scan.apply(plain(F.pad(a[..., 1:], (0, 1)).conj().flip(-1)), plain(g.flip(-1)), None)
+    g, before = g.flip(-1), torch.zeros_like(h[..., 0]) if h0 is None else h0.to(h.dtype)
+    before = torch.cat([before[..., None], h[..., :-1]], dim=-1)
+    return (g * before.conj()).to(a.dtype), g, None if h0 is None else (a[..., 0].conj() * g[..., 0]).to(h0.dtype)
+
+
 class Scan(torch.autograd.Function):
 
     @staticmethod
@@ -113,9 +124,10 @@ class Scan(torch.autograd.Function):
         return h, end
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dh, dend):
         a, h, h0 = ctx.saved_tensors
+        if torch.is_grad_enabled():                              # gradients that will be differentiated themselves
+            return differentiable_gradients(a, h, h0, dh, dend)
         dh = torch.zeros_like(h) if dh is None else plain(dh)
         g, da = torch.empty_like(h), torch.empty_like(a)
         launch(a, dh, None if dend is None else plain(dend), g, None, h, da, back=True)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import in_one_piece, load, place, store
+from kernels.tiles import differentiable_gradients, in_one_piece, load, no_room, place, store
 
 CHUNK = 64
 TILE = tl.constexpr(64)          # features in a tile
@@ -338,6 +338,19 @@ def differentiate_with(q, k, do, v, a, w, S0, states=None, S_T=None, *, REVERSE=
     return dq
 
 
+def twin(q, k, v, S0):
+    """The reference, for arguments as TaylorAttention takes them."""
+    o, S = reference(*(x.transpose(1, 2) for x in (q, k, v)), S0)
+    return o.transpose(1, 2), S
+
+
+def state_twin(k, v, w):
+    """What StateOf computes, in PyTorch: for arguments as it takes them."""
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    one = torch.ones_like(v[..., :1]) if w is None else w.transpose(1, 2)[..., None]
+    return features(k).mT @ torch.cat([v, one], dim=-1)
+
+
 class TaylorAttention(torch.autograd.Function):
     """q, k, v: (b, t, h, d) in one piece; S0: (b, h, F, e + 1) or None."""
 
@@ -354,9 +367,10 @@ class TaylorAttention(torch.autograd.Function):
         return o, S_T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dS):
         q, k, v, S0, states, o, z = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(twin, (q, k, v, S0), (do, dS))
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS = None if dS is None else dS.contiguous()
         dN, da, e = torch.empty_like(v), torch.empty_like(z), v.shape[-1]
@@ -379,17 +393,21 @@ class StateOf(torch.autograd.Function):
         return segment_states(k, v, w).sum(dim=1).view(k.shape[0], k.shape[2], -1, v.shape[-1] + 1)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dS):
         k, v, w = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(state_twin, (k, v, w), (dS,))
         dS = dS.contiguous()
         dk = differentiate_with(k, k, v, v, w, None, dS, CAUSAL=False)
         return dk, attend_with(k, k, v, dS, CAUSAL=False), None
 
 
-def check_sizes(q):
+def fits(q):
+    """Has the device room for the tables and states of as many features? ValueError if none has."""
     if q.shape[-1] > 24:
         raise ValueError(f"q and k of {q.shape[-1]} numbers: this kernel holds the features of up to 24 on chip")
+    most = 208896 if q.dtype == torch.float32 else 163840                    # of 17 to 24, see tests/test_launches.py
+    return q.shape[-1] <= 16 or not no_room(f"features of 17 to 24 numbers in {q.dtype}", most, q.device)
 
 
 def part_of(state, i):
@@ -410,7 +428,8 @@ def taylor_attention(q, k, v, state=None):
     [v, 1]^T in the order of lesson 04's taylor(), or None. Returns o: (b, h, t, e) and the state, float32.
     ValueError for d above 24: the state would not fit on chip. More than 64 value channels, which do not meet, are
     done in parts."""
-    check_sizes(q)
+    if not fits(q):
+        return reference(q, k, v, state)
     if v.shape[-1] > 64:
         parts = [taylor_attention(q, k, v[..., i], part_of(state, i)) for i in (slice(0, 64), slice(64, v.shape[-1]))]
         return torch.cat([o for o, _ in parts], dim=-1), joined([S for _, S in parts])
@@ -422,12 +441,13 @@ def taylor_attention(q, k, v, state=None):
 def state_of(k, v, inside=None):
     """sum_t phi(k_t) [v_t, 1]^T, over the tokens where `inside` is 1 and not 0: JRT's encoder. k: (b, h, t, d), v:
     (b, h, t, e), inside: broadcasts to (b, h, t), without a gradient. Returns (b, h, F, e + 1), float32."""
-    check_sizes(k)
-    if v.shape[-1] > 64:
+    if v.shape[-1] > 64 and fits(k):
         return joined([state_of(k, v[..., i], inside) for i in (slice(0, 64), slice(64, v.shape[-1]))])
     if inside is not None:
         v = v * inside[..., None].to(v.dtype)
         inside = inside.float().expand(k.shape[:3]).transpose(1, 2).contiguous()
+    if not fits(k):
+        return state_twin(*(x.transpose(1, 2).float() for x in (k, v)), inside)
     return StateOf.apply(in_one_piece(k), in_one_piece(v), inside)
 
 

@@ -1,8 +1,14 @@
-"""What the kernels share: tiles of tensors (b, t, h, d), which is how a lesson's heads lie in memory."""
+"""What the kernels share: tiles of tensors (b, t, h, d), which is how a lesson's heads lie in memory; what a device has
+room for; gradients of gradients."""
+import warnings
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+
+ROOM = 232448                    # bytes of shared memory for a program where there is no GPU: as on an H100
+SAID = set()
 
 
 @triton.jit
@@ -53,6 +59,40 @@ def without_zeros(x, width):
     """Undo in_one_piece: (b, t, h, d) -> (b, h, t, width)."""
     x = x.transpose(1, 2)
     return x if x.shape[-1] == width else x[..., :width]     # a slice, be it of all, has a copy for its gradient
+
+
+@torch.compiler.assume_constant_result       # asked once, also when torch.compile looks on
+def shared_memory(device):
+    """Bytes of it that a program can have: 232448 on an H100, 166912 on an A100, 101376 on the RTX cards since 2020."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else ROOM
+
+
+@torch.compiler.assume_constant_result
+def no_room(what, n_bytes, device):
+    """Does a kernel ask for more shared memory than the device has? Then PyTorch computes it, which is said once."""
+    if n_bytes <= shared_memory(device):
+        return False
+    if what not in SAID:
+        SAID.add(what)
+        warnings.warn(f"{what}: the kernel needs {n_bytes} bytes of shared memory, of which this device has "
+                      f"{shared_memory(device)}; PyTorch computes it instead, which is slower", stacklevel=3)
+    return True
+
+
+def differentiable_gradients(twin, tensors, gradients):
+    """The gradients of `tensors`, None where none is needed, from those of the outputs of twin(*tensors), by PyTorch.
+    A kernel's backward returns them where torch.is_grad_enabled(): there it says that gradients will be differentiated
+    themselves (create_graph=True), and of what a kernel has written autograd knows nothing."""
+    with torch.enable_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        own = [x if x is None else x.view_as(x) for x in tensors]            # apart, also if one is made from another
+        wide = [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in own]
+        outputs = twin(*wide)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs, gradients = zip(*((y, dy.to(y.dtype)) for y, dy in zip(outputs, gradients, strict=True)
+                                   if dy is not None), strict=True)
+        wanted = [x for x in own if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
+        return tuple(next(found) if x is not None and x.requires_grad else None for x in own)
 
 
 @triton.jit
