@@ -811,7 +811,7 @@ def test_a_signal_ends_a_run_saved(number, code, text, tmp_path, capsys, monkeyp
         gc.callbacks.append(callback)
         gc.collect()
     with monkeypatch.context() as patch:
-        at_step(4, while_collecting, patch)
+        at_step(4, while_collecting if number == signal.SIGINT else lambda *_: signal.raise_signal(number), patch)
         capsys.readouterr()
         got, error = end_of([*flags, "--out", tmp_path / "run"], capsys)
     assert got == code and f"interrupted; the checkpoint of step 4 is kept, --resume {tmp_path / 'run'}" in error
