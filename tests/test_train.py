@@ -1,8 +1,11 @@
 """The training script: it learns, goes on where it stopped, spreads over processes, refuses bad input in one line."""
 import csv
+import gc
+import io
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +76,7 @@ def test_tasks_train(task, tmp_path):
 def test_enough_ends_the_training(tmp_path, monkeypatch):
     """At the first evaluation that reaches it."""
     held_out = iter((0.2, 0.5, 0.8, 0.9, 0.1))
-    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {"loss": 1.0, "accuracy": next(held_out)})
+    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {"loss": 1.0, "tokens": 1, "accuracy": next(held_out)})
     flags = ["--task", "induction:length=16:vocab_size=8", "--steps", "50", "--eval_every", "10", "--enough", "0.8"]
     args, _ = train.parse([*SMALL, *flags, "--out", str(tmp_path / "run")])
     assert train.train(args, say=lambda *_, **__: None)["accuracy"] == 0.9                     # of all that is held out
@@ -296,12 +299,13 @@ def test_options_are_read_as_what_they_are():
     assert train.look_up("performer:m=8", "mixer", train.from_lessons("MIXERS"))[1] == {"m": 8}
 
 
-def test_no_seed_trains_on_what_is_held_out():
-    task = train.Task(train.parse(["--task", "induction"])[0])
-    held_out = next(iter(task.held_out(2)))[0]
-    for seed in (0, 1, 256):
-        for step in (0, 1, 2):
-            assert not torch.equal(task.batch(2, torch.Generator().manual_seed(seed * 2 ** 32 + step))[0], held_out)
+def test_no_seed_trains_on_what_is_held_out(tmp_path, monkeypatch):
+    """A generator looks at the last 32 bits of its seed only."""
+    task = ["--task", "induction:length=16:vocab_size=8", "--steps", "3"]
+    held_out = [ids for ids, *_ in train.Task(train.parse([*SMALL, *task])[0]).held_out(8)]
+    for seed in ("0", "1", "256", str(2 ** 31 - 1)):
+        trained = batches_of([*task, "--seed", seed, "--out", str(tmp_path / seed)], monkeypatch)
+        assert not any(torch.equal(a, b) for a in trained for b in held_out)
 
 
 def test_a_run_goes_on_with_the_same_text_only(text, capsys, tmp_path):
@@ -408,7 +412,7 @@ def test_the_gradient_of_the_loss_is_rounded_once():
     logits, targets, w = torch.randn(5, 9).bfloat16(), torch.arange(5), torch.rand(5)
     def gradient(x):
         x.requires_grad_()
-        return torch.autograd.grad((train.CrossEntropy.apply(x, targets) * w).sum(), x)[0]
+        return torch.autograd.grad((train.cross_entropy(x, targets) * w).sum(), x)[0]
     assert torch.equal(gradient(logits), gradient(logits.float().detach()).bfloat16())
 
 
@@ -443,7 +447,7 @@ def test_only_so_many_shapes_are_recorded():
     data, machine = train.Task(args), train.Machine("cpu")
     model = train.build_model(args, data.vocab_size)
     optimizer = train.optimizer_for(model, args)
-    captured = train.Captured(optimizer, machine.device)
+    captured = train.Captured(optimizer, machine.device, train.one_update)
     captured.graphs = dict.fromkeys(range(8))
     for _ in range(2):                                           # as usual, also where it is seen again
         train.train_step(model, optimizer, data.batch(4, torch.Generator().manual_seed(0)), args, machine, captured)
@@ -533,3 +537,561 @@ def test_trains_on_a_gpu(flags, text, tmp_path):
     train.main([*SMALL, "--device", "cuda", "--data", text, "--steps", "60", "--lr", "0.01",
                 "--out", str(tmp_path / "r"), *flags])
     assert np.mean(losses(tmp_path / "r")[-5:]) < 0.7 * losses(tmp_path / "r")[0]
+
+
+# ------------------------------------------------------------------------------------------- numbers worked out by hand
+
+
+def test_the_schedule_by_hand():
+    """A straight line to the peak, which step --warmup reaches, then half a cosine to a tenth of it."""
+    args = train.parse(["--warmup", "4", "--steps", "12"])[0]
+    factors = [train.schedule(step, args) for step in range(1, 13)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[7] == pytest.approx(0.55) and factors[11] == pytest.approx(0.1)
+    assert factors[5] == pytest.approx(0.55 + 0.45 * np.cos(np.pi / 4))
+    no_warmup = train.parse(["--warmup", "0", "--steps", "2"])[0]
+    assert [train.schedule(step, no_warmup) for step in (1, 2)] == pytest.approx([0.55, 0.1])
+
+
+def test_the_learning_rates_of_a_run_are_the_schedules(text, tmp_path, monkeypatch):
+    real_step, used = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda model, optimizer, *rest: used.append(
+        optimizer.param_groups[0]["lr"]) or real_step(model, optimizer, *rest))
+    train.main([*SMALL, "--data", text, "--steps", "6", "--warmup", "3", "--lr", "0.003", "--out", str(tmp_path / "r")])
+    by_hand = [0.001, 0.002, 0.003, *(0.003 * (0.55 + 0.45 * np.cos(np.pi * i / 3)) for i in (1, 2, 3))]
+    assert used == pytest.approx(by_hand)
+    with open(tmp_path / "r" / "log.csv") as f:
+        assert [float(row["lr"]) for row in csv.DictReader(f)] == pytest.approx(by_hand)
+
+
+def test_fewer_steps_than_warm_up_is_said(text, tmp_path, capsys):
+    train.main([*SMALL, "--data", text, "--steps", "2", "--warmup", "8", "--out", str(tmp_path / "a")])
+    assert "--steps 2 ends within --warmup 8: the learning rate never gets to 0.003" in capsys.readouterr().out
+    train.main([*SMALL, "--data", text, "--steps", "2", "--warmup", "2", "--out", str(tmp_path / "b")])
+    assert "--warmup" not in capsys.readouterr().out
+
+
+def batches_of(argv, monkeypatch):
+    """The ids of each step of a run."""
+    seen = []
+    monkeypatch.setattr(train, "train_step", lambda _, __, batch, *___: seen.append(batch[0]) or torch.ones(()))
+    train.train(train.parse([*SMALL, *argv])[0], say=lambda *_, **__: None)
+    return torch.stack(seen)
+
+
+def test_the_seed_orders_the_data(text, tmp_path, monkeypatch):
+    flags = ["--data", text, "--steps", "3"]
+    runs = [batches_of([*flags, "--seed", seed, "--out", str(tmp_path / str(i))], monkeypatch)
+            for i, seed in enumerate("011")]
+    assert torch.equal(runs[1], runs[2])
+    steps = [tuple(ids.flatten().tolist()) for run in runs[:2] for ids in run]
+    assert len(set(steps)) == 6                                        # no step like another, nor like another seed's
+
+
+def test_what_is_held_out_is_trained_on_nowhere(tmp_path):
+    """The last tenth of a file, and no token of it before; what is scored is what is held out."""
+    path = tmp_path / "text"
+    path.write_text("a" * 9000 + "b" * 1000)
+    data = train.Text(train.parse([*SMALL, "--data", str(path)])[0])
+    assert set(data.train) == {97} and set(data.val) == {98} and (len(data.train), len(data.val)) == (9000, 1000)
+    for n_batches in (None, 1, 3):
+        for ids, targets, _ in data.held_out(4, n_batches):
+            assert (ids == 98).all() and (targets == 98).all()
+    assert (data.batch(64, torch.Generator().manual_seed(0))[0] == 97).all()
+
+
+def test_an_evaluation_by_hand(tmp_path):
+    """A model that has the same opinion everywhere, on tokens of one to many bytes, of which the first is read only and
+    the last is predicted only: bits per byte of what is predicted."""
+    path = tmp_path / "text"
+    path.write_text("some words " * 900 + "é" * 1100)
+    flags = [*SMALL, "--data", str(path), "--tokenizer", "bpe", "--vocab_size", "262", "--context", "16"]
+    args = train.parse([*flags, "--batch_size", "3"])[0]
+    data, machine = train.Text(args), train.Machine("cpu")
+    logits = torch.randn(data.vocab_size, generator=torch.Generator().manual_seed(0))
+    data.val = np.array([data.vocab_size - 1, *range(97, 97 + 50), 260, *range(97, 97 + 64)], np.uint16)
+    data.n_windows = 115 // 16
+
+    class Constant(torch.nn.Module):
+        def forward(self, ids, extras, asked):
+            return logits.expand(len(asked), -1)
+
+    held_out = torch.from_numpy(data.val.astype(np.int64))[1:]
+    n = 7 * 16                                                                     # the windows that are whole
+    nats = -logits.double().log_softmax(-1)[held_out[:n]]
+    n_bytes = sum(len(data.tokenizer.decode_single_token_bytes(int(i))) for i in held_out[:n])
+    scores = train.evaluate(Constant(), data, args, machine)
+    assert scores["tokens"] == n and scores["loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(nats.sum().item() / np.log(2) / n_bytes, rel=1e-5)
+    assert f"held out, {n:,} tokens" in data.report(scores)
+    part = train.evaluate(Constant(), data, args, machine, n_batches=2)
+    assert part["tokens"] == 2 * 3 * 16
+
+
+def test_a_look_at_the_held_out_text_is_spread_over_it(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("".join(chr(33 + i // 100) for i in range(9000)) + "".join(chr(33 + i // 40) for i in range(1601)))
+    data = train.Text(train.parse([*SMALL, "--data", str(path), "--context", "40"])[0])
+    assert len(data.val) == 1061 or len(data.val) > 41
+    data.val = np.frombuffer(bytes(i // 10 for i in range(1001)), np.uint8).astype(np.uint16)        # 0 0 0 ... 99 100
+    data.context, data.n_windows = 10, 100
+    first = torch.cat([ids[:, 0] for ids, _, _ in data.held_out(5, 2)]).tolist()
+    assert first == [5, 15, 25, 35, 45, 55, 65, 75, 85, 95]
+    for n_batches in (None, 20, 1000):
+        assert torch.cat([ids[:, 0] for ids, _, _ in data.held_out(7, n_batches)]).tolist() == list(range(100))
+
+
+def test_the_last_evaluation_does_not_depend_on_the_batch(text, tmp_path, monkeypatch, capsys):
+    """Its batches are of a size for the machine; where it takes long, it says how much longer."""
+    flags = [*SMALL, "--data", text, "--context", "16"]
+    args = [train.parse([*flags, "--batch_size", n])[0] for n in ("2", "64")]
+    data, machine = train.Text(args[0]), train.Machine("cpu")
+    model, sizes = train.build_model(args[0], 256), []
+    real_ask = train.ask
+    monkeypatch.setattr(train, "ask", lambda model, batch, machine: sizes.append(len(batch[0])) or real_ask(
+        model, batch, machine))
+    scores = [train.evaluate(model, data, a, machine) for a in args]
+    assert scores[0] == scores[1] and sizes[0] == 256 and len(sizes) == 2 * 2
+    assert machine.rows(128, 4096) == 32 and machine.rows(10 ** 9, 10 ** 9) == 1
+    monkeypatch.setattr(train.Machine, "rows", lambda *_: 32)
+    times = iter(range(0, 10 ** 6, 3))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(times))
+    train.evaluate(model, data, args[0], machine, say=print)
+    assert re.search(r"held out: 21%   [01]:\d\d left", capsys.readouterr().out)
+
+
+def test_weight_decay_is_for_matrices_and_a_bias_is_none():
+    model = torch.nn.Module()
+    model.weight, model.bias = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2, 2))
+    model.gain = torch.nn.Parameter(torch.ones(2))
+    groups = train.optimizer_for(model, train.parse(["--weight_decay", "0.2"])[0]).param_groups
+    assert {g["weight_decay"]: len(g["params"]) for g in groups} == {0.2: 1, 0.0: 2}
+    gates = train.build_model(train.parse(["--mixer", "rglru", *SMALL])[0], 300)
+    decayed = [p for g in train.optimizer_for(gates, train.parse([])[0]).param_groups if g["weight_decay"]
+               for p in g["params"]]
+    biases = [p for name, p in gates.named_parameters() if name.endswith("bias")]
+    assert any(p.ndim > 1 for p in biases) and not any(p is q for p in biases for q in decayed)
+
+
+# ------------------------------------------------------------------------------------------------ a gradient's gradient
+
+
+def test_a_gradient_of_the_losss_gradient_is_torchs():
+    torch.manual_seed(0)
+    logits, targets = 2 * torch.randn(5, 7, dtype=torch.float64), torch.randint(7, (5,))
+    w, v = torch.rand(5, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+
+    def twice(nats):
+        x, weights = logits.clone().requires_grad_(), w.clone().requires_grad_()
+        first, = torch.autograd.grad((nats(x, targets) * weights).square().sum(), x, create_graph=True)
+        second = torch.autograd.grad((first * v).sum(), (x, weights), create_graph=True)
+        return first, *second, *torch.autograd.grad(second[0].square().sum(), (x, weights))
+    theirs = twice(lambda x, targets: torch.nn.functional.cross_entropy(x, targets, reduction="none"))
+    for ours, other in zip(twice(train.cross_entropy), theirs, strict=True):
+        assert torch.allclose(ours, other, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradgradcheck(lambda x: train.cross_entropy(x, targets), logits.requires_grad_())
+
+
+def test_a_penalty_on_the_gradient_reaches_the_weights():
+    """.backward() through a gradient's norm, as for a WGAN; and the fast gradient is the slow one."""
+    targets = torch.tensor([1, 0, 2])
+    def penalty(nats):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 3)
+        loss = nats(layer(torch.randn(3, 4)), targets).sum()
+        grads = torch.autograd.grad(loss, layer.parameters(), create_graph=True)
+        sum(g.square().sum() for g in grads).backward()
+        return layer.weight.grad
+    theirs = penalty(lambda x, targets: torch.nn.functional.cross_entropy(x, targets, reduction="none"))
+    assert torch.allclose(penalty(train.cross_entropy), theirs, atol=1e-6)
+    x = torch.randn(3, 5, requires_grad=True)
+    slow, fast = (torch.autograd.grad(train.cross_entropy(x, targets).sum(), x, create_graph=c)[0] for c in (1, 0))
+    assert torch.equal(slow, fast)
+
+
+def test_float64_throughout(text, tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        scores = train.train(train.parse([*SMALL, "--mixer", "attention", "--data", text, "--steps", "2", "--out",
+                                          str(tmp_path / "run")])[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert 0 < scores["loss"] < 10
+    assert train.cross_entropy(torch.randn(2, 3).double(), torch.zeros(2).long()).dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------ whatever the console, folder or signal
+
+
+def test_text_of_any_alphabet_on_any_console(text, tmp_path, monkeypatch):
+    run = str(tmp_path / "run")
+    train.main([*SMALL, "--data", text, "--steps", "1", "--out", run])
+    for encoding in ("cp1252", "ascii"):
+        console = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, "stdout", console)
+        train.main(["--resume", run, "--sample", "\u03a9 Romeo", "--n_tokens", "3"])
+        console.flush()
+        assert console.buffer.getvalue().startswith(b"? Romeo")
+
+
+def test_what_runs_wrote_is_not_read(tmp_path, capsys, text):
+    """Not the first run by the second, nor a run's own files when it goes on; one's own text beside them is read."""
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "a.md").write_text(open(text).read())
+    flags = [*SMALL, "--data", str(notes), "--steps", "2"]
+    train.main([*flags, "--out", str(notes / "run1")])
+    (notes / "run1" / "log.csv.tmp").write_text("half a log")
+    (notes / "run1" / "mine.txt").write_text("a remark")
+    capsys.readouterr()
+    assert [p.name for p in train.text_files(notes)] == ["a.md", "mine.txt"]
+    assert f"left out is what the runs in it wrote: {notes / 'run1'}" in capsys.readouterr().out
+    (notes / "run1" / "mine.txt").unlink()
+    train.main([*flags, "--out", str(notes / "run2")])
+    a, b = (train.load_checkpoint(notes / name) for name in ("run1", "run2"))
+    assert a["n_tokens"] == b["n_tokens"] and a["text"] == b["text"]
+    train.main(["--resume", str(notes / "run1"), "--steps", "4"])
+    train.main([*flags, "--out", str(notes)])
+    train.main(["--resume", str(notes), "--steps", "4"])
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "config.json").write_text("{}")                                     # of no run
+    assert [p.name for p in train.text_files(tmp_path / "site")] == ["config.json"]
+
+
+@pytest.mark.parametrize("mixer", ["attention:rope=false:n_positions=40", "cosformer:M=40", "hyena:max_len=40",
+                                   "sgconv:max_len=40:d=8", "short_conv,attention:rope=false:n_positions=40"])
+def test_a_sample_is_written_to_the_last_position(mixer, text, tmp_path, capsys):
+    train.main([*SMALL, "--data", text, "--mixer", mixer, "--steps", "1", "--out", str(tmp_path / "run")])
+    capsys.readouterr()
+    train.main(["--resume", str(tmp_path / "run"), "--sample", "O", "--n_tokens", "60"])
+    train.main(["--resume", str(tmp_path / "run"), "--sample", "O", "--n_tokens", "40"])
+    said, exactly = capsys.readouterr().out.split("[stopped: ")[0], train.load_checkpoint(tmp_path / "run")
+    model, args = train.build_model(train.parse([*SMALL, "--mixer", mixer])[0], 256).eval(), exactly["args"]
+    train.load_weights(model, exactly, tmp_path)
+    written, generator = [], torch.Generator().manual_seed(args["seed"])
+    with pytest.raises(ValueError):
+        for token in train.generate(model, torch.tensor([[79]]), 60, 0.6, 50, generator):
+            written.append(token)
+    assert len(written) == 40 and said == "O" + bytes(written).decode(errors="replace") + "\n"
+
+
+def end_of(argv, capsys):
+    """Exit code and the line in which it is explained."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(a) for a in argv])
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error, error
+    return stop.value.code, error
+
+
+def at_step(n, what, monkeypatch):
+    """Do something within step n."""
+    real_step, steps = train.train_step, []
+
+    def step(*arguments):
+        steps.append(1)
+        loss = real_step(*arguments)
+        if len(steps) == n:
+            what(*arguments)
+        return loss
+    monkeypatch.setattr(train, "train_step", step)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_saved(number, code, text, tmp_path, capsys, monkeypatch):
+    """Also where an exception is swallowed: in a callback of the garbage collector. It goes on as it would have."""
+    flags = [*SMALL, "--data", text, "--steps", "9", "--eval_every", "100"]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+
+    def callback(*_):
+        gc.callbacks.remove(callback)
+        signal.raise_signal(number)
+
+    def while_collecting(*_):
+        gc.callbacks.append(callback)
+        gc.collect()
+    with monkeypatch.context() as patch:
+        at_step(4, while_collecting if number == signal.SIGINT else lambda *_: signal.raise_signal(number), patch)
+        capsys.readouterr()
+        got, error = end_of([*flags, "--out", tmp_path / "run"], capsys)
+    assert got == code and f"interrupted; the checkpoint of step 4 is kept, --resume {tmp_path / 'run'}" in error
+    assert len(losses(tmp_path / "run")) == 4
+    train.main(["--resume", str(tmp_path / "run"), "--device", "cpu"])
+    assert f"going on with {tmp_path / 'run'}: seed 0, step 4 of 9" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_before_the_first_step_or_after_the_last(text, tmp_path, capsys, monkeypatch):
+    flags = [*SMALL, "--data", text, "--steps", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "check_fit", lambda *_: signal.raise_signal(signal.SIGINT))
+        code, error = end_of([*flags, "--out", tmp_path / "a"], capsys)
+    assert (code, error) == (130, "train.py: interrupted before anything new was saved")
+    assert not (tmp_path / "a").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Text, "scores", lambda *args: args[-1] and signal.raise_signal(signal.SIGINT) or [])
+        code, error = end_of([*flags, "--out", tmp_path / "b"], capsys)
+    assert code == 130 and "the checkpoint of step 2" in error
+
+
+def test_a_second_signal_does_not_wait(text, tmp_path, capsys, monkeypatch):
+    def twice(*_):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    at_step(3, twice, monkeypatch)
+    flags = [*SMALL, "--data", text, "--steps", "9", "--out", tmp_path / "run"]
+    assert end_of(flags, capsys) == (130, f"train.py: interrupted; nothing is saved in {tmp_path / 'run'} yet")
+
+
+def test_two_runs_do_not_share_a_folder(text, tmp_path, capsys, monkeypatch):
+    """The second is refused while the first holds it; a lock that nobody holds any more is none."""
+    flags, run = [*SMALL, "--data", text, "--steps", "2"], tmp_path / "run"
+    run.mkdir()
+    with train.locked(run):
+        assert "another process is training" in refusal([*flags, "--out", run], capsys)
+    train.main([*flags, "--out", str(run)])
+    capsys.readouterr()
+    with train.locked(run):
+        assert "another process is training" in refusal(["--resume", run, "--steps", "4"], capsys)
+    checkpoint = train.parse(["--resume", str(run), "--steps", "4"])
+    train.main(["--resume", str(run), "--steps", "4"])
+    with pytest.raises(train.BadInput, match="another process has gone on"):
+        train.train(*checkpoint, say=lambda *_, **__: None)
+    monkeypatch.setattr(train.Path, "exists", lambda path: False)                          # both look at the same time
+    (train.RUNS / "text-short_conv+based").mkdir(parents=True)
+    with pytest.raises(train.BadInput, match="cannot write to"):
+        train.output_folder(train.parse([])[0], None)
+
+
+def test_weights_that_are_not_finite_are_not_saved(text, tmp_path, capsys, monkeypatch):
+    def spoil(model, *_):
+        with torch.no_grad():
+            next(model.parameters())[0, 0] = torch.nan
+    flags = [*SMALL, "--data", text, "--steps", "9", "--eval_every", "1", "--out", tmp_path / "run"]
+    at_step(5, spoil, monkeypatch)
+    assert "not finite after step 5: try an --lr below 0.003; the checkpoint of step 4" in refusal(flags, capsys)
+    assert all(x.isfinite().all() for x in train.load_checkpoint(tmp_path / "run")["model"].values())
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "log.csv", "loss.png", "sample.txt"])
+def test_a_full_disk(file, text, tmp_path, capsys, monkeypatch):
+    """Without a checkpoint a run ends, and says which one it has; without the other files it goes on."""
+    run = tmp_path / "run"
+    at_step(5, lambda *_: (run / f"{file}.tmp").symlink_to("/dev/full"), monkeypatch)
+    flags = [*SMALL, "--data", text, "--steps", "6", "--eval_every", "3", "--out", run]
+    if file == "checkpoint.pt":
+        error = refusal(flags, capsys)
+        assert "checkpoint.pt: No space left on device; the checkpoint of step 3" in error
+    else:
+        train.main([str(f) for f in flags])
+        assert f"cannot write {run / file}: No space left on device" in capsys.readouterr().err
+        assert train.load_checkpoint(run)["step"] == 6
+    assert not list(run.glob("*.tmp")) and not list(run.glob(".*.tmp"))
+
+
+def test_a_full_disk_while_tokenizing(text, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train.os, "fsync", full)
+    assert "No space left" in refusal([*SMALL, "--data", text, "--out", tmp_path / "run"], capsys)
+    assert not list(train.CACHE.iterdir())
+
+
+def test_a_folder_that_goes_away_or_cannot_be_written(text, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    flags = [*SMALL, "--data", text, "--steps", "4", "--eval_every", "2", "--out", run]
+    with monkeypatch.context() as patch:
+        at_step(3, lambda *_: shutil.rmtree(run), patch)
+        assert f"No such file or directory; nothing is saved in {run} yet" in refusal(flags, capsys)
+    run.mkdir()
+    (run / "log.csv").mkdir()
+    (run / "loss.png").mkdir()
+    train.main([str(f) for f in flags])
+    assert capsys.readouterr().err.count("Is a directory") == 4
+    assert train.load_checkpoint(run)["step"] == 4
+
+
+def test_a_plot_that_fails_ends_no_run(text, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no font")
+    monkeypatch.setattr(train, "plot", fail)
+    train.main([*SMALL, "--data", text, "--steps", "2", "--out", str(tmp_path / "run")])
+    assert "loss.png: no font" in capsys.readouterr().err and train.load_checkpoint(tmp_path / "run")["step"] == 2
+    monkeypatch.undo()
+    train.plot(io.BytesIO(), [{"step": 1, "loss": 2.0}], "a$b$c_{")                          # a name that is no formula
+
+
+def test_a_reader_that_has_seen_enough(text, tmp_path, capsys, monkeypatch):
+    reader, writer = os.pipe()
+    monkeypatch.setattr(sys, "stdout", open(writer, "w"))
+    at_step(3, lambda *_: os.close(reader), monkeypatch)
+    flags = [*SMALL, "--data", text, "--steps", "4", "--eval_every", "2", "--out", tmp_path / "run"]
+    assert f"Broken pipe; the checkpoint of step 2 is kept, --resume {tmp_path / 'run'}" in refusal(flags, capsys)
+
+
+def test_a_model_too_large_for_the_memory_is_refused(capsys):
+    assert "allocate memory" in refusal([*SMALL, "--task", "induction", "--d_model", "10000000"], capsys)
+
+
+def test_too_little_memory_for_a_step_is_said(text, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nOf the allocated memory ...")
+    at_step(3, full, monkeypatch)
+    flags = [*SMALL, "--data", text, "--steps", "4", "--eval_every", "2", "--out", tmp_path / "run"]
+    assert "CUDA out of memory. Tried to allocate 20.00 MiB.; the checkpoint of step 2" in refusal(flags, capsys)
+
+
+# ------------------------------------------------------------------------------------------ checkpoints and kept tokens
+
+
+def test_one_bit_of_a_checkpoint(text, tmp_path):
+    """Wherever it is: the checkpoint is refused, or it is one of those that mean nothing (padding)."""
+    train.main([*SMALL, "--data", text, "--steps", "1", "--out", str(tmp_path / "run")])
+    path, refused = tmp_path / "run" / "checkpoint.pt", 0
+    whole, good = path.read_bytes(), train.load_checkpoint(tmp_path / "run")
+    for at in range(999, len(whole), len(whole) // 60):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1:])
+        try:
+            other = train.load_checkpoint(tmp_path / "run")
+        except train.BadInput as e:
+            assert "damaged" in str(e) and "\n" not in str(e)
+            refused += 1
+        else:
+            same = zip(*(tree_flatten((c["model"], c["optimizer"]))[0] for c in (good, other)), strict=True)
+            assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in same)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("change", [
+    {"step": "5"}, {"args": 3}, {"args": {"mixer": 5}}, {"args": {"d_model": "many"}}, {"args": {7: 1}}, {"model": [1]},
+    {"model": {"embed.weight": "x"}}, {"history": {}}, {"history": [3]}, {"history": [{"step": 1, "loss": "x"}]},
+    {"optimizer": {"state": 1}}, {"optimizer": {}}, {"tokenizer": {"name": 3}}, {"n_tokens": "all"}, {"more": 1},
+    {"text": 5}])
+def test_a_checkpoint_of_other_contents_is_refused(change, text, tmp_path, capsys):
+    train.main([*SMALL, "--data", text, "--mixer", "short_conv", "--steps", "1", "--out", str(tmp_path / "run")])
+    path = tmp_path / "run" / "checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | change, path)
+    capsys.readouterr()
+    refusal(["--resume", tmp_path / "run", "--steps", "3"], capsys)
+    if "tokenizer" in change:
+        assert "no such tokenizer" in refusal(["--resume", tmp_path / "run", "--sample", "O"], capsys)
+
+
+def test_an_optimizer_of_other_shapes_is_refused(text, tmp_path, capsys):
+    train.main([*SMALL, "--data", text, "--steps", "1", "--out", str(tmp_path / "run")])
+    path = tmp_path / "run" / "checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["optimizer"]["state"][0]["exp_avg"] = torch.zeros(2)
+    torch.save(checkpoint, path)
+    capsys.readouterr()
+    assert "does not fit" in refusal(["--resume", tmp_path / "run", "--steps", "3"], capsys)
+
+
+def test_another_text_of_the_same_length_is_noticed(text, tmp_path, capsys):
+    train.main([*SMALL, "--data", text, "--steps", "1", "--out", str(tmp_path / "run")])
+    played = open(text).read()
+    (tmp_path / "play.txt").write_text(played.replace("the", "eht"))
+    capsys.readouterr()
+    assert "not the text" in refusal(["--resume", tmp_path / "run", "--steps", "3"], capsys)
+    path = tmp_path / "run" / "checkpoint.pt"
+    old = torch.load(path, weights_only=True)
+    del old["text"]                                                                          # as it once was written
+    torch.save(old, path)
+    train.main(["--resume", str(tmp_path / "run"), "--sample", "O", "--n_tokens", "3"])
+    (tmp_path / "play.txt").write_text(played)
+    train.main(["--resume", str(tmp_path / "run"), "--steps", "2"])
+    assert "without a hash of the text" in capsys.readouterr().out
+    assert train.load_checkpoint(tmp_path / "run")["text"]
+
+
+def zero(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + bytes(512) + content[4608:])
+
+
+@pytest.mark.parametrize("file", ["train.bin", "val.bin", "tokenizer.json"])
+@pytest.mark.parametrize("damage", [zero, lambda p: os.truncate(p, p.stat().st_size // 2), lambda p: p.unlink(),
+                                    lambda p: p.write_bytes(p.read_bytes()[:-1]), lambda p: p.write_bytes(b"")])
+def test_damaged_tokens_are_made_again(file, damage, text, capsys):
+    args = train.parse([*SMALL, "--data", text, "--tokenizer", "bpe", "--vocab_size", "600"])[0]
+    good = train.Text(args)
+    wanted = np.array(good.train), np.array(good.val), good.identity
+    before = [p.read_bytes() for p in sorted(train.CACHE.glob("*/*"))]
+    damage(next(train.CACHE.glob(f"*/{file}")))
+    if before == [p.read_bytes() for p in sorted(train.CACHE.glob("*/*"))]:
+        pytest.skip("too short for this damage")
+    capsys.readouterr()
+    data = train.Text(args)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "made again" in said
+    assert np.array_equal(data.train, wanted[0]) and np.array_equal(data.val, wanted[1]) and data.identity == wanted[2]
+    train.Text(args)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_fingerprint_is_of_everything_up_to_a_gigabyte(tmp_path):
+    prints, path = set(), tmp_path / "train.bin"
+    content = os.urandom(3 << 20) + b"end"
+    for at in (None, 0, 1 << 20, len(content) - 1):
+        path.write_bytes(content if at is None else content[:at] + bytes([content[at] ^ 1]) + content[at + 1:])
+        prints.add(train.fingerprint(tmp_path))
+    assert len(prints) == 4
+    with open(path, "r+b") as f:
+        f.truncate(5 << 30)                  # a hole: 1024 MiB of it are read
+        before = train.fingerprint(tmp_path)
+        f.seek(5 << 20)
+        f.write(b"x")
+    assert train.fingerprint(tmp_path) != before
+
+
+class PanicException(BaseException):
+    """As pyo3, the bridge to Rust, raises: no Exception."""
+
+
+def test_a_tokenizer_that_panics_is_said_in_a_line(tmp_path, capsys, monkeypatch):
+    """In its training, in encoding, and on a prompt; the file is named, and the way round. What stands in for the
+    libraries panics at a word."""
+    import rustbpe
+
+    class Trainer:
+        def train_from_iterator(self, pieces, vocab_size):
+            if "boom" in "".join(pieces):
+                raise PanicException("called `Option::unwrap()` on a `None` value")
+
+        def get_mergeable_ranks(self):
+            return [(bytes([i]), i) for i in range(256)]
+
+        def get_pattern(self):
+            return "."
+
+    class Encoding:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def encode_ordinary(self, piece):
+            if "boom" in piece:
+                raise PanicException
+            return self.tokenizer.encode_ordinary(piece)
+
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in "abc":
+        (notes / name).write_text("words and " * 99 + 99 * "boom " * (name == "b"))
+    flags = [*SMALL, "--data", notes, "--steps", "1", "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr(rustbpe, "Tokenizer", Trainer)
+        error = refusal([*flags, "--tokenizer", "bpe"], capsys)
+        assert f"{notes / 'b'}: " in error and "--tokenizer byte" in error
+    assert not (tmp_path / "run").exists()
+    real = train.rebuild_tokenizer
+    monkeypatch.setattr(train, "rebuild_tokenizer", lambda saved: Encoding(real(saved)))
+    error = refusal([*flags, "--tokenizer", "bpe", "--vocab_size", "257"], capsys)
+    assert f"{notes / 'b'}: " in error and "--tokenizer byte" in error
+    (notes / "b").write_text("other words " * 99)
+    train.main([str(f) for f in flags])
+    capsys.readouterr()
+    assert "--sample: " in refusal(["--resume", tmp_path / "run", "--sample", "boom"], capsys)
