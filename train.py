@@ -116,7 +116,7 @@ def options_of(entry):
     functions = [c.__init__ for c in entry.__mro__] if inspect.isclass(entry) else [entry]
     parameters = [p for f in functions for p in inspect.signature(f).parameters.values() if p.default is not p.empty]
     options = {p.name: p.default for p in reversed(parameters) if p.name not in ("batch_size", "generator", "progress")}
-    return options | getattr(entry, "more_options", {})
+    return options
 
 
 def look_up(spec, kind, known):

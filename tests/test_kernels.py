@@ -583,7 +583,8 @@ def twice_differentiated():
 
 
 def functions_of_the_kernels():
-    modules = [importlib.import_module(f"kernels.{module.name}") for module in pkgutil.iter_modules(kernels.__path__)]
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    modules = [importlib.import_module(f"kernels.{name}") for name in names if name != "cross_entropy"]  # test_train.py
     return [x.__name__ for module in modules for x in vars(module).values() if isinstance(x, type) and
             issubclass(x, torch.autograd.Function) and x.__module__ == module.__name__]
 
