@@ -172,21 +172,24 @@ def mambapy_block(c):
     return module.MambaBlock(module.MambaConfig(d_model=c, n_layers=1, d_state=16))
 
 
+class Step(torch.nn.Module):
+    """Its step as a forward, so that it can be called with our parameters."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x, cache):
+        return self.block.step(x, cache)
+
+
 def mambapy_cached(p, x, s):
-    inner, cache = 2 * x.shape[-1], (None, torch.zeros(len(x), 2 * x.shape[-1], 3, dtype=x.dtype))
-    weights, y = {f"block.{name}": w for name, w in mamba_weights(p).items()}, []
-    assert len(p["D"]) == inner
-
-    class Step(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block = mambapy_block(x.shape[-1])
-
-        def forward(self, x, cache):
-            return self.block.step(x, cache)
+    """Step by step from the first token on: it has no prefill."""
+    weights = {f"block.{name}": w for name, w in mamba_weights(p).items()}
+    cache, step, y = (None, torch.zeros(len(x), len(p["D"]), 3, dtype=x.dtype)), Step(mambapy_block(x.shape[-1])), []
     with in_double():
         for x_t in x.unbind(1):
-            y_t, cache = torch.func.functional_call(Step(), weights, (x_t, cache))
+            y_t, cache = torch.func.functional_call(step, weights, (x_t, cache))
             y.append(y_t)
     return torch.stack(y, dim=1)
 

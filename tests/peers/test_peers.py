@@ -27,7 +27,7 @@ def test_every_form_is_the_referees(r, t):
 
 def test_every_mixer_has_a_referee():
     missing = sorted(set(MIXERS) - {r.name for r in REFEREES})
-    assert not missing, f"no referee for {', '.join(missing)}: see {len(REFEREES)} others in tests/peers"
+    assert not missing, f"no referee for {', '.join(missing)}: enter one, as the {len(REFEREES)} in tests/peers are"
 
 
 # ------------------------------------------------------------------------------------------- the referees are refereed
