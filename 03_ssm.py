@@ -302,15 +302,20 @@ class StateSpace(nn.Module):
         return [at_least_float32(z) for z in (s.g, s.k, s.q)]
 
     def mix(self, form, u, s, h):
-        """y without D, and the state after it."""
+        """y: (b, c, t), and the state after it."""
         if form == "recurrent" and u.shape[2] > 1:
             u, s = side_by_side(u), Signals(*map(side_by_side, s))
         g, k, q = self.gates(s)
         if form == "conv":
-            return convolved(u, g, k, q, h)
-        if form == "parallel":
-            return (real_like(u, weights(g, k, q, u.shape[2])) @ u[..., None])[..., 0], None
-        return through_states(WAYS[form], u, g, k, q, h)
+            y, h = convolved(u, g, k, q, h)
+        elif form == "parallel":
+            y, h = (real_like(u, weights(g, k, q, u.shape[2])) @ u[..., None])[..., 0], None
+        else:
+            y, h = through_states(WAYS[form], u, g, k, q, h)
+        return self.with_skip(y, u), h
+
+    def with_skip(self, y, u):
+        return y + at_least_float32(self.D)[:, None] * u if hasattr(self, "D") else y
 
     def filter(self, t):
         """K without D: (c, t)"""
@@ -329,7 +334,6 @@ class StateSpace(nn.Module):
             v, pre, post = (z if z is None else at_least_float32(z) for z in (s.v, s.pre, s.post))
             u = v if pre is None else pre * v                                        # (b, c, t)
             y, h = self.mix(form, u, s, h)
-            y = y + at_least_float32(self.D)[:, None] * u if hasattr(self, "D") else y
             y = y if post is None else post * y
         return self.finish(y if y.is_complex() else y.to(x.dtype), more), (carry, h)
 
@@ -808,7 +812,7 @@ class Mamba(Selective):
         if form != "triton":
             return super().mix(form, u, s, h)
         from kernels.selective_scan import selective_scan  # never writes (b, c, t, n)
-        return selective_scan(s.v, s.g, -self.log_A.exp(), s.k, s.q, torch.zeros_like(self.D), h)
+        return selective_scan(s.v, s.g, -self.log_A.exp(), s.k, s.q, self.D, h)
 
     def finish(self, y, gate):
         return self.out((y * gate).mT)
@@ -990,8 +994,10 @@ class FromKernel(StateSpace):
     def mix(self, form, u, s, past):
         both, t = u if past is None else torch.cat([past.to(u.dtype), u], dim=-1), u.shape[-1]
         if form == "recurrent":                                                      # one token: sum_s K_{t-s} u_s
-            return (at_least_float32(self.filter(both.shape[-1])).flip(-1) * both).sum(dim=-1, keepdim=True), both
-        return self.convolve(form, both)[..., -t:], both
+            y = (at_least_float32(self.filter(both.shape[-1])).flip(-1) * both).sum(dim=-1, keepdim=True)
+        else:
+            y = self.convolve(form, both)[..., -t:]
+        return self.with_skip(y, u), both
 
     def convolve(self, form, u):
         K = at_least_float32(self.filter(u.shape[-1]))
@@ -1023,7 +1029,7 @@ class Dense(FromKernel):
         for t in range(u.shape[2]):
             h = (a @ h[..., None])[..., 0] + b * u[:, :, t, None]                    # (b, c, n)
             y.append((h * C).sum(dim=-1).real)
-        return torch.stack(y, dim=2), h
+        return self.with_skip(torch.stack(y, dim=2), u), h
 
     def filter(self, t):
         a, b, C = self.discrete()
