@@ -1,0 +1,379 @@
+"""One's own sentence through any mixer: what each layer takes from where, where the loss is, where another model wins.
+
+    python explore.py "TEXT"                               through the newest run of train.py
+    python explore.py "TEXT" --run runs/NAME               through this one
+    python explore.py "TEXT" --mixer gla                   through a mixer, or a pattern of them, as it starts
+    python explore.py "TEXT" --mixer gla --train 60        after about a minute of training on the plays
+    python explore.py "TEXT" --run runs/A --against runs/B     where one loses to the other; a mixer's name will do, too
+
+It writes one HTML file that needs no network and no server, and says where. TEXT comes first; - reads it from standard
+input. Flags that are not listed below are train.py's: --context 256, --d_model 64, --data notes/, ...
+
+Nothing here knows a mixer by name. Each has matrix(x), with y = output(matrix(x) values(x), x), and the page shows
+the rows of these matrices over the text. Its parts are in docs/explore/: page.html, page.css, page.js.
+"""
+import argparse
+import base64
+import codecs
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from train import BadInput
+
+PAGE = train.ROOT / "docs" / "explore"
+BUDGET = 4_300_000      # characters of the page that matrices may take; with everything else it stays below 5 MB
+LIKELIEST = 5           # next tokens that are listed at every place
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+@dataclass
+class Subject:
+    """A model to be looked at, and what is known about it."""
+    name: str
+    about: str
+    args: argparse.Namespace
+    model: train.Model
+    tokenizer: object
+    text: train.Text | None     # what it was, or would be, trained on: says which bigrams are rare. None: not there
+
+
+def open_run(folder, more):
+    """A run of train.py. Model and tokenizer come out of its checkpoint."""
+    args, checkpoint = train.parse(["--sample", "", "--resume", str(folder), *more])
+    if checkpoint["tokenizer"] is None:
+        raise BadInput(f"the run in {args.out} was trained on the task {args.task}: only one of --task text reads text")
+    tokenizer = train.rebuild_tokenizer(checkpoint["tokenizer"])
+    model = train.build_model(args, tokenizer.n_vocab)
+    train.load_weights(model, checkpoint, args.out)
+    about = f"{args.out}, trained for {checkpoint['step']:,} steps on {Path(args.data or 'the plays').name}"
+    return Subject(args.mixer, about, args, model, tokenizer, training_text(args, checkpoint))
+
+
+def training_text(args, checkpoint):
+    """The text of a run, if it is still where it was and still the same."""
+    try:
+        text = train.Text(args)
+    except BadInput:
+        return None
+    same = (checkpoint[name] in (value, None) for name, value in text.identity.items())      # None: an older checkpoint
+    return text if all(same) else None
+
+
+def start(args, tokenizer=None, text=None):
+    """A model as it starts."""
+    text = text or train.Text(args)
+    tokenizer = tokenizer or text.tokenizer
+    model = train.build_model(args, tokenizer.n_vocab)
+    return Subject(args.mixer, f"untrained, as it starts (seed {args.seed})", args, model, tokenizer, text)
+
+
+def train_for(seconds, args):
+    """A run of train.py that takes about so many seconds, the evaluation at its end not counted."""
+    args.steps = args.eval_every = max(1, int(seconds / seconds_per_step(args)))
+    train.train(args)
+    return open_run(train.newest_run(), [])
+
+
+def seconds_per_step(args, n_steps=4):
+    """The time of a step of train.py, measured on a model that is thrown away."""
+    machine, data = train.Machine(args.device), train.Text(args)
+    model = train.build_model(args, data.vocab_size, machine.device)
+    train.check_fit(model, data, machine, args)
+    optimizer, times = train.optimizer_for(model, args), []
+    for _ in range(n_steps):
+        start = time.perf_counter()
+        train.train_step(model, optimizer, data.batch(args.batch_size, torch.Generator()), args, machine).item()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def instead(args, mixer):
+    """The arguments of a run, for another mixer."""
+    n_layers = max(args.n_layers, len(train.pattern(mixer)))
+    return argparse.Namespace(**vars(args) | {"mixer": mixer, "n_layers": n_layers, "out": None})
+
+
+def subjects(flags, more):
+    """The one or two models that the flags name."""
+    if flags.mixer:
+        args, checkpoint = train.parse(["--mixer", flags.mixer, *more])
+        if checkpoint or args.task != "text":
+            raise BadInput("--mixer starts a new model that reads text: leave --resume, --sample and --task away")
+        first = train_for(flags.train, args) if flags.train else start(args)
+    else:
+        if not flags.run and not any(train.RUNS.glob("*/checkpoint.pt")):
+            raise BadInput(f"there is no run in {train.RUNS} yet: python train.py makes one; "
+                           "or name one with --run DIR, or a mixer with --mixer NAME")
+        first = open_run(flags.run or train.newest_run(), more)
+    if not flags.against:
+        return [first]
+    if "/" in flags.against or (Path(flags.against) / "checkpoint.pt").exists():
+        second = open_run(flags.against, [])
+    elif flags.train:
+        second = train_for(flags.train, instead(first.args, flags.against))
+    else:
+        second = start(instead(first.args, flags.against), first.tokenizer, first.text)
+    if train.save_tokenizer(first.tokenizer) != train.save_tokenizer(second.tokenizer):
+        raise BadInput("the two models cut text into different tokens: train both with the same --data, --tokenizer "
+                       "and --vocab_size")
+    if first.name == second.name:
+        first.name, second.name = f"{first.name} (first)", f"{second.name} (second)"
+    return [first, second]
+
+
+# ------------------------------------------------------------------------------------------------------- what they do
+
+
+@torch.no_grad()
+def look(subject, ids):
+    """What one model does with ids: (1, t). The walk is Model.forward's, with a look at each mixer on the way."""
+    model, (targets, extras) = subject.model.eval(), asked(subject, ids)
+    x, layers = model.embed(ids), []                                                         # (1, t, c)
+    for block in model.blocks:
+        u = block.norm(x)
+        M = block.mixer.matrix(u, **block.inputs(extras))[0]                                 # (h, t, s) or (c, t, s)
+        kind = "channel" if block.mixer.values(u).shape[-1] == 1 else "head"
+        layers.append((block.mixer, kind, M.real.float()))             # of a complex matrix, the real part
+        x = block(x, extras)
+    log_p = model.head(x)[0].float().log_softmax(dim=-1)                                     # (t, v)
+    return log_p, targets, layers
+
+
+def asked(subject, ids):
+    """The targets: (t,), -100 where none is asked, and what mixers read: as the run's --transform has it."""
+    targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
+    batch = ids, targets, {"weights": torch.ones(ids.shape)}
+    _, targets, extras = train.transform_of(subject.args)(batch)
+    return targets[0], {"ids": ids} | extras
+
+
+def losses(log_p, targets):
+    """Of each token after the first: its loss in nats, and its place among all tokens, 1 being the likeliest. None
+    where it was not asked."""
+    nats, places = [None], [None]
+    for row, target in zip(log_p[:-1], targets.tolist(), strict=False):
+        known = target != -100
+        nats.append(round(-row[target].item(), 4) if known else None)
+        places.append(int((row > row[target]).sum()) + 1 if known else None)
+    return nats, places
+
+
+def likeliest(log_p, names):
+    """After each token: the likeliest next ones, [name, probability]."""
+    log_p, ids = log_p.topk(min(LIKELIEST, log_p.shape[-1]))
+    return [[[names(i), round(math.exp(p), 4)] for p, i in zip(ps, row, strict=True)]
+            for ps, row in zip(log_p.tolist(), ids.tolist(), strict=True)]
+
+
+def state_bytes(model, t):
+    """Bytes that the model carries from each of t tokens to the next, in the precision of its weights."""
+    size = model.embed.weight.element_size()
+    return [size * int(sum(block.mixer.state_size(i) for block in model.blocks)) for i in range(1, t + 1)]
+
+
+def bigrams(subject, ids):
+    """Of each token: 2 if it ends a bigram that stood earlier in ids and is rare in training, 1 if it stood earlier
+    only, else 0. train.py's recall slice has the twos."""
+    if ids.shape[1] < 2:
+        return [0]
+    text = subject.text or argparse.Namespace(bigrams=(np.array([-1]), np.array([0])), vocab_size=0)
+    text.vocab_size = subject.tokenizer.n_vocab
+    seen, count = train.Text.bigram_statistics(text, ids[:, :-1], ids[:, 1:])
+    rare = seen & (count <= subject.args.rare) & (subject.text is not None)
+    return [0] + (seen.int() + rare.int())[0].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def characters(tokens):
+    """What each token adds to the text. Of a character that is cut into several tokens, the last one has it all."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [decoder.decode(token, final=i == len(tokens) - 1) for i, token in enumerate(tokens)]
+
+
+def pack(M, whole):
+    """A matrix: (t, s) in base64: of each row the largest size off the diagonal, as a float32, and the diagonal; then
+    the rest in 8 bits, round(127 M_ts / largest_t). If not whole, only what lies below the diagonal."""
+    diagonal, rest = M.diagonal(), M - M.diagonal().diag()
+    largest = rest.abs().amax(dim=1)
+    eighths = (127 * rest / largest.clamp(min=1e-38)[:, None]).round().to(torch.int8)
+    eighths = eighths if whole else eighths[tuple(torch.tril_indices(*M.shape, offset=-1))]
+    parts = largest.numpy(), diagonal.numpy(), eighths.numpy()
+    return base64.b64encode(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).decode()
+
+
+def packed_size(t, whole):
+    return 4 * math.ceil((8 * t + (t * t if whole else t * (t - 1) // 2)) / 3)
+
+
+def off_diagonal(M):
+    """How much each matrix takes from other tokens: (h, t, s) -> (h,)"""
+    return M.abs().sum(dim=(1, 2)) - M.diagonal(dim1=1, dim2=2).abs().sum(dim=1)
+
+
+def choose(layers, budget=None):
+    """The matrices that the page has room for, by layer: the one with the most weight off the diagonal of every layer,
+    then the second of every layer, and so on."""
+    ranked = [off_diagonal(M).argsort(descending=True).tolist() for M, _ in layers]
+    chosen, left = [[] for _ in layers], BUDGET if budget is None else budget
+    for place in range(max(map(len, ranked))):
+        for (M, whole), ranks, mine in zip(layers, ranked, chosen, strict=True):
+            size = packed_size(M.shape[-1], whole)
+            if place < len(ranks) and size <= left:
+                mine.append(ranks[place])
+                left -= size
+    return chosen
+
+
+def describe(mixer, kind, M, whole, chosen):
+    """A layer, for the page."""
+    weight = off_diagonal(M).tolist()
+    others = M - torch.diag_embed(M.diagonal(dim1=1, dim2=2))
+    return {"mixer": type(mixer).__name__, "kind": kind, "causal": mixer.causal, "total": len(M), "whole": whole,
+            "strongest": chosen[0],
+            "maps": [{"index": i, "weight": round(weight[i], 4), "limit": limit_of(others[i].abs()),
+                      "packed": pack(M[i], whole)} for i in sorted(chosen)]}
+
+
+def limit_of(sizes):
+    """Where the colours of a matrix end: larger than 97% of what is not zero, so that a few large entries do not
+    outshine the rest."""
+    sizes = sizes[sizes > 0]
+    return float(f"{np.quantile(sizes.numpy(), 0.97):.4g}") if len(sizes) else 0.0
+
+
+def contents(models, text):
+    """All that the page shows, as numbers, lists and strings."""
+    all_ids = models[0].tokenizer.encode_ordinary(text)
+    n_layers = sum(len(subject.model.blocks) for subject in models)
+    room = int(math.sqrt(0.75 * BUDGET / n_layers)) - 4          # then one whole matrix of every layer fits
+    ids = torch.tensor([all_ids[:min(room, *(subject.args.context for subject in models))]])
+    t = ids.shape[1]
+    tokens = [models[0].tokenizer.decode_single_token_bytes(i) for i in ids[0].tolist()]
+    try:
+        looks = [look(subject, ids) for subject in models]
+    except ValueError as e:                  # a mixer with a largest length
+        raise BadInput(str(e)) from e
+    maps = [[(M, bool(M.triu(1).any())) for _, _, M in layers] for _, _, layers in looks]
+    chosen = iter(choose([pair for layers in maps for pair in layers]))
+    repeats, shown = bigrams(models[0], ids), []
+    for subject, (log_p, targets, layers), wholes in zip(models, looks, maps, strict=True):
+        nats, places = losses(log_p, targets)
+        shown.append({
+            "name": subject.name, "about": subject.about, "loss": nats, "place": places,
+            "next": likeliest(log_p, lambda i: name_of(models[0].tokenizer.decode_single_token_bytes(i))),
+            "bytes": state_bytes(subject.model, t),
+            "layers": [describe(*layer, whole, next(chosen))
+                       for layer, (_, whole) in zip(layers, wholes, strict=True)]})
+    return {"tokens": characters(tokens), "names": [name_of(token) for token in tokens], "left_off": len(all_ids) - t,
+            "repeats": repeats, "rare": models[0].args.rare if models[0].text else None,
+            "sums": sums([model["loss"] for model in shown], repeats), "models": shown}
+
+
+def name_of(token):
+    """A token in a list: bytes that are no whole character are spelt out."""
+    return token.decode("utf-8", "backslashreplace")
+
+
+def sums(nats, repeats):
+    """[what, how many tokens, sum of nats of each model], over the tokens that all models were asked."""
+    asked = [i for i in range(len(repeats)) if all(row[i] is not None for row in nats)]
+    groups = {"rare repeats": (2,), "all repeats": (1, 2), "the rest": (0,), "all tokens": (0, 1, 2)}
+    where = {name: [i for i in asked if repeats[i] in levels] for name, levels in groups.items()}
+    return [[name, len(places), [round(sum(row[i] for i in places), 3) for row in nats]]
+            for name, places in where.items()]
+
+
+def page(data):
+    """The template with its style, its script and the data in it. In JSON for a script element only < can do harm;
+    everything that is not ASCII is escaped anyway."""
+    parts = {"/* page.css */": (PAGE / "page.css").read_text(encoding="utf-8"),
+             "/* page.js */": (PAGE / "page.js").read_text(encoding="utf-8"),
+             "/* data */": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")}
+    html = (PAGE / "page.html").read_text(encoding="utf-8")
+    for place, part in parts.items():
+        html = html.replace(place, part)
+    return html
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def parse(argv):
+    def refuse(message):
+        raise BadInput(f"{message} (--help lists all flags)")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.error = refuse
+    p.add_argument("text", metavar="TEXT", help="what the models read; - for standard input")
+    p.add_argument("--run", metavar="DIR", help="a run of train.py (default: the newest)")
+    p.add_argument("--mixer", metavar="NAME", help="no run: a mixer or a pattern of mixers, as train.py takes it")
+    p.add_argument("--train", type=float, metavar="SECONDS", help="train --mixer, and an --against that is a mixer,"
+                   " for about so long")
+    p.add_argument("--against", metavar="DIR", help="a second model: a run, or a mixer to take the first one's place")
+    p.add_argument("-o", "--out", metavar="FILE", help="default: runs/explore.html")
+    flags, more = p.parse_known_args(argv)
+    if flags.run and flags.mixer:
+        raise BadInput(f"--run {flags.run} is one model and --mixer {flags.mixer} another: --against takes the second")
+    if flags.train is not None and not 0 < flags.train < math.inf:
+        raise BadInput(f"--train must be a number of seconds above 0, not {flags.train:g}")
+    if flags.train and not flags.mixer and not flags.against:
+        raise BadInput("--train needs a --mixer to train: a run is trained already")
+    return flags, more
+
+
+def text_of(flags):
+    """TEXT, which may hold anything but nothing."""
+    text = sys.stdin.read() if flags.text == "-" else flags.text
+    if not text:
+        raise BadInput("the text is empty: give a sentence, such as explore.py \"ROMEO and Juliet, ROMEO\"")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise BadInput(f"the text is not UTF-8: {e.reason} at character {e.start}") from e
+    return text
+
+
+def write(html, out):
+    """Write the page; returns where."""
+    path = Path(out) if out else train.RUNS / "explore.html"
+    try:
+        if not out:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        train.write_atomically(path, html.encode())
+    except OSError as e:
+        raise BadInput(f"cannot write {path}: {e.strerror}") from e
+    return path
+
+
+def main(argv=None):
+    try:
+        flags, more = parse(sys.argv[1:] if argv is None else argv)
+        text = text_of(flags)
+        data = contents(subjects(flags, more), text)
+        path = write(page(data), flags.out)
+    except BadInput as e:
+        print(f"explore.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as e:
+        print(f"\nexplore.py: interrupted{e.args[0] if e.args else ''}", file=sys.stderr)
+        sys.exit(130)
+    if data["left_off"]:
+        n = len(data["tokens"])
+        print(f"the text is longer than what the page shows: its first {n} of {n + data['left_off']} tokens")
+    print(f"{path.stat().st_size / 1e6:.1f} MB, to be opened in a browser: {path.resolve().as_uri()}")
+
+
+if __name__ == "__main__":
+    main()
