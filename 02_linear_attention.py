@@ -167,6 +167,7 @@ def triton(q, k, v, g=None, state=None):
     from kernels.step import linear_step
     q, k = q.to(v.dtype), k.to(v.dtype)
     if q.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
+        q, k = (x.expand(-1, v.shape[1], -1, -1) for x in (q, k))                    # shared by the heads in Mamba-2
         o, state = linear_step(*(x[:, :, 0] for x in (q, k, v)), None if g is None else g[:, :, 0], state)
         return o[:, :, None], state
     return (linear_attention if g is None or g.shape[-1] == 1 else gla)(q, k, v, g, state)
@@ -594,7 +595,7 @@ def time_steps(n):
 
 
 class Mamba2(LinearMixer):
-    """Mamba-2 [D24, section 7]: a scalar decay for each head, g = -dt e^{A_log}; C, B and x are q, k and v, with B
+    """Mamba-2 [D24, section 7]: a scalar decay for each head, g = -dt e^{A_log}; C, B and x are q, k and v, with x
     scaled by dt; a short convolution before, a skip D, a gate and then a norm after. The chunked form is its SSD
     algorithm. C and B are shared by the heads; the inner width is 2 c. (transformers' Mamba2 starts A at 1, 2, ...,
     n_heads, not at U(1, 16).)"""
@@ -618,8 +619,8 @@ class Mamba2(LinearMixer):
         v, k, q = xbc.split([self.d_inner, self.n_state, self.n_state], dim=-1)
         dt = F.softplus(at_least_float32(self.dt.weight @ x.mT) + self.dt_bias[:, None])[..., None]  # (b, h, t, 1)
         g = -dt * self.A_log.exp()[:, None, None]                                    # (b, h, t, 1)
-        k, v = k[:, None] * dt, split_heads(v, self.n_heads)                         # (b, h, t, d), (b, h, t, e)
-        return (q[:, None].expand_as(k), k, v, g), (v, F.silu(self.z(x))), carry
+        v = split_heads(v, self.n_heads)                                             # (b, h, t, e)
+        return (q[:, None], k[:, None], v * dt.to(v.dtype), g), (v, F.silu(self.z(x))), carry
 
     def finish(self, o, more):
         v, z = more

@@ -749,6 +749,7 @@ class Selective(StateSpace):
     """A system whose a, b or C depend on the token: no K, so no convolution; a text goes on by a scan."""
     forms = ("recurrent", "scan", "parallel", "triton")
     complex_state, n_state, goes_on_by = False, 1, None
+    longest = math.inf                     # there is no kernel for convolutions to outgrow
 
 
 class LiquidS4(Selective):

@@ -1,15 +1,16 @@
-"""What trained models look at: one passage in which a made-up name comes back, through six small models.
+"""What trained models look at: one passage of code in which a name comes back, through six small models.
 
-    python experiments/trained_matrices.py [--quick] [--draw]
+    python experiments/trained_matrices.py [--quick] [--draw] [--only attention,Based]
 
-The text is Shakespeare's plays in which every scene has names of its own (new_names.py), so that a name cannot be
-known, only looked up. Each model has two layers, a short gated convolution and the mixer (Hyena and Mamba, which have a
-convolution in them: two of these), and is asked to complete the name's second occurrence in a held-out scene. Drawn is
-the last layer: of all heads or channels the one that gives the token to be looked up the largest share of its row.
-Writes trained_matrices.npz, trained_matrices.png (the matrices) and docs/trained.png (the row, in the text).
+Each model has two layers, a short gated convolution and the mixer (Hyena and Mamba, which have a convolution in them:
+two of these), is trained on the folder _inductor of the torch that is installed, and is asked, in a held-out file, for
+the next token of a name that stood earlier. Drawn is, of all layers, heads and channels, the one that gives the token
+to be looked up the largest share of its row. Writes trained_matrices.npz and trained_matrices.png (the matrices), and
+docs/trained.png (the row, in the text). A model that is in the table is not trained again.
 """
+from pathlib import Path
+
 import lab
-import new_names
 import numpy as np
 import torch
 from lab import train
@@ -17,51 +18,56 @@ from lab import train
 MODELS = {"attention": "short_conv,attention", "convolution (Hyena)": "hyena,hyena", "Based": "short_conv,based",
           "Mamba": "mamba,mamba", "gated linear attention": "short_conv,gla", "delta rule": "short_conv,deltanet"}
 SHOWN = ("attention", "convolution (Hyena)", "Based")            # in docs/trained.png
+TEXT = Path(torch.__file__).parent / "_inductor"
 LENGTH = 96
 
 
 def passage(data):
-    """The first held-out window in which a token pair that training has never seen comes twice, far apart: ids: (t,),
-    the place of the first pair's second token, and the place that has to guess it again."""
+    """The first held-out window in which a token pair that is at most three times in training comes twice, the second
+    time near the end: ids: (t,), the place of the pair's second token, and the place that has to guess it again."""
     for start in range(0, len(data.val) - LENGTH, 16):
         ids = torch.from_numpy(data.val[start:start + LENGTH].astype(np.int64))[None]
         seen, count = data.bigram_statistics(ids[:, :-1], ids[:, 1:])
-        for place in ((seen & (count == 0))[0].nonzero()[:, 0]).tolist():
+        for place in ((seen & (count <= 3))[0].nonzero()[:, 0]).tolist():
             pair = ids[0, place:place + 2]
             first = next(i for i in range(place) if torch.equal(ids[0, i:i + 2], pair))
-            letters = data.tokenizer.decode(pair.tolist())
-            if place > LENGTH - 20 and place - first > 30 and letters.isalpha():
+            name = data.tokenizer.decode(pair.tolist()).strip()
+            if place > LENGTH - 20 and place - first > 25 and name.isidentifier():
                 return ids[0], first + 1, place
-    raise SystemExit("no held-out window has a new name twice: another text, please")
+    raise SystemExit("no held-out window has a rare name twice")
 
 
-def trained(spec, text, steps):
-    args, _ = train.parse(["--mixer", spec, "--data", str(text), "--context", "256", "--vocab_size", "1024",
-                           "--steps", str(steps), "--batch_size", "32", "--seed", "0"])
+def trained(spec, steps):
+    args, _ = train.parse(["--mixer", spec, "--data", str(TEXT), "--context", "256", "--vocab_size", "1024",
+                           "--steps", str(steps), "--batch_size", "4"])
     machine, data = train.Machine(args.device), train.Text(args)
     model = train.build_model(args, data.vocab_size).to(machine.device)
     optimizer = train.optimizer_for(model, args)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * train.schedule(step, args)
-        train.train_step(model, optimizer, data.batch(32, torch.Generator().manual_seed(step)), args, machine)
+        batch = data.batch(args.batch_size, torch.Generator().manual_seed(step), step / steps)
+        loss = train.train_step(model, optimizer, batch, args, machine)
+        if step % 100 == 0:
+            print(f"{spec}: step {step}/{steps}, loss {loss.item():.2f}", flush=True)
     return model.eval(), data
 
 
 @torch.no_grad()
 def look(model, ids, wanted, asks):
-    """The last layer's matrix with the largest share at the wanted token in the row that asks, and the chance that the
-    model gives the right next token: (t, t), float."""
+    """Of all layers, heads and channels the matrix with the largest share at the wanted token in the row that asks, and
+    the chance that the model gives the right next token: (t, t), float."""
     device = next(model.parameters()).device
-    x, extras, ids = model.embed(ids[None, :-1].to(device)), {"ids": ids[None, :-1].to(device)}, ids.to(device)
-    for block in model.blocks[:-1]:
+    ids = ids[None].to(device)
+    x, extras, best = model.embed(ids[:, :-1]), {"ids": ids[:, :-1]}, (-1.0, None)
+    for block in model.blocks:
+        M = block.mixer.matrix(block.norm(x).float(), **block.inputs(extras))[0]             # (h or c, t, s)
+        M = M.real if M.is_complex() else M
+        share = M[:, asks, wanted].abs() / M[:, asks].abs().sum(dim=-1).clamp(min=1e-9)
+        best = max(best, (share.max().item(), M[share.argmax()].cpu().numpy()), key=lambda pair: pair[0])
         x = block(x, extras)
-    block = model.blocks[-1]
-    M = block.mixer.matrix(block.norm(x).float(), **block.inputs(extras))[0]
-    M = M.real if M.is_complex() else M
-    share = M[:, asks, wanted].abs() / M[:, asks].abs().sum(dim=-1).clamp(min=1e-9)
-    chance = model(ids[None, :-1])[0, asks].float().softmax(dim=-1)[ids[asks + 1]]
-    return M[share.argmax()].cpu().numpy(), chance.item()
+    chance = model(ids[:, :-1])[0, asks].float().softmax(dim=-1)[ids[0, asks + 1]]
+    return best[1], chance.item()
 
 
 def draw_matrices(args, kept):
@@ -104,24 +110,26 @@ def draw_rows(path, kept):
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__)
-    table = args.out / "trained_matrices.npz"
+    args = lab.options(__doc__, only="these models, a,b,c")
+    table, parts = args.out / "trained_matrices.npz", lab.ROOT / "runs" / "trained_matrices"
     if not args.draw:
-        text = lab.ROOT / "runs" / "new_names.txt"
-        text.parent.mkdir(exist_ok=True)
-        text.write_text(new_names.text(), encoding="utf-8")
-        found, where = [], None
-        for name, spec in MODELS.items():
-            model, data = trained(spec, text, args.steps or (5 if args.quick else 4000))
-            where = where or passage(data)
-            M, chance = look(model, *where)
-            print(f"{name:24} gives the right next token {chance:.1%}", flush=True)
-            found.append((name, M, chance))
-        ids, wanted, asks = where
-        names, matrices, chances = zip(*found, strict=True)
-        tokens = [data.tokenizer.decode([i]) for i in ids.tolist()]
-        np.savez_compressed(table, names=names, M=np.stack(matrices).astype(np.float32), chance=chances, tokens=tokens,
-                            wanted=wanted, asks=asks, machine=str(lab.machine()))
+        parts.mkdir(parents=True, exist_ok=True)
+        for name in args.only.split(",") if args.only else MODELS:
+            part = parts / f"{name.split()[0]}{'_quick' * args.quick}.npz"
+            if not part.exists():
+                model, data = trained(MODELS[name], args.steps or (5 if args.quick else 1500))
+                ids, wanted, asks = passage(data)
+                M, chance = look(model, ids, wanted, asks)
+                print(f"{name:24} gives the right next token {chance:.1%}", flush=True)
+                np.savez_compressed(part, M=M.astype(np.float32), chance=chance, wanted=wanted, asks=asks,
+                                    tokens=[data.tokenizer.decode([i]) for i in ids.tolist()])
+        found = [parts / f"{name.split()[0]}{'_quick' * args.quick}.npz" for name in MODELS]
+        if not all(part.exists() for part in found):
+            raise SystemExit("not there yet: " + ", ".join(part.stem for part in found if not part.exists()))
+        found = [np.load(part) for part in found]
+        np.savez_compressed(table, names=list(MODELS), M=np.stack([x["M"] for x in found]),
+                            chance=[x["chance"] for x in found], machine=str(lab.machine()),
+                            **{k: found[0][k] for k in ("tokens", "wanted", "asks")})
     kept = np.load(table)
     draw_matrices(args, kept)
     draw_rows((lab.ROOT / "docs" if not args.quick else args.out) / "trained.png", kept)
