@@ -36,7 +36,7 @@ def print_machine():
     rates = limits()
     print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}, triton "
           f"{triton.__version__}; copy {rates[0] / 1e12:.2f} TB/s, bfloat16 matmul {rates[1] / 1e12:.0f} TFLOP/s\n"
-          f"$ python -m kernels.{Path(sys.argv[0]).stem}", flush=True)
+          f"$ python -m kernels.{' '.join([Path(sys.argv[0]).stem, *sys.argv[1:]])}", flush=True)
     return rates
 
 
@@ -120,6 +120,28 @@ def memory(f, tensors):
     before = torch.cuda.memory_allocated()
     both()
     return torch.cuda.max_memory_allocated() - before
+
+
+def peers(package, load):
+    """{package: load()} with --peers, for a table's candidates; {} without, or if load() cannot import it, which is
+    said."""
+    if "--peers" not in sys.argv:
+        return {}
+    try:
+        return {package: load()}
+    except ImportError as error:
+        print(f"{package} is not installed ({error}): the tables are without it", flush=True)
+        return {}
+
+
+def agree(name, candidates, tensors):
+    """Print how far the output and the gradients of the other candidates are from the first one's; AssertionError above
+    2%."""
+    first, *others = (values_and_gradients(f, tensors, torch.bfloat16) for f in candidates.values())
+    for other, results in zip(list(candidates)[1:], others, strict=True):
+        gaps = [error(x, y.double()) for x, y in zip(results, first, strict=True)]
+        print(f"{name}: output and gradients of {other} are off by {', '.join(f'{x:.1e}' for x in gaps)}", flush=True)
+        assert max(gaps) < 0.02, f"{other} computes something else"
 
 
 def compare(rows, rates, gradients=True):

@@ -20,7 +20,7 @@ sums: of the gradients, g's is the one that suffers from 16 bits, the more the l
 Few heads leave most of the GPU idle. Then the sequence is cut into segments: a first pass finds the state that each
 segment would leave from zero; in a second, each starts from those before it, added up, and all segments run at once.
 
-    python -m kernels.linear_attention      check, then a table
+    python -m kernels.linear_attention [--peers]      check, then tables; with --peers, Mamba-2's beside mamba-ssm's
 """
 import torch
 import torch.nn.functional as F
@@ -50,17 +50,18 @@ def reference(q, k, v, g=None, state=None):
 
 
 @triton.jit
-def walk(q, k, v, g, o, S, e, start, end, H, g_stride, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
          C: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr):
     """o_t = sum_{s <= t} e^{G_t - G_s} (q_t . k_s) v_s for rows start to end, from the state S: (BD, len(e)).
-    REVERSE: the sum is over s >= t, with e^{G_s - G_t}. Returns the state behind the last row, and the sum of g."""
+    q and k have HK heads, v HV, o H. REVERSE: the sum is over s >= t, with e^{G_s - G_t}. Returns the state behind the
+    last row, and the sum of g."""
     i, d = tl.arange(0, C), tl.arange(0, BD)
     total = 0.0
     chunks = tl.cdiv(end - start, C)
     for n in range(chunks):
         rows = start + (chunks - 1 - n if REVERSE else n) * C + i
-        k_i = load(k, rows, d, end, H * D, D)
-        v_i = load(v, rows, e, end, H * E, E)
+        k_i = load(k, rows, d, end, HK * D, D)
+        v_i = load(v, rows, e, end, HV * E, E)
         written = k_i
         if g is not None:
             g_i = tl.load(g + rows * g_stride, mask=rows < end, other=0.0)
@@ -68,7 +69,7 @@ def walk(q, k, v, g, o, S, e, start, end, H, g_stride, D: tl.constexpr, E: tl.co
             first, last = (whole - G, G) if REVERSE else (G, whole - G)      # from the side that the walk comes from
             written = (k_i * tl.exp(last)[:, None]).to(k_i.dtype)
         if READ:
-            q_i = load(q, rows, d, end, H * D, D)
+            q_i = load(q, rows, d, end, HK * D, D)
             P = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION)                        # (t, s)
             seen = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
             o_i = tl.dot(q_i, S.to(q_i.dtype), input_precision=PRECISION)
@@ -107,7 +108,7 @@ def enter(S0, states, decays, d, e, n, head, N, rows, cols, D: tl.constexpr, E: 
 
 
 @triton.jit
-def segment_kernel(k, v, g, states, decays, T, H, segment, g_b, g_h, g_t, D: tl.constexpr, E: tl.constexpr,
+def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr, E: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
                    PRECISION: tl.constexpr):
     """What each segment adds to the state."""
@@ -115,9 +116,9 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, g_b, g_h, g_t, D: tl.
     d, e = tl.arange(0, BD), tl.program_id(2) * BE + tl.arange(0, BE)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
-    k, v, S = k + place(b_h, H, H, T, D), v + place(b_h, H, H, T, E), tl.zeros((BD, BE), tl.float32)
-    S, total = walk(k, k, v, g, v, S, e, n * segment, tl.minimum(T, (n + 1) * segment), H, g_t, D, E, BD, C, REVERSE,
-                    False, PRECISION)
+    k, v, S = k + place(b_h, H, HK, T, D), v + place(b_h, H, H, T, E), tl.zeros((BD, BE), tl.float32)
+    S, total = walk(k, k, v, g, v, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H, H, g_t, D, E, BD, C,
+                    REVERSE, False, PRECISION)
     this = b_h * tl.num_programs(1) + n
     at, inside = state_tile(states + this * D * E, d, e, E, 1, D, E)
     tl.store(at, S, mask=inside)
@@ -125,24 +126,24 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, g_b, g_h, g_t, D: tl.
 
 
 @triton.jit
-def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, g_b, g_h, g_t, D: tl.constexpr,
+def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr,
                    E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
     d, e = tl.arange(0, BD), tl.program_id(2) * BE + tl.arange(0, BE)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
-    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
+    key, value = place(b_h, H, HK, T, D), place(b_h, H, H, T, E)
     S = enter(S0, states, decays, d, e, n, b_h, N, E, 1, D, E, False)
-    S, _ = walk(q + key, k + key, v + value, g, o + value, S, e, n * segment, tl.minimum(T, (n + 1) * segment), H, g_t,
-                D, E, BD, C, False, True, PRECISION)
+    S, _ = walk(q + key, k + key, v + value, g, o + value, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H,
+                H, g_t, D, E, BD, C, False, True, PRECISION)
     if n == N - 1:
         at, inside = state_tile(S_T + b_h * D * E, d, e, E, 1, D, E)
         tl.store(at, S, mask=inside)
 
 
 @triton.jit
-def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, T, H, segment, g_b, g_h, g_t,
-                    D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
+def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, T, H, segment, HK, g_b, g_h,
+                    g_t, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
                     C: tl.constexpr, PRECISION: tl.constexpr):
     """Three walks at once, over blocks of the E columns of dv, the D columns of dk, and those of dq. The states of dk
     and dq are those of dv and o, transposed."""
@@ -153,29 +154,29 @@ def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, d
     block = (p - (role >= 1) * of_dv - (role == 2) * of_dk) * BLOCK + tl.arange(0, BLOCK)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
-    d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, H, T, D), place(b_h, H, H, T, E)
+    d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, HK, T, D), place(b_h, H, H, T, E)
     if role == 0:
         R = enter(dS_T, dstates, decays, d, block, n, b_h, N, E, 1, D, E, True)
-        R, _ = walk(k + key, q + key, do + value, g, dv + value, R, block, start, end, H, g_t, D, E, BD, C, True, True,
-                    PRECISION)
+        R, _ = walk(k + key, q + key, do + value, g, dv + value, R, block, start, end, HK, H, H, g_t, D, E, BD, C, True,
+                    True, PRECISION)
         if dS0 is not None:
             if n == 0:
                 at, inside = state_tile(dS0 + b_h * D * E, d, block, E, 1, D, E)
                 tl.store(at, R, mask=inside)
     elif role == 1:
         R_T = enter(dS_T, dstates, decays, e, block, n, b_h, N, 1, E, E, D, True)
-        walk(v + value, do + value, q + key, g, dk + key, R_T, block, start, end, H, g_t, E, D, BE, C, True, True,
-             PRECISION)
+        walk(v + value, do + value, q + key, g, dk + place(b_h, H, H, T, D), R_T, block, start, end, H, HK, H, g_t, E,
+             D, BE, C, True, True, PRECISION)
     else:
         S_T = enter(S0, states, decays, e, block, n, b_h, N, 1, E, E, D, False)
-        walk(do + value, v + value, k + key, g, dq + key, S_T, block, start, end, H, g_t, E, D, BE, C, False, True,
-             PRECISION)
+        walk(do + value, v + value, k + key, g, dq + place(b_h, H, H, T, D), S_T, block, start, end, H, HK, H, g_t, E,
+             D, BE, C, False, True, PRECISION)
 
 
 def settings(q, v, g):
     """Sizes, strides and segments, and the blocks of value columns and launch options that were fastest on an
     H100."""
-    b, t, h, d, e = *q.shape, v.shape[-1]
+    (b, t, h, e), (hk, d) = v.shape, q.shape[2:]
     block = 32 if g is None and b * h * triton.cdiv(e, 64) < 128 or max(d, e) > 128 else 64
     stages = 2 if max(d, e) > 64 else 4 if block == 32 else 3
     if g is None and max(d, e) > 128:                            # two would be more than an H100's shared memory
@@ -187,7 +188,7 @@ def settings(q, v, g):
     segments = max(1, min((128 if g is None else 256) // (b * h * triton.cdiv(e, block)), t // 1024))
     segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
     strides = (0, 0, 0) if g is None else g.stride()[:3]
-    return block, sizes, (t, h, segment, *strides), (b * h, triton.cdiv(t, segment))
+    return block, sizes, (t, h, segment, hk, *strides), (b * h, triton.cdiv(t, segment))
 
 
 def segment_states(k, v, g, block, sizes, shape, grid, reverse):
@@ -209,12 +210,12 @@ def twin(q, k, v, g, S0):
 
 
 class LinearAttention(torch.autograd.Function):
-    """q, k, v: (b, t, h, d) in one piece; g: (b, h, t) of any strides."""
+    """q, k: (b, t, h or 1, d), v: (b, t, h, e), in one piece; g: (b, h, t) of any strides."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, S0):
         block, sizes, shape, grid = settings(q, v, g)
-        o, S_T = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+        o, S_T = torch.empty_like(v), q.new_empty(*v.shape[::2], q.shape[3], v.shape[3], dtype=torch.float32)
         states, decays = segment_states(k, v, g, block, sizes, shape, grid, False)
         blocks = triton.cdiv(v.shape[-1], block)
         forward_kernel[(*grid, blocks)](q, k, v, g, S0, states, decays, o, S_T, *shape, BE=block, **sizes)
@@ -232,7 +233,9 @@ class LinearAttention(torch.autograd.Function):
         block, sizes, shape, grid = settings(q, v, g)
         dstates, _ = segment_states(q, do, g, block, sizes, shape, grid, True)
         exact = ctx.needs_input_grad[3]                                  # dg is a sum of small differences
-        dq, dk = (torch.empty_like(x, dtype=torch.float32 if exact else x.dtype) for x in (q, k))
+        shared = q.shape[2] < v.shape[2]                                 # then dq and dk are summed over heads
+        more = torch.float32 if exact or shared else q.dtype
+        dq, dk = (q.new_empty(*v.shape[:3], q.shape[3], dtype=more) for _ in "qk")
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
         block = block if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
         sizes["num_stages"] = min(sizes["num_stages"], 4 if g is None else 2)
@@ -244,6 +247,7 @@ class LinearAttention(torch.autograd.Function):
         if exact:
             last = None if dS_T is None else (S_T * dS_T).sum(dim=(-2, -1))[..., None]
             dg = decay_gradient(q, dq, k, dk, last, False)[..., 0].mT                        # (b, h, t)
+        dq, dk = (x.sum(dim=2, keepdim=True) if shared else x for x in (dq, dk))
         return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dS0
 
 
@@ -251,11 +255,11 @@ def linear_attention(q, k, v, g=None, state=None):
     """o_t = sum_{s <= t} e^{g_{s+1} + ... + g_t} (q_t . k_s) v_s, not normalised, and the state after: lesson 02's
     form.
 
-    q, k: (b, h, t, d), v: (b, h, t, e), of one dtype, float32 or 16 bits; g: log decay, at most 0, four axes that
-    broadcast to (b, h, t, 1), or None; state: (b, h, d, e) or None. Returns o: (b, h, t, e) and the state, float32.
-    ValueError for a decay of each channel: see kernels.gla. The state of a head is on chip, up to 256 x 256 numbers
-    of it (128 x 128 in float32); o is a sum over key channels, and value channels do not meet, so wider heads are
-    done in parts."""
+    q, k: (b, h, t, d), or (b, 1, t, d), which all heads share, v: (b, h, t, e), of one dtype, float32 or 16 bits; g:
+    log decay, at most 0, four axes that broadcast to (b, h, t, 1), or None; state: (b, h, d, e) or None. Returns o: (b,
+    h, t, e) and the state, float32. ValueError for a decay of each channel: see kernels.gla. The state of a head is on
+    chip, up to 256 x 256 numbers of it (128 x 128 in float32); o is a sum over key channels, and value channels do not
+    meet, so wider heads are done in parts."""
     if g is not None and g.shape[-1] != 1:
         raise ValueError(f"g of shape {tuple(g.shape)}: a decay of each channel is kernels.gla's")
     d, e = q.shape[-1], v.shape[-1]
@@ -268,12 +272,38 @@ def linear_attention(q, k, v, g=None, state=None):
         parts = [linear_attention(q, k, v[..., i], g, None if state is None else state[..., i])
                  for i in (slice(0, most), slice(most, e))]
         return tuple(torch.cat(pair, dim=-1) for pair in zip(*parts, strict=True))
-    g = None if g is None else g[..., 0].float().expand(q.shape[:3])
+    if q.shape != k.shape or q.shape[1] not in (1, v.shape[1]):
+        raise ValueError(f"q of shape {tuple(q.shape)} and k of {tuple(k.shape)} should be one, with 1 head or as many "
+                         f"as v, {v.shape[1]}")
+    g = None if g is None else g[..., 0].float().expand(v.shape[:3])
     q, k, v = (in_one_piece(x, 16) for x in (q, k, v))                                       # loads of 32 bytes
     if state is not None:
         state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - state.shape[2])).contiguous()
     o, S = LinearAttention.apply(q, k, v, g, state)
     return without_zeros(o, e), S[:, :, :d, :e]
+
+
+def mamba_2(x, dt, A, B, C):
+    """Mamba-2's recurrence as mamba-ssm has it. x: (b, t, h, e), dt: (b, t, h), A: (h,), B and C: (b, t, 1, d)."""
+    q, k, v = (z.transpose(1, 2) for z in (C, B, x * dt[..., None]))
+    return linear_attention(q, k, v, (dt.float() * A).mT[..., None])[0].transpose(1, 2)
+
+
+def compare_mamba_2(rates):
+    from kernels import bench
+
+    def inputs(b, t):
+        x, dt, B, C = (z.transpose(1, 2).contiguous() for z in bench.random(
+            (b, 16, t, 64), (b, 16, t, 1), (b, 1, t, 64), (b, 1, t, 64)))
+        return x, F.softplus(dt[..., 0] - 3), torch.linspace(-2, -1, 16, device="cuda"), B, C
+
+    def mamba_ssm():
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        return lambda *x: mamba_chunk_scan_combined(*x, chunk_size=256)
+    candidates = {"kernel": mamba_2} | bench.peers("mamba-ssm", mamba_ssm)
+    bench.agree("Mamba-2, t 2048", candidates, inputs(2, 2048))
+    bench.compare([(f"Mamba-2, b {32768 // t} h 16 t {t} n 64 d 64", candidates, x, 2 * x[0].nbytes, 0)
+                   for t in (2048, 8192) for x in [inputs(32768 // t, t)]], rates)
 
 
 def main():
@@ -306,6 +336,7 @@ def main():
                  (f"constant decay, t {t}", {"kernel": lambda *x: linear_attention(*x, gamma)[0]}, qkv, n_bytes, flops),
                  (f"decay of each token, t {t}", mine, (*qkv, g), n_bytes + 4 * g.numel(), flops)]
     bench.compare(rows, rates)
+    compare_mamba_2(rates)
 
 
 if __name__ == "__main__":

@@ -96,12 +96,12 @@ def differentiable_gradients(twin, tensors, gradients):
 
 
 @triton.jit
-def decay_kernel(q, dq, k, dk, dg, totals, T, H, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+def decay_kernel(q, dq, k, dk, dg, totals, T, H, HK, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
                  VECTOR: tl.constexpr):
     n, b_h, d = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.arange(0, BD)
-    rows, head = n * C + tl.arange(0, C), place(b_h, H, H, T, D)
-    x = load(q + head, rows, d, T, H * D, D).to(tl.float32) * load(dq + head, rows, d, T, H * D, D)
-    x -= load(k + head, rows, d, T, H * D, D).to(tl.float32) * load(dk + head, rows, d, T, H * D, D)
+    rows, head, key = n * C + tl.arange(0, C), place(b_h, H, H, T, D), place(b_h, H, HK, T, D)
+    x = load(q + key, rows, d, T, HK * D, D).to(tl.float32) * load(dq + head, rows, d, T, H * D, D)
+    x -= load(k + key, rows, d, T, HK * D, D).to(tl.float32) * load(dk + head, rows, d, T, H * D, D)
     block = (b_h // H * tl.num_programs(1) + n) * H + b_h % H                                # of (b, blocks, h)
     if VECTOR:
         dg += place(b_h, H, H, tl.num_programs(1) * C, D)
@@ -115,12 +115,14 @@ def decay_kernel(q, dq, k, dk, dg, totals, T, H, D: tl.constexpr, BD: tl.constex
 
 def decay_gradient(q, dq, k, dk, last, vector):
     """dg_t = last + sum_{t' >= t} (q dq - k dk)_{t'}, which is all that a decay's gradient takes: g enters as e^{G_t -
-    G_s} alone. Blocks of 64 tokens, each summed from its end, then what is behind it added. q, dq, k, dk: (b, t, h, d)
-    in one piece; last: (b, h, d), or (b, h, 1) without `vector`, or None. Returns (b, t, h, d) or (b, t, h, 1)."""
-    (b, t, h, d), C = q.shape, 64
+    G_s} alone. Blocks of 64 tokens, each summed from its end, then what is behind it added. dq, dk: (b, t, h, d), q, k
+    as well or of one head, in one piece; last: (b, h, d), or (b, h, 1) without `vector`, or None. Returns (b, t, h, d)
+    or (b, t, h, 1)."""
+    (b, t, h, d), C = dq.shape, 64
     blocks, width = triton.cdiv(t, C), d if vector else 1
     dg, totals = (torch.empty(b, n, h, width, device=q.device) for n in (blocks * C, blocks))
-    decay_kernel[(b * h, blocks)](q, dq, k, dk, dg, totals, t, h, D=d, BD=triton.next_power_of_2(d), C=C, VECTOR=vector)
+    decay_kernel[(b * h, blocks)](q, dq, k, dk, dg, totals, t, h, q.shape[2], D=d, BD=triton.next_power_of_2(d), C=C,
+                                  VECTOR=vector)
     behind = F.pad(totals[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(dim=1).flip(1)
     behind = behind if last is None else behind + last[:, None]
     return dg.view(b, blocks, C, h, width).add_(behind[:, :, None]).flatten(1, 2)[:, :t]

@@ -167,6 +167,21 @@ def test_linear_attention(t, kind, strength):
     check_kernel(kernel, twin, (q, k, v, wide, S if t != 64 else None), 1e-4, 0.1)     # for g's gradient
 
 
+@pytest.mark.parametrize("kind", ["none", "scalar"])
+@pytest.mark.parametrize("segments", [1, 2])
+def test_linear_attention_with_shared_queries_and_keys(monkeypatch, kind, segments):
+    """As Mamba-2 has them: of one head, for all heads of the values."""
+    t = 260 if segments == 2 else 70
+    if segments == 2:
+        in_segments(monkeypatch, linear_attention, 2)
+    tensors = [*random((1, 1, t, 16), (1, 1, t, 16), (1, 2, t, 24)), gate(kind, 1, 2, t, 16, strength=WEAK),
+               *random((1, 2, 16, 24), seed=1)]
+
+    def expanded(q, k, *rest):
+        return linear_attention.reference(q.expand(1, 2, t, 16), k.expand(1, 2, t, 16), *rest)
+    check_kernel(linear_attention.linear_attention, expanded, tensors, 1e-4)
+
+
 @pytest.mark.parametrize("kind, strength", [("none", STRONG), ("scalar", STRONG), ("vector", STRONG), ("scalar", WEAK),
                                             ("vector", WEAK)])
 def test_linear_attention_in_segments(monkeypatch, kind, strength):
@@ -324,27 +339,52 @@ def test_scan_names_what_does_not_fit():
                 scan.reference(x + 0.5, z.conj().imag)[0], 1e-6, "a minus that is still to be done")
 
 
-def selective_inputs(t, b=2, c=6, n=5):
+def selective_inputs(t, b=2, c=6, n=5, steps=1.0):
+    """Of steps dt of about 0.4 times `steps`, by which the n states decay at rates of 0.1 to 10."""
     u, dt, A, B, C, D, h0 = random((b, c, t), (b, c, t), (c, n), (b, n, t), (b, n, t), (c,), (b, c, n))
-    return u, torch.nn.functional.softplus(dt - 1), -A.exp(), B, C, D, h0
+    return u, steps * torch.nn.functional.softplus(dt - 1), -A.exp(), B, C, D, h0
 
 
-@pytest.mark.parametrize("t", (1, 17, 1000, 4096) if GPU else (1, 17, 70))
-def test_selective_scan(t):
-    u, dt, A, B, C, D, h0 = inputs = selective_inputs(t)
+@pytest.mark.parametrize("t, steps", [(1, 1.0), (17, 0.01), (17, 30.0), (70, 0.01),
+                                      *([(1000, 0.01), (1000, 30.0), (4096, 1.0)] if GPU else [])])
+def test_selective_scan(t, steps):
+    """With states that outlive hundreds of tokens, a few, and none."""
+    u, dt, A, B, C, D, h0 = inputs = selective_inputs(t, 2 if t < 70 else 1, steps=steps)
     mixer = ssm.Mamba(3, n_state=5).double()
     mixer.log_A.data, mixer.D.data = (-A).log(), D
-    lesson = mixer.system("recurrent", (u, dt, B, C), h0)
+    lesson = mixer.mix("recurrent", u, ssm.Signals(u, dt, B, C), h0)
     for x, y in zip(selective_scan.reference(*inputs), lesson, strict=True):
         check_close(x, y, 1e-11, "the twin and the lesson")
     inputs = inputs if t != 17 else (*inputs[:6], None)
     check_kernel(selective_scan.selective_scan, selective_scan.reference, inputs, 1e-4)
 
 
-def test_selective_scan_in_chunks(monkeypatch):
+@pytest.mark.parametrize("t, steps", [(65, 1.0), (96, 0.01), (97, 0.01)])
+def test_selective_scan_in_segments(monkeypatch, t, steps):
+    """Of 32 tokens each, with every 16th state kept; what the first one leaves reaches the last one where steps are
+    small."""
     settings = selective_scan.settings
-    monkeypatch.setattr(selective_scan, "settings", lambda u, A: (*settings(u, A)[:2], settings(u, A)[2] | {"BT": 32}))
-    check_kernel(selective_scan.selective_scan, selective_scan.reference, selective_inputs(70), 1e-4)
+
+    def short(u, A, back):
+        (blocks, _, b), (c, t, n, _, _), sizes = settings(u, A, back)
+        return (blocks, -(-t // 32), b), (c, t, n, 32, -(-t // 32)), sizes
+    monkeypatch.setattr(selective_scan, "settings", short)
+    monkeypatch.setattr(selective_scan, "KEPT", 16)
+    check_kernel(selective_scan.selective_scan, selective_scan.reference, selective_inputs(t, 1, 3, 3, steps), 1e-4)
+
+
+@pytest.mark.parametrize("c, n", [(1, 1), (3, 2), (40, 16), (3, 70)])
+def test_selective_scan_of_many_sizes(c, n):
+    check_kernel(selective_scan.selective_scan, selective_scan.reference, selective_inputs(9, 1, c, n), 1e-4)
+
+
+def test_selective_scan_without_gradients():
+    """Nothing is kept for a backward pass, and the outputs are the same."""
+    inputs = [x.to(DEVICE, torch.float32) for x in selective_inputs(20)]
+    y, h = selective_scan.selective_scan(*(x.requires_grad_() for x in inputs))
+    with torch.no_grad():
+        for x, z in zip(selective_scan.selective_scan(*inputs), (y, h), strict=True):
+            assert torch.equal(x, z)
 
 
 def test_selective_scan_names_what_does_not_fit():
@@ -605,11 +645,7 @@ def with_gradients(f, n):
     return gradients
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="its backward does not ask whether it is differentiated itself")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=NOT_YET if name == "SelectiveScan" else [])
-                                  for name in functions_of_the_kernels()])
+@pytest.mark.parametrize("name", functions_of_the_kernels())
 def test_a_gradient_of_a_gradient(name):
     """Against plain PyTorch in float64, whose gradients of gradients are checked by finite differences."""
     kernel, plain, tensors = twice_differentiated()[name]
