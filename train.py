@@ -115,8 +115,7 @@ def options_of(entry):
     """What may stand behind NAME: with its default. A class also takes the options that it hands to its base class."""
     functions = [c.__init__ for c in entry.__mro__] if inspect.isclass(entry) else [entry]
     parameters = [p for f in functions for p in inspect.signature(f).parameters.values() if p.default is not p.empty]
-    options = {p.name: p.default for p in reversed(parameters) if p.name not in ("batch_size", "generator", "progress")}
-    return options
+    return {p.name: p.default for p in reversed(parameters) if p.name not in ("batch_size", "generator", "progress")}
 
 
 def look_up(spec, kind, known):
@@ -1016,6 +1015,7 @@ def finish(model, data, args, machine, folder, say):
         text = write_on(model, data.tokenizer, args, machine.device)
         write_atomically(folder / "sample.txt", text.encode("utf-8", "replace"), needed=False)
         say("a sample:" + "\n    ".join(["", *text.strip().splitlines()]))
+        say(f'see what it looks at: python explore.py "your own sentence" --run {folder}')
     say(f"checkpoint, config, log.csv and loss.png are in {folder}")
     if machine.world > 1:
         dist.destroy_process_group()
