@@ -1,0 +1,820 @@
+"""Exercises: a function is taken out of a lesson, you write it, and the lesson's other forms say how far off yours is.
+
+    python exercises.py                  what there is to write, and what you have done
+    python exercises.py start NAME       writes my_exercises/NAME.py: the equation, the shapes, an empty body
+    python exercises.py check NAME       puts yours in the function's place: equal, or the first number that differs
+    python exercises.py solution NAME    the lesson's own lines (also: check NAME --solution)
+
+Here stand names, equations, questions that help, and the calls that judge; docstrings, shapes and bodies are read from
+the lessons. Yours is judged in a second copy of the lesson, against a copy that nobody touched: a mask that all forms
+share would make them agree with each other on the wrong thing.
+"""
+import _thread
+import argparse
+import ast
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+import os
+import sys
+import textwrap
+import threading
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent
+FOLDER = ROOT / "my_exercises"
+LENGTHS = (1, 2, 15, 16, 17, 130)                # tokens, for chunks of 16
+LATER = 16                                       # from this token on, a question about what came before may help
+
+
+class Exercise(NamedTuple):
+    name: str
+    file: str
+    function: str                # Class.method for a method
+    task: str
+    equation: str
+    question: str                # that may help
+    inputs: str                  # "k:bhtd g:bht1-": a name, its axes, and a mark of KINDS
+    judges: list                 # (axes of the results, call, call, ...): calls of one judge have equal results
+    later: str = ""              # the question to ask if the first tokens are right
+    cases: tuple = ({},)         # inputs that are not random
+    lengths: tuple = LENGTHS
+    loop_only: bool = False      # only what is inside the function's first loop is to be written
+    used_in: str = ""            # the file whose copy runs it, if it is another one
+    settings: dict = {}          # names of that file that are set for the check
+
+
+class Wrong(Exception):
+    """What is wrong with the reader's function."""
+
+
+class BadInput(Exception):
+    """A command that cannot be followed, in one line."""
+
+
+# ------------------------------------------------------------------------------ what stands in a lesson, and its copies
+
+
+def found(file, function):
+    """The lines of a file, and the node of a function (or Class.method) in its syntax tree."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    body = ast.parse(text).body
+    for name in function.split("."):
+        node = next(node for node in body if getattr(node, "name", None) == name)
+        body = node.body
+    return text.splitlines(), node
+
+
+def solution(exercise):
+    """The lesson's own lines."""
+    lines, node = found(exercise.file, exercise.function)
+    marks = [] if "." in exercise.function else [mark.lineno for mark in node.decorator_list]         # @triton.jit
+    return textwrap.dedent("\n".join(lines[min([node.lineno, *marks]) - 1:node.end_lineno]))
+
+
+def without_body(exercise):
+    """The same with its docstring, and NotImplementedError in place of what is to be written."""
+    lines = solution(exercise).splitlines()
+    node = ast.parse("\n".join(lines)).body[0]
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    if exercise.loop_only:
+        body = next(part for part in node.body if isinstance(part, ast.For)).body
+    hole = " " * body[0].col_offset + "raise NotImplementedError"
+    return "\n".join([*lines[:body[0].lineno - 1], hole, *lines[body[-1].end_lineno:]])
+
+
+def copy_of(file, function=None, make=None):
+    """A fresh module made of a file, with `make(its names so far)` in place of the definition of `function`."""
+    if file.startswith("kernels/"):
+        interpret_kernels()
+    module = ModuleType(Path(file).stem)
+    module.__file__ = str(ROOT / file)
+    body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    at = next((i for i, node in enumerate(body) if make and getattr(node, "name", None) == function), len(body))
+
+    def run(nodes):
+        exec(compile(ast.Module(nodes, []), module.__file__, "exec"), module.__dict__)
+    run(body[:at])
+    if make:
+        *owner, name = function.split(".")
+        owner = getattr(module, owner[0]) if owner else module
+        static = isinstance(vars(owner).get(name), staticmethod)
+        setattr(owner, name, staticmethod(make(vars(module))) if static else make(vars(module)))
+    run(body[at + 1:])
+    return module
+
+
+def interpret_kernels():
+    """Kernels run in Triton's interpreter, where tests/conftest.py makes it an error to read outside of a tensor."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "conftest" not in sys.modules:
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+        import conftest  # noqa: F401
+
+
+def copy_for(exercise, make=None):
+    """The copy that an exercise runs in, with the function that `make` gives."""
+    if make and exercise.used_in:
+        function = getattr(copy_of(exercise.file, exercise.function, make), exercise.function)
+        module = copy_of(exercise.used_in, exercise.function, lambda names: function)
+    else:
+        module = copy_of(exercise.used_in or exercise.file, exercise.function, make)
+    vars(module).update(exercise.settings)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------ the reader's own file
+
+
+def shown(path):
+    return os.path.relpath(path)
+
+
+def read(exercise, path):
+    """The reader's file, compiled, once it is certain that it defines the function with the lesson's arguments."""
+    name = exercise.function.split(".")[-1]
+    if not path.exists():
+        raise BadInput(f"{shown(path)} does not exist: python exercises.py start {exercise.name} writes it")
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise Wrong(f"{shown(path)}, line {error.lineno}, is not Python yet: {error.msg}.") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{shown(path)} cannot be read as a text: {error}") from None
+    mine = next((node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name), None)
+    if mine is None:
+        raise Wrong(f"{shown(path)} has no function {name} that begins at the left margin.")
+    its = found(exercise.file, exercise.function)[1]
+    one, other = ([arg.arg for arg in node.args.args] + [len(node.args.defaults)] for node in (mine, its))
+    if one != other:
+        raise Wrong(f"{shown(path)}, line {mine.lineno}: {name}({ast.unparse(mine.args)}) has not the arguments of the "
+                    f"lesson's {name}({ast.unparse(its.args)}).")
+    return compile(text, str(path), "exec")
+
+
+def from_file(exercise, path):
+    """The reader's function as copy_of takes it. It sees all names of the lesson, and no other function of the lesson
+    sees its file. Returns it, and what is to be called with the complete copy."""
+    code, own = read(exercise, path), {}
+
+    def make(names):
+        own.update(names)
+        exec(code, own)
+        return own[exercise.function.split(".")[-1]]
+    return make, lambda module: [own.setdefault(name, x) for name, x in vars(module).items()]
+
+
+def line_of(error, path):
+    """The last line of the reader's file that an error went through, or None."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return lines[-1] if lines else error.__cause__ and line_of(error.__cause__, path)
+
+
+def blame(error, path):
+    """One line for an error in the reader's code, or in the lesson's because of what the reader's returned."""
+    line, cause = line_of(error, path), error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    what = f"{type(cause).__name__}: {(str(cause).strip() or 'no message').splitlines()[0]}"
+    if line is None:
+        return f"the lesson could not go on with what your function returned. {what}."
+    if isinstance(cause, NotImplementedError):
+        return f"{shown(path)}, line {line.lineno}, still says `{line.line}`."
+    return f"{shown(path)}, line {line.lineno}, `{line.line}`: {what}."
+
+
+# ------------------------------------------------------------------------------------------------------------ the judge
+
+SIZES = {"b": 2, "h": 2, "d": 4, "e": 3, "c": 3, "n": 4, "s": 5, "w": 8, "W": 16, "D": 40, "1": 1}
+AXES = {"b": "batch", "h": "head", "t": "time", "s": "source", "d": "key dim", "e": "value dim", "c": "channel",
+        "n": "state number", "w": "channel", "W": "channel", "D": "key dim"}
+KINDS = {"": lambda x: x,
+         "-": lambda x: -x.abs(),                                # a log decay
+         "+": torch.sigmoid,                                     # between 0 and 1
+         "|": lambda x: F.normalize(x, dim=-1),
+         "~": lambda x: torch.complex(x, x.flip(-1)),
+         "<": lambda x: torch.complex(-x.abs() - 0.1, 3 * x.flip(-1))}       # complex, with a real part below 0
+
+
+def inputs_of(exercise, t, case):
+    """Random numbers, always the same, in float64, for kernels in float32; and what the case says."""
+    g, inputs = torch.Generator().manual_seed(t), {}
+    for name, axes in (part.split(":") for part in exercise.inputs.split()):
+        letters = axes.rstrip("".join(KINDS))
+        x = torch.randn([t if axis == "t" else SIZES[axis] for axis in letters], generator=g, dtype=torch.float64)
+        x = KINDS[axes[len(letters):]](x)
+        inputs[name] = x.float() if exercise.file.startswith("kernels/") else x
+    return inputs | {"t": t} | case
+
+
+def run(call, module, inputs):
+    """The results of a call, by name, and the gradients of a fixed function of them for each input that it uses."""
+    code = compile(call, call, "eval")
+    inputs = {name: x.clone().requires_grad_() if torch.is_tensor(x) else x for name, x in inputs.items()}
+    y = eval(code, vars(module) | HELPERS | inputs)
+    y = list(y) if isinstance(y, (tuple, list)) else [y]
+    results = {f"result {i + 1} of {len(y)}" if len(y) > 1 else "the result": torch.as_tensor(x) if isinstance(
+        x, (bool, int, float)) else x for i, x in enumerate(y)}
+    loss = sum((numbers * torch.linspace(-1, 1, numbers.numel(), dtype=numbers.dtype).view_as(numbers)).sum() for numbers
+               in (torch.view_as_real(x) if x.is_complex() else x for x in y if torch.is_tensor(x) and x.requires_grad))
+    used = {name: x for name, x in inputs.items() if torch.is_tensor(x) and name in code.co_names}
+    gradients = torch.autograd.grad(loss, list(used.values()), allow_unused=True) if torch.is_tensor(loss) and used else [
+        None] * len(used)
+    return ({name: x.detach() if torch.is_tensor(x) else x for name, x in results.items()},
+            {name: torch.zeros_like(x) if grad is None else grad
+             for (name, x), grad in zip(used.items(), gradients, strict=True)})
+
+
+@functools.cache
+def expected(exercise_name, t, i, j):
+    """What the untouched copy gives for all calls of a judge."""
+    exercise = NAMES[exercise_name]
+    inputs = inputs_of(exercise, t, exercise.cases[i])
+    return {call: run(call, untouched(exercise_name), inputs) for call in exercise.judges[j][1:]}
+
+
+@functools.cache
+def untouched(exercise_name):
+    return copy_for(NAMES[exercise_name])
+
+
+def difference(mine, its, axes, tolerance):
+    """None and the largest difference; or the place that differs first in time, and the lines that say so."""
+    facts = [(tuple(x.shape), x.dtype) if torch.is_tensor(x) else (type(x).__name__, "") for x in (mine, its)]
+    if facts[0] != facts[1]:
+        one, other = (" of ".join(str(fact).removeprefix("torch.") for fact in f[::-1] if fact != "") for f in facts)
+        return (), f"    expected   {other}\n    found      {one}"
+    wide = torch.promote_types(its.dtype, torch.float64)
+    gap = torch.where(mine == its, 0, (mine.to(wide) - its.to(wide)).abs())
+    size = its.abs().max().item() if its.is_floating_point() or its.is_complex() else 1.0
+    places = (~(gap <= tolerance * max(1.0, size))).nonzero()                        # NaN is not <= either
+    if not len(places):
+        return None, gap.max().item()
+    place = places[places[:, axes.index("t")].argsort(stable=True)][0] if "t" in axes else places[0]
+    place = tuple(place.tolist())
+    named = sorted(((AXES[axis], i) for axis, i in zip(axes, place, strict=True) if axis in AXES),
+                   key=lambda pair: pair[0] != "time")
+    one, other = mine[place].item(), its[place].item()
+    show = str if isinstance(its[place].item(), int) else "{:.6g}".format
+    off = "" if its.dtype == torch.bool else f"     off by {abs(one - other):.2g}"
+    return place, "\n".join([
+        f"    where      {', '.join(f'{name} {i}' for name, i in named) or 'everywhere'}   (counted from 0; the first of "
+        f"{len(places)} that differ)", f"    expected   {show(other)}", f"    found      {show(one)}{off}"])
+
+
+def judge(exercise, path):
+    """Raises Wrong with the first place that differs. Returns the largest difference elsewhere."""
+    make, complete = from_file(exercise, path)
+    try:
+        mine = copy_for(exercise, make)
+    except Exception as error:
+        raise Wrong(blame(error, path)) from None
+    complete(mine)
+    return max(judge_one(exercise, path, mine, t, i, j) for t in exercise.lengths for i in range(len(exercise.cases))
+               for j in range(len(exercise.judges)))
+
+
+def judge_one(exercise, path, mine, t, i, j):
+    """Each call with yours against the same call untouched; the first one, which runs yours, against all others too."""
+    largest, case, results_axes = 0.0, exercise.cases[i], exercise.judges[j][0].split()
+    input_axes = {name: axes.rstrip("".join(KINDS)) for name, axes in (p.split(":") for p in exercise.inputs.split())}
+    its = expected(exercise.name, t, i, j)
+    for call in its:
+        here = f"{call}, with t = {t}" + "".join(f", {name} = {x}" for name, x in case.items())
+        try:
+            results, gradients = run(call, mine, inputs_of(exercise, t, case))
+        except Exception as error:
+            raise Wrong(f"{blame(error, path)}\n    in         {here}") from None
+        for other in its if call == exercise.judges[j][1] else (call,):
+            if len(results) != len(its[other][0]):
+                raise Wrong(f"{len(its[other][0])} results are expected, not {len(results)}.\n    in         {here}")
+            pairs = [(name, x, y, axes.strip("-")) for (name, x), y, axes in zip(
+                results.items(), its[other][0].values(), results_axes, strict=True)]
+            pairs += [(f"the gradient for {name}", gradients.get(name), y, input_axes[name])
+                      for name, y in its[other][1].items() if name in gradients]
+            for name, x, y, axes in pairs:
+                place, says = difference(x, y, axes, 3e-5 if exercise.file.startswith("kernels/") else 1e-9)
+                if place is not None:
+                    judge_by = "" if other == call else f"\n    judged by  {other}"
+                    raise Wrong(f"not equal yet.\n\n    in         {here}\n    what       {name}{judge_by}\n{says}\n\n"
+                                + question(exercise, t, name, x, place, axes))
+                largest = max(largest, says)
+    return largest
+
+
+def question(exercise, t, name, x, place, axes):
+    """What is right so far, and the question that may help."""
+    right = [n for n in exercise.lengths if n < t]
+    words = f"All is right with t = {listed(right)}. " if right else ""
+    if torch.is_tensor(x) and x.shape and not x.isfinite().all():
+        return words + "Is an exponent above 0 somewhere, a 0 divided by 0, or infinity taken from infinity?"
+    if "gradient" in name:
+        words += "The results are right; is something cut off from its gradient, or written in place? "
+    late = exercise.later and place and "t" in axes and place[axes.index("t")] >= LATER
+    return words + (exercise.later if late else exercise.question)
+
+
+def listed(words):
+    *first, last = map(str, words)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+# ------------------------------------------------------------------------------------------------------- the start file
+
+
+def start_text(exercise, function=None):
+    """The file that a reader begins with; `function`: in place of the one without a body."""
+    lines, node = found(exercise.file, exercise.function)
+    tree = ast.parse("\n".join(lines)).body
+    used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} - {node.name}
+    imports = [ast.unparse(part) for part in tree if isinstance(part, (ast.Import, ast.ImportFrom)) and (
+        used | {"torch"}) & {name.asname or name.name for name in part.names}]
+
+    def paragraph(title, *texts):
+        return ["", title, "", *(textwrap.indent(text, "    ") for text in texts)] if any(texts) else []
+    return "\n".join([
+        f'r"""{exercise.task[0].upper()}{exercise.task[1:]}', "", textwrap.indent(exercise.equation, "    "),
+        *paragraph(f"What {exercise.file} says above this part:", "\n\n".join(comments_above(exercise))),
+        *paragraph("A call in the check, with the shapes of what goes in and of what is wanted:", example(exercise)),
+        *paragraph("The lesson's own lines use these, which are there for you without an import:", *(
+            textwrap.fill(says(part), 110, subsequent_indent="    ") for part in tree
+            if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and part.name in used)),
+        "", f"    python exercises.py check {exercise.name}", '"""', *sorted(imports), "", "",
+        function or without_body(exercise), ""])
+
+
+def comments_above(exercise):
+    """The comments under the nearest headline above the function, and the last ones before it: the lesson's shapes."""
+    lines, node = found(exercise.file, exercise.function.split(".")[0])
+    above = "\n".join(lines[:node.lineno - 1]).split("\n# ---")[-1].split("\n")[1:]
+    blocks = "\n".join(line.removeprefix("#").removeprefix(" ") if line.startswith("#") else "\0" for line in above)
+    blocks = [block.strip("\n") for block in blocks.split("\0") if block.strip("\n")]
+    return list(dict.fromkeys([*blocks[:1], *blocks[-1:]]))
+
+
+def says(node):
+    """name(arguments): the beginning of its docstring."""
+    text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+    return f"{node.name}{f'({ast.unparse(node.args)})' if isinstance(node, ast.FunctionDef) else ''}: {text}".strip(": ")
+
+
+def example(exercise):
+    """The shapes of a call of the untouched function, as the check makes it; none for a part of a kernel."""
+    if exercise.file.startswith("kernels/"):
+        return ""
+    calls, original = [], untouched(exercise.name)
+    for name in exercise.function.split("."):
+        original = getattr(original, name)
+
+    def spy(*args, **more):
+        y = original(*args, **more)
+        given = inspect.signature(original).bind(*args, **more).arguments
+        calls.append("\n".join([*(f"{name:10} {shape(x)}" for name, x in given.items() if name not in ("self", "ctx")),
+                                f"returns    {shape(y)}"]))
+        return y
+    run(exercise.judges[0][1], copy_for(exercise, lambda names: spy), inputs_of(exercise, 5, exercise.cases[0]))
+    return calls[0]
+
+
+def shape(x):
+    if torch.is_tensor(x):
+        return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    if isinstance(x, (tuple, list)):
+        return f"{type(x).__name__ if hasattr(x, '_fields') else ''}({', '.join(map(shape, x))})"
+    if isinstance(x, dict):
+        return "{" + ", ".join(f"{name!r}: {shape(y)}" for name, y in x.items()) + "}"
+    return getattr(x, "__name__", None) or repr(x)
+
+
+# -------------------------------------------------------------------------------------------------------- the exercises
+#
+# By lesson, the easiest first. A call in `judges` is made with the names of the copy, of the inputs, and with these:
+
+
+def empty(k, v, slots):
+    """A cache of `slots` empty slots."""
+    return (*(x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in (k, v)),
+            torch.zeros(len(k), slots, dtype=torch.bool), 0)
+
+
+def padded(x):
+    """(b, t) bool: in the last sequence every fifth token is padding, the first one too."""
+    real = torch.ones(len(x), x.shape[2], dtype=torch.bool)
+    real[-1, ::5] = False
+    return real
+
+
+def mixer(make, **options):
+    """A mixer of width 8 in float64, with fixed weights, none of them zero."""
+    torch.manual_seed(0)
+    made = make(8, **options).double()
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.05 * torch.randn_like(p)
+    return made
+
+
+def stepwise(mixer, x):
+    state, y = mixer.init_state(len(x)), []
+    for x_t in x.unbind(1):
+        y_t, state = mixer.step(x_t, state)
+        y.append(y_t)
+    return torch.stack(y, dim=1)
+
+
+def no_sums(k):
+    """RWKV-4's state before the first token: sums of 0, in units of e^(as good as minus infinity)."""
+    return torch.stack([torch.zeros_like(k[..., 0])] * 2 + [torch.full_like(k[..., 0], torch.finfo(k.dtype).min)], 1)
+
+
+def prefix(x):
+    """Prefixes of all tokens and of half of them: (b, 1, t, 1), 1 inside."""
+    t = x.shape[2]
+    return (torch.arange(t) < torch.tensor([[t], [t // 2]]))[:, None, :, None].to(x.dtype)
+
+
+def batch(x):
+    """ids, targets and more, made of x: (b, t); every second token is asked."""
+    ids = (10 * x).long().abs()
+    asked = ids.roll(3, 1).masked_fill(torch.arange(x.shape[1]) % 2 == 0, -100)
+    return ids, asked, {"weights": x, "prefix": torch.tensor([1, x.shape[1]])}
+
+
+def refuses(jrt_prompt):
+    """Is a text refused in which the next token is asked?"""
+    ids = torch.arange(41)[None]
+    try:
+        jrt_prompt((ids[:, :-1], ids[:, 1:], {}))
+    except ValueError:
+        return True
+    return False
+
+
+HELPERS = {f.__name__: f for f in (empty, padded, mixer, stepwise, no_sums, prefix, batch, refuses)} | {
+    "decay": lambda g, b: (g.exp(), b), "twice": lambda g, b: ((2 * g).exp(), g.exp() * b + b),
+    "diagonal": lambda a, b: (a.diagonal(dim1=-2, dim2=-1), b),
+    "dense": lambda Lambda, P: torch.diag(Lambda) - P[:, None] * P.conj(),
+    "wide": lambda tensors, like: tuple(x.expand(*like.shape, x.shape[-1]) for x in tensors)}
+
+
+def first(judge, n):
+    """The same judge, with its n-th call first."""
+    axes, *calls = judge
+    return axes, calls[n], *calls[:n], *calls[n + 1:]
+
+
+def by_mixer(name, *forms):
+    """A whole mixer, in its forms and step by step."""
+    return "btw", *(f"mixer({name})(x[:, :20], {form!r})" for form in forms), f"stepwise(mixer({name}), x[:, :20])"
+
+
+def by_term(term):
+    return "bhte", *(f"{form}({term}, q, k, v, {term}.init(v, 2, 2, 4, 3))[0]" for form in (
+        "recurrent", "chunked", "parallel"))
+
+
+QKV, SYSTEM_4 = "q:bhtd k:bhtd v:bhte", "bilinear_dense(dense(Lambda, P), B, dt)"
+ATTENTION = ("bhte", "chunked_attention(size * q, k, v, window, padded(k), chunk=16)",
+             "parallel_attention(size * q, k, v, window, padded(k))",
+             "recurrent_attention(size * q, k, v, Cache(*empty(k, v, window or 0)), padded(k), window)[0]")
+WINDOWS = ({"window": None, "size": 1}, {"window": 3, "size": 1})
+LINEAR = ("bhte bhde", "recurrent(q, k, v, g, state)", "parallel(q, k, v, g, state)",
+          "chunked(q, k, v, g, state=state, chunk=16)")
+DELTA = ("bhte bhde", "delta_parallel(q, k, v, g, beta, state)", "delta_recurrent(q, k, v, g, beta, state)",
+         "delta_chunked(q, k, v, g, beta, state=state, chunk=16)")
+RWKV4 = ("bct", "rwkv_recurrent(size * k, v, w, u, no_sums(k))[0]", "rwkv_scan(size * k, v, w, u, no_sums(k))[0]",
+         "rwkv_parallel(size * k, v, w, u, None)[0]")
+STATES = ("bctn", "loop(a, b, h)", "scan_from(a, b, h)", "chunks(a, b, h, chunk=16)")
+FLASH = ("1hte", "flash_attention(3 * q, k, v, window)", "reference(3 * q, k, v, window)")
+SOFTMAX = "m' = max(m, rowmax S),   l' = 2^(m - m') l + rowsum 2^(S - m'),   O' = 2^(m - m') O + 2^(S - m') V"
+
+EXERCISES = [
+    Exercise(
+        "mask", "01_attention.py", "visible", "mask the future: which source may a target see?",
+        "target i stands at position s - t + i, and sees source j if 0 <= s - t + i - j < window",
+        "Does a token see itself, and the one after it? If s is above t, where does target 0 stand?", QKV,
+        [("ts", "visible(t, t, window)"), ("ts", "visible(t, t + 3, window)"), ("b1ts", "visible(t, t, window, padded(q))"),
+         ("ts", "visible(t, t, window, rows=slice(t // 2, t), cols=slice(0, t // 2 + 1))"), ATTENTION], cases=WINDOWS),
+    Exercise(
+        "rope", "01_attention.py", "rope", "rotary positions: turn pairs by an angle that grows with the position",
+        "(x_i, x_{i + d/2}) -> (x_i cos - x_{i + d/2} sin, x_{i + d/2} cos + x_i sin) of the angle p base^(-2i/d)",
+        "Which number is the partner of x_i, and which of the two has the minus? What is p of the first token?",
+        "q:bhtd x:btw", [("bhtd", "rope(q, start=3)"), ("btw", "mixer(Attention)(x)", "stepwise(mixer(Attention), x)")]),
+    Exercise(
+        "ring", "01_attention.py", "overwrite", "the KV cache of a sliding window: a ring of w slots",
+        "the key of position p goes to slot p mod w",
+        "At which position does the first new token stand? If there are more of them than slots, which ones stay?", QKV,
+        [("bhsd bhse bs -", "overwrite(Cache(*empty(k, v, window)), k, v, padded(k), window)"),
+         ("bhsd bhse bs -", "overwrite(overwrite(Cache(*empty(k, v, window)), k[:, :, :3], v[:, :, :3], "
+          "padded(k)[:, :3], window), k, v, padded(k), window)"), first(ATTENTION, 2)],
+        cases=({"window": 4, "size": 1},)),
+    Exercise(
+        "rescaling", "01_attention.py", "FlashAttention.forward", "FlashAttention: one tile of scores more", SOFTMAX,
+        "In units of which maximum are l and o so far, and in units of which must they be for the sum?", QKV, [ATTENTION],
+        "The first tile is right: is all that was summed before it brought to the new maximum?",
+        cases=(*WINDOWS, {"window": None, "size": 1000}), loop_only=True),
+    Exercise(
+        "recurrent", "02_linear_attention.py", "recurrent", "linear attention, token by token",
+        "S_t = e^{g_t} * S_{t-1} + k_t v_t^T,   o_t = q_t^T S_t",
+        "What decays at token t, the old state or the new key as well? Is S read before or after it is written?",
+        f"{QKV} g:bhtd- state:bhde", [LINEAR], cases=({}, {"g": None}, {"state": None})),
+    Exercise(
+        "segment_sums", "02_linear_attention.py", "segment_sums", "the decays between a source and a target",
+        "G_ts = g_{s+1} + ... + g_t for s < t, 0 elsewhere",
+        "Does the source's own decay act on what it writes? Does the target's?", f"{QKV} g:bhtd- state:bhde",
+        [("bhtsd", "segment_sums(g)"), first(LINEAR, 1)]),
+    Exercise(
+        "chunks", "02_linear_attention.py", "chunked", "the chunked form: what crosses from one chunk to the next?",
+        "o, S = block(tokens of a chunk, S), chunk after chunk",
+        "Which state does the first chunk begin with? Is every input cut at the same places?",
+        f"{QKV} g:bht1- state:bhde", [first(LINEAR, 2)], "The first chunk is right: what crosses to the next one?",
+        cases=({}, {"g": None}, {"state": None})),
+    Exercise(
+        "products", "02_linear_attention.py", "products", "Taylor's square as features, each product once",
+        "(x . y)^2 = sum_{i <= j} (w_ij x_i x_j) (w_ij y_i y_j)",
+        "x_1 x_2 and x_2 x_1 both stand in the square. By what must one of them be multiplied, in x and in y?",
+        "x:bhtd y:bhsd", [("bhtd", "0 * products(x)"), ("bhts", "products(x) @ products(y).mT", "(x @ y.mT) ** 2")]),
+    Exercise(
+        "bonus", "02_linear_attention.py", "with_bonus", "RWKV reads before it writes: a bonus for the token itself",
+        "o_t = q_t^T (S_{t-1} + diag(u) k_t v_t^T),   S_t = e^{g_t} * S_{t-1} + k_t v_t^T",
+        "`form` reads after it writes. With token t - 1 in place of token t, what does it read? Which token is missing from "
+        "the state at the end?", f"{QKV} g:bhtd- bonus:1h1d state:bhde keys:bct values:bct w:c- u:c",
+        [("bhte bhde", *(f"with_bonus({form}, q, k, v, g, bonus, state)" for form in ("recurrent", "parallel"))),
+         ("bct", "rwkv_ratio(keys, values, w, u)", "rwkv_parallel(keys, values, w, u, None)[0]")],
+        cases=({}, {"state": None})),
+    Exercise(
+        "rwkv_ratio", "02_linear_attention.py", "rwkv_read", "RWKV-4's average, however large k is",
+        "(e^m p + e^{u + k} v) / (e^m q + e^{u + k}), with no exponent above 0",
+        "A fraction stays the same if both of its parts are multiplied by e^{-x}. Which x leaves no exponent above 0?",
+        "sum_v:bc sum_1:bc+ top:bc key:bc value:bc k:bct v:bct w:c- u:c",
+        [("bc", "rwkv_read(sum_v, sum_1, size * top, size * key, value, u)"), RWKV4],
+        cases=({"size": 1}, {"size": 500})),
+    Exercise(
+        "delta", "02_linear_attention.py", "delta_system", "the delta rule's triangular system",
+        "A_ts = beta_t (k_t . k_s) e^{G_ts} for s < t, 0 elsewhere; returns 1 + A, G",
+        "Whose beta is it? Does a correction take itself out? How much of D_s is left when token t comes?",
+        "q:bhtd k:bhtd| v:bhte g:bht1- beta:bht1+ state:bhde",
+        [("bhts bhts1", "delta_system(k, g, beta)"), DELTA]),
+    Exercise(
+        "loop", "03_ssm.py", "loop", "a state space, token by token", "h_t = a_t h_{t-1} + b_t",
+        "Does the state that comes in decay before the first token is added to it?", "x:btw a:bctn+ b:bctn h:bcn",
+        [STATES, by_mixer("S4D, n_state=4", "recurrent", "conv")], cases=({}, {"h": None})),
+    Exercise(
+        "scan", "03_ssm.py", "scan", "the scan: what two steps are together, in log t rounds",
+        "(a_1, b_1), then (a_2, b_2): (a_1 a_2, a_2 b_1 + b_2). Rounds join what is n = 1, 2, 4, ... apart",
+        "h -> a_1 h + b_1 and then h -> a_2 h + b_2: what is it in one step? What stands before the first token?",
+        "a:bctn+ b:bctn h:bcn", [("bctn", "scan(a, b)", "loop(a, b)"), first(STATES, 1)],
+        "The first tokens are right: how many rounds reach from the last token to the first?"),
+    Exercise(
+        "padding", "03_ssm.py", "fft_conv", "a convolution by FFT: what must not wrap around",
+        "y_t = sum_{s <= t} K_{t-s} u_s; a product of two spectra of length n wraps around after n",
+        "How long is the convolution of two sequences of length t before it is cut off?", "u:bct K:ct",
+        [("bct", "fft_conv(u, K)", "(toeplitz(K) @ u[..., None])[..., 0]")]),
+    Exercise(
+        "zoh", "03_ssm.py", "zoh", "a continuous system in steps: zero-order hold",
+        "log a = dt A,   b = (e^{dt A} - 1) / A = dt (1 + dt A / 2 + ...)",
+        "What is the integral of e^{A s} for s from 0 to dt? What do floating-point numbers leave of e^z - 1 if z is small?",
+        "A:cn< dt:c1+ x:btw", [("cn cn", "decay(*zoh(A, size * dt))", "twice(*zoh(A, size * dt / 2))"),
+                               by_mixer("S4D, n_state=4", "conv", "recurrent")], cases=({"size": 1}, {"size": 1e-12})),
+    Exercise(
+        "bilinear", "03_ssm.py", "bilinear", "a continuous system in steps: the trapezoidal rule",
+        "a = (1 + dt A / 2) / (1 - dt A / 2), of which log a is returned;   b = dt / (1 - dt A / 2)",
+        "Half of the step is taken from the old state, half from the new one: on which side does each stand?",
+        "A:n< dt:c+ x:btw", [("cn cn", "decay(*bilinear(A, dt[:, None]))",
+                              "diagonal(*bilinear_dense(A.diag(), torch.ones_like(A), dt))"),
+                             by_mixer("H3, n_state=4, shift=4", "conv", "recurrent")]),
+    Exercise(
+        "kernel", "03_ssm.py", "kernel_of", "the convolution kernel of a system that is the same at all times",
+        "K_l = sum_n q_n e^{g_n l} k_n for l = 0, ..., t - 1",
+        "How often does a act on an input that is read in the same step, and how often one step later?",
+        "g:1c1n< k:1c1n~ q:1c1n~ u:bct h:bcn~",
+        [("ct", "kernel_of(g, k, q, t)",
+          "through_states(loop, torch.eye(1, t, dtype=g.dtype).expand(1, 3, t), g, k, q, None)[0][0]"),
+         ("bct bcn", "convolved(u, g, k, q, h)", "through_states(loop, u, g, k, q, h)")],
+        "The first lags are right: do the powers of a reach up to t - 1?"),
+    Exercise(
+        "gates", "03_ssm.py", "Mamba.gates", "selection: a, b and C made of the token",
+        "g = dt_t A with A = -e^{log_A},   k = dt_t B_t,   q = C_t: each broadcasts to (b, c, t, n)",
+        "B and C lie as (b, n, t): where do time and state stand in (b, c, t, n)? Which of the three has dt?",
+        "u:bWt dt:bWt+ B:bnt C:bnt x:btw",
+        [("bWtn bWtn bWtn", "wide(mixer(Mamba, n_state=4).gates(Signals(u, dt, B, C)), dt)"),
+         by_mixer("Mamba, n_state=4", "recurrent", "chunked", "scan", "parallel")]),
+    Exercise(
+        "hippo", "03_ssm.py", "hippo_legs", "HiPPO's matrix: a state that remembers the whole past",
+        "A_nk = -sqrt((2n + 1) (2k + 1)) for n > k, -(n + 1) for n = k, 0 for n < k;   B_n = sqrt(2n + 1)",
+        "Which triangle is it, and what stands on the diagonal? What is the sign?", "u:t",
+        [("nn n", "hippo_legs(t)"), ("t", "reconstruct(hippo_online(u.detach(), 5), t)")], lengths=(1, 2, 5, 12)),
+    Exercise(
+        "woodbury", "03_ssm.py", "by_woodbury", "S4's kernel: the Woodbury step, division in place of an inverse",
+        "K(w) = 2 / (1 + w) C~ (r - A)^{-1} B with A = diag(Lambda) - P P^*, r = 2 / dt (1 - w) / (1 + w),\n"
+        "(r - A)^{-1} = R - R P (1 + P^* R P)^{-1} P^* R with R = (r - Lambda)^{-1}, C~ = C (1 - a^t)",
+        "Which of the four sums have P^*? How many factors 1 + w has each term if (1 + w) R is taken for R?",
+        "Lambda:n< P:n~ B:n~ C:cn~ dt:c+",
+        [("ct", f"by_woodbury(Lambda, P, B, dt, {SYSTEM_4}[0], C, roots_of_unity(t, B))",
+          f"by_resolvent(dense(Lambda, P), B, dt, {SYSTEM_4}[0], C, roots_of_unity(t, B))",
+          f"by_geometric_sum(*{SYSTEM_4}, C, roots_of_unity(t, B))", f"by_powers(*{SYSTEM_4}, C, roots_of_unity(t, B))"),
+         ("ct", f"by_woodbury(Lambda, P, B, dt, {SYSTEM_4}[0], C, roots_of_unity(t + 1, B))",
+          f"by_powers(*{SYSTEM_4}, C, roots_of_unity(t + 1, B))")], lengths=(1, 3, 15, 17, 65)),
+    Exercise(
+        "gate", "04_based.py", "BaseConv.output", "BaseConv: a gate times a convolution",
+        "y = (u W + b_1) * (h conv u + b_2), where o is h conv u: (b, c, t, 1), and self.gate has W and b_1",
+        "Where does time stand in o, and where in x? Which bias belongs to which factor?", "x:btw",
+        [by_mixer("BaseConv, taps=5", "conv", "parallel")]),
+    Exercise(
+        "window", "04_based.py", "Window.matrix", "softmax over the last w tokens",
+        "M_ts = softmax_s(q_t . k_s / sqrt(d)) over those s that stand 0 to w - 1 tokens back",
+        "How far back is the token itself, and how far the oldest of w? Where does target 0 stand?", QKV,
+        [("bhts", "Window(4).matrix(q[:, :, t // 2:], k)"), first(by_term("Window(4)"), 2)]),
+    Exercise(
+        "lookup", "04_based.py", "Taylor.lookup", "Based: look up in the state of Taylor features",
+        "o = phi(q) S / (phi(q) z), where z = sum phi(k) is the last column of S",
+        "How many columns has phi(q) S, and what is the last one for?", QKV,
+        [("bhte", "Taylor().lookup(q, Taylor().write(Taylor().init(v, 2, 2, 4, 3), k, v))"), by_term("Taylor()")]),
+    Exercise(
+        "encode", "05_jrt.py", "encode", "JRT's prefix state: the prefix in one pass",
+        "S = sum_{s < M} phi(k'_s) [v'_s, 1]^T for a prefix of M tokens",
+        "Which tokens are in the sum, and which are not? What is the last column?",
+        "q:bhtd+ k:bhtd+ v:bhte k2:bhtd+ v2:bhte",
+        [("bhde", "encode(k2, v2, prefix(k))"), ("bhte bhde", *(
+            f"{form}(q, k, v, k2, v2, prefix(k), torch.zeros(2, 2, 4, 4, dtype=k.dtype){chunk})" for form, chunk in (
+                ("chunked", ", chunk=16"), ("parallel", ""), ("recurrent", ""))))]),
+    Exercise(
+        "jrt_prompt", "05_jrt.py", "jrt_prompt", "JRT-prompt: show any model the text twice",
+        "ids ids; nothing, then what was asked; what is more comes twice as well, with 0 in the first copy",
+        "What is asked in the first copy, and with which weights? How long is a prefix now?", "x:bt",
+        [("bt bt", "jrt_prompt(batch(x))[:2]"),
+         ("bt b", "jrt_prompt(batch(x))[2]['weights'], jrt_prompt(batch(x))[2]['prefix']"), ("-", "refuses(jrt_prompt)")]),
+    Exercise(
+        "triton_mask", "kernels/flash_attention.py", "hidden", "a mask: what these targets may not see",
+        "source j is hidden from target i if j > i, or j <= i - window",
+        "What is the shape of a column compared with a row? Is the token itself hidden?", "q:1htd k:1htd v:1hte",
+        [FLASH], cases=({"window": None}, {"window": 3}), lengths=(1, 2, 40)),
+    Exercise(
+        "triton_combine", "kernels/scan.py", "after", "the scan's combine",
+        "h -> a_1 h + b_1, then h -> a_2 h + b_2, is h -> a h + b: returns a, b",
+        "Put a_1 h + b_1 into a_2 h + b_2: what does b_1 get?", "a:1ct+ b:1ct h:1c",
+        [("1ct 1c", "scan(a, b, h)", "reference(a, b, h)")],
+        "The first tile is right: is the product a right, with which the state before a tile comes in?",
+        lengths=(1, 2, 15, 16, 17, 40), settings={"tile": lambda t, is_complex: (16, 1)}),
+    Exercise(
+        "triton_load", "kernels/tiles.py", "load", "a tile of a matrix, and nothing beside it",
+        "x_ij = x[rows_i stride + cols_j]; 0 in rows from `end` on, and in columns from WIDTH on",
+        "Which rows and columns of the tile are outside of the matrix, and what do they get?", "q:1htD k:1htD v:1hte",
+        [("1hte 1hDe", "linear_attention(q, k, v)", "reference(q, k, v)")], lengths=(1, 2, 40),
+        used_in="kernels/linear_attention.py"),
+    Exercise(
+        "triton_state", "kernels/gla.py", "absorb", "gated linear attention: the state behind a chunk",
+        "S <- e^{g_1 + ... + g_C} S + sum_s (k_s e^{g_{s+1} + ... + g_C}) v_s^T",
+        "Which rows still decay what row s wrote: those before it, or those after it? And backwards (REVERSE)?",
+        "q:1htd k:1htd v:1hte g:1htd- state:1hde",
+        [("1hte 1hde", "gla(q, k, v, g, state)", "reference(q, k, v, g, state)")],
+        "The first chunk is right: does the state that comes in decay, by all of the chunk?", lengths=(1, 2, 40)),
+    Exercise(
+        "triton_rescaling", "kernels/flash_attention.py", "softmax_step", "FlashAttention: one block of sources more",
+        f"{SOFTMAX}, S = q k^T SCALE", "SCALE has 1 / sqrt(d) and log2 e: where does it go? What is hidden, and when?",
+        "q:1htd k:1htd v:1hte", [FLASH],
+        "The first block is right: are the old sum and the old output brought to the new maximum?",
+        cases=({"window": None}, {"window": 3}), lengths=(1, 2, 40, 70)),
+]
+NAMES = {exercise.name: exercise for exercise in EXERCISES}
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def done():
+    """{name: fingerprint of the file that was equal}"""
+    try:
+        return json.loads((FOLDER / "done.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def fingerprint(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def state(exercise):
+    mine = fingerprint(FOLDER / f"{exercise.name}.py")
+    return "" if mine is None else "done" if done().get(exercise.name) == mine else "begun"
+
+
+def go_on():
+    left = [exercise.name for exercise in EXERCISES if state(exercise) != "done"]
+    command = "check" if left and state(NAMES[left[0]]) == "begun" else "start"
+    return f"To go on: python exercises.py {command} {left[0]}" if left else "That was the last one!"
+
+
+def show_list():
+    place = None
+    for exercise in EXERCISES:
+        if place != (place := exercise.file.split("/")[0]):
+            print(f"\n{place}" if place != "kernels" else "\nkernels/, in Triton: its interpreter runs them, without a GPU")
+        print(f"    {exercise.name:18}{state(exercise):7}{exercise.task}")
+    print(f"\n{sum(state(e) == 'done' for e in EXERCISES)} of {len(EXERCISES)} are done. {go_on()}")
+
+
+def start(exercise):
+    path = FOLDER / f"{exercise.name}.py"
+    if path.exists():
+        raise BadInput(f"{shown(path)} is there already, and stays as it is: python exercises.py check {exercise.name}")
+    text = start_text(exercise)
+    FOLDER.mkdir(exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"{shown(path)} is written. Fill it in, then: python exercises.py check {exercise.name}")
+
+
+def check(exercise, file, limit):
+    """Prints what the judge says. Is the reader's function equal?"""
+    path, expired = Path(file) if file else FOLDER / f"{exercise.name}.py", []
+    watch = threading.Timer(limit, lambda: (expired.append(True), _thread.interrupt_main()))
+    watch.daemon = True
+    watch.start()
+    try:
+        largest = judge(exercise, path)
+    except Wrong as error:
+        print(f"{exercise.name}: {error}")
+        return False
+    except KeyboardInterrupt as error:
+        if not expired:
+            raise
+        line = line_of(error, path)
+        print(f"{exercise.name}: stopped after {limit:g} seconds{f' in line {line.lineno}, `{line.line}`' if line else ''}. "
+              "Does it come to an end? (--limit says how many seconds it may take.)")
+        return False
+    finally:
+        watch.cancel()
+    print(f"{exercise.name}: equal, gradients too, with t = {listed(exercise.lengths)}, in")
+    for call in dict.fromkeys(call for _, *calls in exercise.judges for call in calls):
+        print(f"    {call}")
+    print(f"The largest difference from a lesson that nobody touched is {largest:.1e}.")
+    if not file:
+        (FOLDER / "done.json").write_text(json.dumps(done() | {exercise.name: fingerprint(path)}, indent=1))
+    print(go_on())
+    return True
+
+
+def nearest(name, names):
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def chosen(args):
+    """The command and the exercise that are meant."""
+    commands, functions = ("list", "start", "check", "solution"), {e.function.split(".")[-1]: e.name for e in EXERCISES}
+    if args.command in NAMES and args.solution:
+        args.command, args.name = "solution", args.command
+    if args.command not in commands:
+        near = f"; did you mean start {args.command}?" if args.command in NAMES else nearest(args.command, commands)
+        raise BadInput(f"{args.command!r} is no command: there are {listed(commands)}{near}")
+    if args.command == "list":
+        return "list", None
+    if args.name is None:
+        raise BadInput(f"{args.command} which exercise? python exercises.py lists them")
+    if args.name not in NAMES:
+        near = f"; did you mean {functions[args.name]}?" if args.name in functions else nearest(args.name, NAMES)
+        raise BadInput(f"{args.name!r} is no exercise: python exercises.py lists them{near}")
+    if not 0 < args.limit < float("inf"):
+        raise BadInput(f"--limit {args.limit:g}: a check needs some seconds")
+    return "solution" if args.solution else args.command, NAMES[args.name]
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message} (python exercises.py --help)")
+
+
+def main(arguments=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", default="list", help="list, start, check or solution")
+    parser.add_argument("name", nargs="?", help="of an exercise")
+    parser.add_argument("--file", help="check this file in place of my_exercises/NAME.py")
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which a check is stopped (60)")
+    parser.add_argument("--solution", action="store_true", help="show the lesson's lines")
+    try:
+        args = parser.parse_args(arguments)
+        command, exercise = chosen(args)
+        if command == "list":
+            show_list()
+        elif command == "start":
+            start(exercise)
+        elif command == "solution":
+            print(solution(exercise))
+        elif not check(exercise, args.file, args.limit):
+            sys.exit(1)
+    except BadInput as error:
+        print(f"exercises.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
