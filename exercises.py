@@ -63,14 +63,27 @@ class BadInput(Exception):
 # ------------------------------------------------------------------------------ what stands in a lesson, and its copies
 
 
-def found(file, function):
-    """The lines of a file, and the node of a function (or Class.method) in its syntax tree."""
+@functools.cache
+def source(file):
+    """The lines of a file, and its syntax tree."""
     text = (ROOT / file).read_text(encoding="utf-8")
-    body = ast.parse(text).body
+    return text.splitlines(), ast.parse(text)
+
+
+def found(file, function):
+    """The lines of a file, and the definition of a function (or Class.method) in it."""
+    lines, node = source(file)
     for name in function.split("."):
-        node = next(node for node in body if getattr(node, "name", None) == name)
-        body = node.body
-    return text.splitlines(), node
+        node = next(part for part in node.body if getattr(part, "name", None) == name)
+    return lines, node
+
+
+@functools.cache
+def around(file, function):
+    """What stands before the definition of a function, and what after it, compiled; all and nothing for None."""
+    body = source(file)[1].body
+    at = next((i for i, part in enumerate(body) if function and getattr(part, "name", None) == function), len(body))
+    return [compile(ast.Module(part, []), str(ROOT / file), "exec") for part in (body[:at], body[at + 1:])]
 
 
 def solution(exercise):
@@ -95,20 +108,15 @@ def copy_of(file, function=None, make=None):
     """A fresh module made of a file, with `make(its names so far)` in place of the definition of `function`."""
     if file.startswith("kernels/"):
         interpret_kernels()
+    before, after = around(file, function if make else None)
     module = ModuleType(Path(file).stem)
     module.__file__ = str(ROOT / file)
-    body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
-    at = next((i for i, node in enumerate(body) if make and getattr(node, "name", None) == function), len(body))
-
-    def run(nodes):
-        exec(compile(ast.Module(nodes, []), module.__file__, "exec"), module.__dict__)
-    run(body[:at])
+    exec(before, vars(module))
     if make:
         *owner, name = function.split(".")
-        owner = getattr(module, owner[0]) if owner else module
-        static = isinstance(vars(owner).get(name), staticmethod)
-        setattr(owner, name, staticmethod(make(vars(module))) if static else make(vars(module)))
-    run(body[at + 1:])
+        owner, mine = getattr(module, owner[0]) if owner else module, make(vars(module))
+        setattr(owner, name, staticmethod(mine) if isinstance(vars(owner).get(name), staticmethod) else mine)
+    exec(after, vars(module))
     return module
 
 
@@ -218,20 +226,21 @@ def inputs_of(exercise, t, case):
 
 def run(call, module, inputs):
     """The results of a call, by name, and the gradients of a fixed function of them for each input that it uses."""
-    code = compile(call, call, "eval")
     inputs = {name: x.clone().requires_grad_() if torch.is_tensor(x) else x for name, x in inputs.items()}
-    y = eval(code, vars(module) | HELPERS | inputs)
+    y = eval(call, vars(module) | HELPERS | inputs)
     y = list(y) if isinstance(y, (tuple, list)) else [y]
-    results = {f"result {i + 1} of {len(y)}" if len(y) > 1 else "the result": torch.as_tensor(x) if isinstance(
-        x, (bool, int, float)) else x for i, x in enumerate(y)}
-    loss = sum((numbers * torch.linspace(-1, 1, numbers.numel(), dtype=numbers.dtype).view_as(numbers)).sum() for numbers
-               in (torch.view_as_real(x) if x.is_complex() else x for x in y if torch.is_tensor(x) and x.requires_grad))
-    used = {name: x for name, x in inputs.items() if torch.is_tensor(x) and name in code.co_names}
-    gradients = torch.autograd.grad(loss, list(used.values()), allow_unused=True) if torch.is_tensor(loss) and used else [
-        None] * len(used)
+    names = [f"result {i + 1} of {len(y)}" for i in range(len(y))] if len(y) > 1 else ["the result"]
+    results = {name: torch.as_tensor(x) if isinstance(x, (bool, int, float)) else x
+               for name, x in zip(names, y, strict=True)}
+    numbers = [torch.view_as_real(x) if x.is_complex() else x for x in y if torch.is_tensor(x) and x.requires_grad]
+    loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in numbers)
+    used = {name: x for name, x in inputs.items() if torch.is_tensor(x) and name in words(call)}
+    gradients = [None] * len(used)
+    if numbers and used:
+        gradients = torch.autograd.grad(loss, list(used.values()), allow_unused=True)
     return ({name: x.detach() if torch.is_tensor(x) else x for name, x in results.items()},
-            {name: torch.zeros_like(x) if grad is None else grad
-             for (name, x), grad in zip(used.items(), gradients, strict=True)})
+            {name: torch.zeros_like(used[name]) if grad is None else grad
+             for name, grad in zip(used, gradients, strict=True)})
 
 
 @functools.cache
@@ -266,9 +275,9 @@ def difference(mine, its, axes, tolerance):
     one, other = mine[place].item(), its[place].item()
     show = str if isinstance(its[place].item(), int) else "{:.6g}".format
     off = "" if its.dtype == torch.bool else f"     off by {abs(one - other):.2g}"
-    return place, "\n".join([
-        f"    where      {', '.join(f'{name} {i}' for name, i in named) or 'everywhere'}   (counted from 0; the first of "
-        f"{len(places)} that differ)", f"    expected   {show(other)}", f"    found      {show(one)}{off}"])
+    where = ", ".join(f"{name} {i}" for name, i in named) or "its only number"
+    return place, (f"    where      {where}   (counted from 0; {len(places)} of {its.numel()} numbers differ)\n"
+                   f"    expected   {show(other)}\n    found      {show(one)}{off}")
 
 
 def judge(exercise, path):
@@ -289,14 +298,14 @@ def judge_one(exercise, path, mine, t, i, j):
     input_axes = {name: axes.rstrip("".join(KINDS)) for name, axes in (p.split(":") for p in exercise.inputs.split())}
     its = expected(exercise.name, t, i, j)
     for call in its:
-        here = f"{call}, with t = {t}" + "".join(f", {name} = {x}" for name, x in case.items())
+        here = f"{call}, with t = {t}" + "".join(f", {name} = {x}" for name, x in case.items() if name in words(call))
         try:
             results, gradients = run(call, mine, inputs_of(exercise, t, case))
         except Exception as error:
             raise Wrong(f"{blame(error, path)}\n    in         {here}") from None
         for other in its if call == exercise.judges[j][1] else (call,):
             if len(results) != len(its[other][0]):
-                raise Wrong(f"{len(its[other][0])} results are expected, not {len(results)}.\n    in         {here}")
+                raise Wrong(f"there should be {len(its[other][0])} result(s), not {len(results)}.\n    in         {here}")
             pairs = [(name, x, y, axes.strip("-")) for (name, x), y, axes in zip(
                 results.items(), its[other][0].values(), results_axes, strict=True)]
             pairs += [(f"the gradient for {name}", gradients.get(name), y, input_axes[name])
@@ -314,17 +323,22 @@ def judge_one(exercise, path, mine, t, i, j):
 def question(exercise, t, name, x, place, axes):
     """What is right so far, and the question that may help."""
     right = [n for n in exercise.lengths if n < t]
-    words = f"All is right with t = {listed(right)}. " if right else ""
+    so_far = f"All is right with t = {listed(right)}. " if right else ""
     if torch.is_tensor(x) and x.shape and not x.isfinite().all():
-        return words + "Is an exponent above 0 somewhere, a 0 divided by 0, or infinity taken from infinity?"
+        return so_far + "Is an exponent above 0 somewhere, a 0 divided by 0, or infinity taken from infinity?"
     if "gradient" in name:
-        words += "The results are right; is something cut off from its gradient, or written in place? "
+        so_far += "The results are right; is something cut off from its gradient, or written in place? "
     late = exercise.later and place and "t" in axes and place[axes.index("t")] >= LATER
-    return words + (exercise.later if late else exercise.question)
+    return so_far + (exercise.later if late else exercise.question)
 
 
-def listed(words):
-    *first, last = map(str, words)
+def words(call):
+    """The names in a call."""
+    return compile(call, call, "eval").co_names
+
+
+def listed(things):
+    *first, last = map(str, things)
     return f"{', '.join(first)} and {last}" if first else last
 
 
@@ -334,7 +348,7 @@ def listed(words):
 def start_text(exercise, function=None):
     """The file that a reader begins with; `function`: in place of the one without a body."""
     lines, node = found(exercise.file, exercise.function)
-    tree = ast.parse("\n".join(lines)).body
+    tree = source(exercise.file)[1].body
     used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} - {node.name}
     imports = [ast.unparse(part) for part in tree if isinstance(part, (ast.Import, ast.ImportFrom)) and (
         used | {"torch"}) & {name.asname or name.name for name in part.names}]
@@ -364,7 +378,8 @@ def comments_above(exercise):
 def says(node):
     """name(arguments): the beginning of its docstring."""
     text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-    return f"{node.name}{f'({ast.unparse(node.args)})' if isinstance(node, ast.FunctionDef) else ''}: {text}".strip(": ")
+    arguments = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
+    return f"{node.name}{arguments}: {text}".removesuffix(": ")
 
 
 def example(exercise):
@@ -460,7 +475,8 @@ def refuses(jrt_prompt):
 
 
 HELPERS = {f.__name__: f for f in (empty, padded, mixer, stepwise, no_sums, prefix, batch, refuses)} | {
-    "decay": lambda g, b: (g.exp(), b), "twice": lambda g, b: ((2 * g).exp(), g.exp() * b + b),
+    "decay": lambda g, b, dt=1: (g.exp(), b / dt),               # relative to dt: small steps count as well
+    "twice": lambda g, b, dt=1: ((2 * g).exp(), (g.exp() * b + b) / dt),
     "diagonal": lambda a, b: (a.diagonal(dim1=-2, dim2=-1), b),
     "dense": lambda Lambda, P: torch.diag(Lambda) - P[:, None] * P.conj(),
     "wide": lambda tensors, like: tuple(x.expand(*like.shape, x.shape[-1]) for x in tensors)}
@@ -502,13 +518,14 @@ EXERCISES = [
         "mask", "01_attention.py", "visible", "mask the future: which source may a target see?",
         "target i stands at position s - t + i, and sees source j if 0 <= s - t + i - j < window",
         "Does a token see itself, and the one after it? If s is above t, where does target 0 stand?", QKV,
-        [("ts", "visible(t, t, window)"), ("ts", "visible(t, t + 3, window)"), ("b1ts", "visible(t, t, window, padded(q))"),
+        [("ts", "visible(t, t, window)"), ("ts", "visible(t, t + 3, window)"),
+         ("b1ts", "visible(t, t, window, padded(q))"),
          ("ts", "visible(t, t, window, rows=slice(t // 2, t), cols=slice(0, t // 2 + 1))"), ATTENTION], cases=WINDOWS),
     Exercise(
         "rope", "01_attention.py", "rope", "rotary positions: turn pairs by an angle that grows with the position",
         "(x_i, x_{i + d/2}) -> (x_i cos - x_{i + d/2} sin, x_{i + d/2} cos + x_i sin) of the angle p base^(-2i/d)",
         "Which number is the partner of x_i, and which of the two has the minus? What is p of the first token?",
-        "q:bhtd x:btw", [("bhtd", "rope(q, start=3)"), ("btw", "mixer(Attention)(x)", "stepwise(mixer(Attention), x)")]),
+        "q:bhtd x:btw", [("bhtd", "rope(q, start=3)"), by_mixer("Attention", "parallel")]),
     Exercise(
         "ring", "01_attention.py", "overwrite", "the KV cache of a sliding window: a ring of w slots",
         "the key of position p goes to slot p mod w",
@@ -519,8 +536,8 @@ EXERCISES = [
         cases=({"window": 4, "size": 1},)),
     Exercise(
         "rescaling", "01_attention.py", "FlashAttention.forward", "FlashAttention: one tile of scores more", SOFTMAX,
-        "In units of which maximum are l and o so far, and in units of which must they be for the sum?", QKV, [ATTENTION],
-        "The first tile is right: is all that was summed before it brought to the new maximum?",
+        "In units of which maximum are l and o so far, and in units of which must they be for the sum?", QKV,
+        [ATTENTION], "The first tile is right: is all that was summed before it brought to the new maximum?",
         cases=(*WINDOWS, {"window": None, "size": 1000}), loop_only=True),
     Exercise(
         "recurrent", "02_linear_attention.py", "recurrent", "linear attention, token by token",
@@ -546,8 +563,8 @@ EXERCISES = [
     Exercise(
         "bonus", "02_linear_attention.py", "with_bonus", "RWKV reads before it writes: a bonus for the token itself",
         "o_t = q_t^T (S_{t-1} + diag(u) k_t v_t^T),   S_t = e^{g_t} * S_{t-1} + k_t v_t^T",
-        "`form` reads after it writes. With token t - 1 in place of token t, what does it read? Which token is missing from "
-        "the state at the end?", f"{QKV} g:bhtd- bonus:1h1d state:bhde keys:bct values:bct w:c- u:c",
+        "`form` reads after it writes. If it finds token t - 1 in the place of token t, what does it read? Which token "
+        "is missing from the state at the end?", f"{QKV} g:bhtd- bonus:1h1d state:bhde keys:bct values:bct w:c- u:c",
         [("bhte bhde", *(f"with_bonus({form}, q, k, v, g, bonus, state)" for form in ("recurrent", "parallel"))),
          ("bct", "rwkv_ratio(keys, values, w, u)", "rwkv_parallel(keys, values, w, u, None)[0]")],
         cases=({}, {"state": None})),
@@ -582,9 +599,11 @@ EXERCISES = [
     Exercise(
         "zoh", "03_ssm.py", "zoh", "a continuous system in steps: zero-order hold",
         "log a = dt A,   b = (e^{dt A} - 1) / A = dt (1 + dt A / 2 + ...)",
-        "What is the integral of e^{A s} for s from 0 to dt? What do floating-point numbers leave of e^z - 1 if z is small?",
-        "A:cn< dt:c1+ x:btw", [("cn cn", "decay(*zoh(A, size * dt))", "twice(*zoh(A, size * dt / 2))"),
-                               by_mixer("S4D, n_state=4", "conv", "recurrent")], cases=({"size": 1}, {"size": 1e-12})),
+        "What is the integral of e^{A s} for s from 0 to dt? What is left of e^z - 1 in floating point for a small z?",
+        "A:cn< dt:c1+ x:btw", [
+            ("cn cn", "zoh(A, size * dt)"), ("cn cn", "decay(*zoh(A, size * dt), size * dt)",
+                                "twice(*zoh(A, size * dt / 2), size * dt)"), by_mixer("S4D, n_state=4", "conv")],
+        cases=({"size": 1}, {"size": 1e-7}, {"size": 1e-12})),
     Exercise(
         "bilinear", "03_ssm.py", "bilinear", "a continuous system in steps: the trapezoidal rule",
         "a = (1 + dt A / 2) / (1 - dt A / 2), of which log a is returned;   b = dt / (1 - dt A / 2)",
@@ -621,7 +640,7 @@ EXERCISES = [
         "Lambda:n< P:n~ B:n~ C:cn~ dt:c+",
         [("ct", f"by_woodbury(Lambda, P, B, dt, {SYSTEM_4}[0], C, roots_of_unity(t, B))",
           f"by_resolvent(dense(Lambda, P), B, dt, {SYSTEM_4}[0], C, roots_of_unity(t, B))",
-          f"by_geometric_sum(*{SYSTEM_4}, C, roots_of_unity(t, B))", f"by_powers(*{SYSTEM_4}, C, roots_of_unity(t, B))"),
+          *(f"{find}(*{SYSTEM_4}, C, roots_of_unity(t, B))" for find in ("by_geometric_sum", "by_powers"))),
          ("ct", f"by_woodbury(Lambda, P, B, dt, {SYSTEM_4}[0], C, roots_of_unity(t + 1, B))",
           f"by_powers(*{SYSTEM_4}, C, roots_of_unity(t + 1, B))")], lengths=(1, 3, 15, 17, 65)),
     Exercise(
@@ -652,12 +671,12 @@ EXERCISES = [
         "ids ids; nothing, then what was asked; what is more comes twice as well, with 0 in the first copy",
         "What is asked in the first copy, and with which weights? How long is a prefix now?", "x:bt",
         [("bt bt", "jrt_prompt(batch(x))[:2]"),
-         ("bt b", "jrt_prompt(batch(x))[2]['weights'], jrt_prompt(batch(x))[2]['prefix']"), ("-", "refuses(jrt_prompt)")]),
+         ("bt b", "[jrt_prompt(batch(x))[2][name] for name in ('weights', 'prefix')]"), ("-", "refuses(jrt_prompt)")]),
     Exercise(
         "triton_mask", "kernels/flash_attention.py", "hidden", "a mask: what these targets may not see",
         "source j is hidden from target i if j > i, or j <= i - window",
         "What is the shape of a column compared with a row? Is the token itself hidden?", "q:1htd k:1htd v:1hte",
-        [FLASH], cases=({"window": None}, {"window": 3}), lengths=(1, 2, 40)),
+        [FLASH], cases=({"window": None}, {"window": 3}), lengths=(1, 40)),
     Exercise(
         "triton_combine", "kernels/scan.py", "after", "the scan's combine",
         "h -> a_1 h + b_1, then h -> a_2 h + b_2, is h -> a h + b: returns a, b",
@@ -683,7 +702,7 @@ EXERCISES = [
         f"{SOFTMAX}, S = q k^T SCALE", "SCALE has 1 / sqrt(d) and log2 e: where does it go? What is hidden, and when?",
         "q:1htd k:1htd v:1hte", [FLASH],
         "The first block is right: are the old sum and the old output brought to the new maximum?",
-        cases=({"window": None}, {"window": 3}), lengths=(1, 2, 40, 70)),
+        cases=({"window": None}, {"window": 3}), lengths=(1, 40)),
 ]
 NAMES = {exercise.name: exercise for exercise in EXERCISES}
 
@@ -718,7 +737,7 @@ def show_list():
     place = None
     for exercise in EXERCISES:
         if place != (place := exercise.file.split("/")[0]):
-            print(f"\n{place}" if place != "kernels" else "\nkernels/, in Triton: its interpreter runs them, without a GPU")
+            print(f"\n{place}{', in Triton, whose interpreter needs no GPU' if place == 'kernels' else ''}")
         print(f"    {exercise.name:18}{state(exercise):7}{exercise.task}")
     print(f"\n{sum(state(e) == 'done' for e in EXERCISES)} of {len(EXERCISES)} are done. {go_on()}")
 
@@ -748,8 +767,8 @@ def check(exercise, file, limit):
         if not expired:
             raise
         line = line_of(error, path)
-        print(f"{exercise.name}: stopped after {limit:g} seconds{f' in line {line.lineno}, `{line.line}`' if line else ''}. "
-              "Does it come to an end? (--limit says how many seconds it may take.)")
+        where = f", in line {line.lineno}, `{line.line}`" if line else ""
+        print(f"{exercise.name}: stopped after {limit:g} seconds{where}. Does it end? (--limit allows more.)")
         return False
     finally:
         watch.cancel()
