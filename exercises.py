@@ -305,7 +305,7 @@ def judge_one(exercise, path, mine, t, i, j):
             raise Wrong(f"{blame(error, path)}\n    in         {here}") from None
         for other in its if call == exercise.judges[j][1] else (call,):
             if len(results) != len(its[other][0]):
-                raise Wrong(f"there should be {len(its[other][0])} result(s), not {len(results)}.\n    in         {here}")
+                raise Wrong(f"there should be {len(its[other][0])} result(s), not {len(results)}.\n    in    {here}")
             pairs = [(name, x, y, axes.strip("-")) for (name, x), y, axes in zip(
                 results.items(), its[other][0].values(), results_axes, strict=True)]
             pairs += [(f"the gradient for {name}", gradients.get(name), y, input_axes[name])
@@ -323,13 +323,15 @@ def judge_one(exercise, path, mine, t, i, j):
 def question(exercise, t, name, x, place, axes):
     """What is right so far, and the question that may help."""
     right = [n for n in exercise.lengths if n < t]
-    so_far = f"All is right with t = {listed(right)}. " if right else ""
-    if torch.is_tensor(x) and x.shape and not x.isfinite().all():
-        return so_far + "Is an exponent above 0 somewhere, a 0 divided by 0, or infinity taken from infinity?"
-    if "gradient" in name:
-        so_far += "The results are right; is something cut off from its gradient, or written in place? "
-    late = exercise.later and place and "t" in axes and place[axes.index("t")] >= LATER
-    return so_far + (exercise.later if late else exercise.question)
+    late = place and "t" in axes and place[axes.index("t")] >= LATER
+    asked = exercise.later if exercise.later and late else exercise.question
+    if axes and not place:
+        asked = "Which axes should it have, and which dtype? Does one get lost on the way?"
+    elif torch.is_tensor(x) and not x.isfinite().all():
+        asked = "Is an exponent above 0 somewhere, a 0 divided by 0, or infinity taken from infinity?"
+    elif "gradient" in name:
+        asked = f"The results are right; is something cut off from its gradient, or written in place? {asked}"
+    return textwrap.fill(f"All is right with t = {listed(right)}. {asked}" if right else asked, 110)
 
 
 def words(call):
@@ -347,11 +349,10 @@ def listed(things):
 
 def start_text(exercise, function=None):
     """The file that a reader begins with; `function`: in place of the one without a body."""
-    lines, node = found(exercise.file, exercise.function)
-    tree = source(exercise.file)[1].body
-    used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} - {node.name}
-    imports = [ast.unparse(part) for part in tree if isinstance(part, (ast.Import, ast.ImportFrom)) and (
-        used | {"torch"}) & {name.asname or name.name for name in part.names}]
+    node, tree = found(exercise.file, exercise.function)[1], source(exercise.file)[1].body
+    used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} | {"torch", "triton", "tl"}
+    imports = [ast.unparse(part) for part in tree if isinstance(part, (ast.Import, ast.ImportFrom)) and used & {
+        name.asname or name.name for name in part.names}]
 
     def paragraph(title, *texts):
         return ["", title, "", *(textwrap.indent(text, "    ") for text in texts)] if any(texts) else []
@@ -360,10 +361,22 @@ def start_text(exercise, function=None):
         *paragraph(f"What {exercise.file} says above this part:", "\n\n".join(comments_above(exercise))),
         *paragraph("A call in the check, with the shapes of what goes in and of what is wanted:", example(exercise)),
         *paragraph("The lesson's own lines use these, which are there for you without an import:", *(
-            textwrap.fill(says(part), 110, subsequent_indent="    ") for part in tree
-            if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and part.name in used)),
+            textwrap.fill(name, 110, subsequent_indent="    ") for name in names_to_use(exercise, used))),
         "", f"    python exercises.py check {exercise.name}", '"""', *sorted(imports), "", "",
         function or without_body(exercise), ""])
+
+
+def names_to_use(exercise, used):
+    """The functions and classes of the lesson that its own lines name, with what their docstrings say first."""
+    node, parts = found(exercise.file, exercise.function)[1], source(exercise.file)[1].body
+    owner = found(exercise.file, exercise.function.split(".")[0])[1]
+    inside = {part.name: part for part in owner.body if isinstance(part, ast.FunctionDef)}
+    names = [says(part) for part in parts if isinstance(part, (ast.FunctionDef, ast.ClassDef)) and part.name in used
+             and part not in (node, owner)]
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute) and ast.unparse(part.value) in ("self", owner.name):
+            names.append(f"{ast.unparse(part.value)}.{says(inside[part.attr]) if part.attr in inside else part.attr}")
+    return list(dict.fromkeys(names))
 
 
 def comments_above(exercise):
@@ -383,28 +396,33 @@ def says(node):
 
 
 def example(exercise):
-    """The shapes of a call of the untouched function, as the check makes it; none for a part of a kernel."""
-    if exercise.file.startswith("kernels/"):
-        return ""
+    """The shapes of a call of the untouched function, as the check makes it."""
     calls, original = [], untouched(exercise.name)
     for name in exercise.function.split("."):
         original = getattr(original, name)
 
     def spy(*args, **more):
         y = original(*args, **more)
-        given = inspect.signature(original).bind(*args, **more).arguments
-        calls.append("\n".join([*(f"{name:10} {shape(x)}" for name, x in given.items() if name not in ("self", "ctx")),
-                                f"returns    {shape(y)}"]))
+        given = inspect.signature(getattr(original, "fn", original)).bind(*args, **more).arguments
+        lines = [f"{name:10} {shape(x)}" for name, x in given.items() if name not in ("self", "ctx")]
+        calls.append("\n".join(textwrap.fill(line, 110, subsequent_indent=" " * 11)
+                               for line in [*lines, f"returns    {shape(y)}"]))
         return y
+    spy.fn = spy                                                 # as Triton's scan in the interpreter calls it
     run(exercise.judges[0][1], copy_for(exercise, lambda names: spy), inputs_of(exercise, 5, exercise.cases[0]))
     return calls[0]
 
 
 def shape(x):
-    if torch.is_tensor(x):
-        return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+    """The shape and dtype of a tensor, or of all tensors in x; or x."""
+    if hasattr(x, "dtype") and hasattr(x, "shape"):
+        sizes = tuple(getattr(n, "value", n) for n in x.shape)                       # of Triton's: constexpr
+        return f"{sizes if sizes else 'one'} {x.dtype}".replace("torch.", "")
     if isinstance(x, (tuple, list)):
-        return f"{type(x).__name__ if hasattr(x, '_fields') else ''}({', '.join(map(shape, x))})"
+        parts = [shape(y) for y in x]
+        if hasattr(x, "_fields"):
+            parts = [f"{field}: {part}" for field, part in zip(x._fields, parts, strict=True)]
+        return f"{type(x).__name__ if hasattr(x, '_fields') else ''}({', '.join(parts)})"
     if isinstance(x, dict):
         return "{" + ", ".join(f"{name!r}: {shape(y)}" for name, y in x.items()) + "}"
     return getattr(x, "__name__", None) or repr(x)
@@ -564,8 +582,9 @@ EXERCISES = [
         "bonus", "02_linear_attention.py", "with_bonus", "RWKV reads before it writes: a bonus for the token itself",
         "o_t = q_t^T (S_{t-1} + diag(u) k_t v_t^T),   S_t = e^{g_t} * S_{t-1} + k_t v_t^T",
         "`form` reads after it writes. If it finds token t - 1 in the place of token t, what does it read? Which token "
-        "is missing from the state at the end?", f"{QKV} g:bhtd- bonus:1h1d state:bhde keys:bct values:bct w:c- u:c",
+        "is missing from the state at the end? And has g a time axis, or is it the same at all times?", f"{QKV} g:bhtd- bonus:1h1d state:bhde keys:bct values:bct w:c- u:c",
         [("bhte bhde", *(f"with_bonus({form}, q, k, v, g, bonus, state)" for form in ("recurrent", "parallel"))),
+         ("bhte bhde", "with_bonus(recurrent, q, k, v, g[:, :, :1], bonus, state)"),
          ("bct", "rwkv_ratio(keys, values, w, u)", "rwkv_parallel(keys, values, w, u, None)[0]")],
         cases=({}, {"state": None})),
     Exercise(
@@ -622,7 +641,8 @@ EXERCISES = [
         "The first lags are right: do the powers of a reach up to t - 1?"),
     Exercise(
         "gates", "03_ssm.py", "Mamba.gates", "selection: a, b and C made of the token",
-        "g = dt_t A with A = -e^{log_A},   k = dt_t B_t,   q = C_t: each broadcasts to (b, c, t, n)",
+        "g = dt_t A with A = -e^{self.log_A},   k = dt_t B_t,   q = C_t: each broadcasts to (b, c, t, n).\n"
+        "The signals s hold what the token says: dt is s.g, B is s.k, C is s.q; and A is (c, n)",
         "B and C lie as (b, n, t): where do time and state stand in (b, c, t, n)? Which of the three has dt?",
         "u:bWt dt:bWt+ B:bnt C:bnt x:btw",
         [("bWtn bWtn bWtn", "wide(mixer(Mamba, n_state=4).gates(Signals(u, dt, B, C)), dt)"),
