@@ -225,22 +225,20 @@ def inputs_of(exercise, t, case):
 
 
 def run(call, module, inputs):
-    """The results of a call, by name, and the gradients of a fixed function of them for each input that it uses."""
+    """The results of a call, and for each input that it uses the gradient of a fixed function of them."""
     inputs = {name: x.clone().requires_grad_() if torch.is_tensor(x) else x for name, x in inputs.items()}
     y = eval(call, vars(module) | HELPERS | inputs)
-    y = list(y) if isinstance(y, (tuple, list)) else [y]
-    names = [f"result {i + 1} of {len(y)}" for i in range(len(y))] if len(y) > 1 else ["the result"]
-    results = {name: torch.as_tensor(x) if isinstance(x, (bool, int, float)) else x
-               for name, x in zip(names, y, strict=True)}
+    y = [torch.as_tensor(x) if isinstance(x, (bool, int, float)) else x
+         for x in (y if isinstance(y, (tuple, list)) else [y])]
     numbers = [torch.view_as_real(x) if x.is_complex() else x for x in y if torch.is_tensor(x) and x.requires_grad]
-    loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in numbers)
     used = {name: x for name, x in inputs.items() if torch.is_tensor(x) and name in words(call)}
     gradients = [None] * len(used)
     if numbers and used:
+        loss = sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in numbers)
         gradients = torch.autograd.grad(loss, list(used.values()), allow_unused=True)
-    return ({name: x.detach() if torch.is_tensor(x) else x for name, x in results.items()},
-            {name: torch.zeros_like(used[name]) if grad is None else grad
-             for name, grad in zip(used, gradients, strict=True)})
+    gradients = {name: torch.zeros_like(x) if grad is None else grad
+                 for (name, x), grad in zip(used.items(), gradients, strict=True)}
+    return [x.detach() if torch.is_tensor(x) else x for x in y], gradients
 
 
 @functools.cache
@@ -258,9 +256,9 @@ def untouched(exercise_name):
 
 def difference(mine, its, axes, tolerance):
     """None and the largest difference; or the place that differs first in time, and the lines that say so."""
-    facts = [(tuple(x.shape), x.dtype) if torch.is_tensor(x) else (type(x).__name__, "") for x in (mine, its)]
-    if facts[0] != facts[1]:
-        one, other = (" of ".join(str(fact).removeprefix("torch.") for fact in f[::-1] if fact != "") for f in facts)
+    one, other = (f"{x.dtype} of {tuple(x.shape)}".removeprefix("torch.") if torch.is_tensor(x) else type(x).__name__
+                  for x in (mine, its))
+    if one != other:
         return (), f"    expected   {other}\n    found      {one}"
     wide = torch.promote_types(its.dtype, torch.float64)
     gap = torch.where(mine == its, 0, (mine.to(wide) - its.to(wide)).abs())
@@ -272,12 +270,12 @@ def difference(mine, its, axes, tolerance):
     place = tuple(place.tolist())
     named = sorted(((AXES[axis], i) for axis, i in zip(axes, place, strict=True) if axis in AXES),
                    key=lambda pair: pair[0] != "time")
-    one, other = mine[place].item(), its[place].item()
-    show = str if isinstance(its[place].item(), int) else "{:.6g}".format
-    off = "" if its.dtype == torch.bool else f"     off by {abs(one - other):.2g}"
     where = ", ".join(f"{name} {i}" for name, i in named) or "its only number"
+    one, other, off = mine[place].item(), its[place].item(), gap[place].item()
+    show = str if isinstance(other, int) else "{:.6g}".format if off > 1e-5 * abs(other) else "{:.14g}".format
     return place, (f"    where      {where}   (counted from 0; {len(places)} of {its.numel()} numbers differ)\n"
-                   f"    expected   {show(other)}\n    found      {show(one)}{off}")
+                   f"    expected   {show(other)}\n    found      {show(one)}"
+                   + ("" if isinstance(other, bool) else f"     off by {off:.2g}"))
 
 
 def judge(exercise, path):
@@ -285,7 +283,7 @@ def judge(exercise, path):
     make, complete = from_file(exercise, path)
     try:
         mine = copy_for(exercise, make)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Wrong(blame(error, path)) from None
     complete(mine)
     return max(judge_one(exercise, path, mine, t, i, j) for t in exercise.lengths for i in range(len(exercise.cases))
@@ -294,30 +292,36 @@ def judge(exercise, path):
 
 def judge_one(exercise, path, mine, t, i, j):
     """Each call with yours against the same call untouched; the first one, which runs yours, against all others too."""
-    largest, case, results_axes = 0.0, exercise.cases[i], exercise.judges[j][0].split()
-    input_axes = {name: axes.rstrip("".join(KINDS)) for name, axes in (p.split(":") for p in exercise.inputs.split())}
-    its = expected(exercise.name, t, i, j)
+    largest, case, its = 0.0, exercise.cases[i], expected(exercise.name, t, i, j)
+    tolerance = 3e-5 if exercise.file.startswith("kernels/") else 1e-9
     for call in its:
         here = f"{call}, with t = {t}" + "".join(f", {name} = {x}" for name, x in case.items() if name in words(call))
         try:
-            results, gradients = run(call, mine, inputs_of(exercise, t, case))
-        except Exception as error:
+            found = run(call, mine, inputs_of(exercise, t, case))
+        except (Exception, SystemExit) as error:
             raise Wrong(f"{blame(error, path)}\n    in         {here}") from None
         for other in its if call == exercise.judges[j][1] else (call,):
-            if len(results) != len(its[other][0]):
-                raise Wrong(f"there should be {len(its[other][0])} result(s), not {len(results)}.\n    in    {here}")
-            pairs = [(name, x, y, axes.strip("-")) for (name, x), y, axes in zip(
-                results.items(), its[other][0].values(), results_axes, strict=True)]
-            pairs += [(f"the gradient for {name}", gradients.get(name), y, input_axes[name])
-                      for name, y in its[other][1].items() if name in gradients]
-            for name, x, y, axes in pairs:
-                place, says = difference(x, y, axes, 3e-5 if exercise.file.startswith("kernels/") else 1e-9)
-                if place is not None:
-                    judge_by = "" if other == call else f"\n    judged by  {other}"
-                    raise Wrong(f"not equal yet.\n\n    in         {here}\n    what       {name}{judge_by}\n{says}\n\n"
-                                + question(exercise, t, name, x, place, axes))
-                largest = max(largest, says)
+            for what, x, y, axes in side_by_side(exercise, exercise.judges[j][0].split(), found, its[other]):
+                place, says = difference(x, y, axes, tolerance)
+                if place is None:
+                    largest = max(largest, says)
+                    continue
+                judged_by = "" if other == call else f"\n    judged by  {other}"
+                raise Wrong(f"not equal yet.\n\n    in         {here}\n    what       {what}{judged_by}\n{says}\n\n"
+                            + question(exercise, t, what, x, place, axes))
     return largest
+
+
+def side_by_side(exercise, axes, mine, its):
+    """What to compare of two runs: its name, yours, the lesson's, the axes."""
+    (one, gradients), (other, their_gradients) = mine, its
+    if len(one) != len(other):
+        yield "the number of results", torch.tensor(len(one)), torch.tensor(len(other)), ""
+    for i, (x, y) in enumerate(zip(one, other, strict=True)):
+        yield f"result {i + 1} of {len(other)}" if len(other) > 1 else "the result", x, y, axes[i].strip("-")
+    letters = dict(part.rstrip("".join(KINDS)).split(":") for part in exercise.inputs.split())
+    for name in (name for name in their_gradients if name in gradients):
+        yield f"the gradient for {name}", gradients[name], their_gradients[name], letters[name]
 
 
 def question(exercise, t, name, x, place, axes):
@@ -582,7 +586,8 @@ EXERCISES = [
         "bonus", "02_linear_attention.py", "with_bonus", "RWKV reads before it writes: a bonus for the token itself",
         "o_t = q_t^T (S_{t-1} + diag(u) k_t v_t^T),   S_t = e^{g_t} * S_{t-1} + k_t v_t^T",
         "`form` reads after it writes. If it finds token t - 1 in the place of token t, what does it read? Which token "
-        "is missing from the state at the end? And has g a time axis, or is it the same at all times?", f"{QKV} g:bhtd- bonus:1h1d state:bhde keys:bct values:bct w:c- u:c",
+        "is missing from the state at the end? And has g a time axis, or is it the same at all times?",
+        f"{QKV} g:bhtd- bonus:1h1d state:bhde keys:bct values:bct w:c- u:c",
         [("bhte bhde", *(f"with_bonus({form}, q, k, v, g, bonus, state)" for form in ("recurrent", "parallel"))),
          ("bhte bhde", "with_bonus(recurrent, q, k, v, g[:, :, :1], bonus, state)"),
          ("bct", "rwkv_ratio(keys, values, w, u)", "rwkv_parallel(keys, values, w, u, None)[0]")],
