@@ -51,9 +51,9 @@ FOLDER = ROOT / "my_exercises"
 def start_text(exercise, function=None):
     """The file that a reader begins with; `function`: in place of the one without a body."""
     node, tree = found(exercise.file, exercise.function)[1], source(exercise.file)[1].body
-    used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} | {"torch", "triton", "tl"}
-    imports = [ast.unparse(part) for part in tree if isinstance(part, (ast.Import, ast.ImportFrom)) and used & {
-        name.asname or name.name for name in part.names}]
+    used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    imports = [ast.unparse(part) for part in tree if isinstance(part, (ast.Import, ast.ImportFrom)) and (
+        used | {"torch", "triton", "tl"}) & {name.asname or name.name for name in part.names}]
 
     def paragraph(title, *texts):
         return ["", title, "", *(textwrap.indent(text, "    ") for text in texts)] if any(texts) else []

@@ -167,6 +167,21 @@ def test_a_file_is_never_overwritten(folder, capsys):
     assert "stays as it is" in refused(capsys, "start", "scan") and (folder / "scan.py").read_text() == "mine"
 
 
+def test_a_file_names_what_the_lessons_lines_use_and_no_more(folder):
+    for name in ("bonus", "lookup", "triton_state"):
+        if not name.startswith("triton") or INTERPRETED:
+            main(["start", name])
+    text = (folder / "bonus.py").read_text()
+    assert "    gates(g, q): g with a time axis of its own" in text and "    triton(" not in text
+    assert "import torch.nn.functional as F" in text and "import triton" not in text and "import math" not in text
+    text = (folder / "lookup.py").read_text()
+    assert "    normalised(o)" in text and "    self.phi\n" in text
+    if INTERPRETED:
+        text = (folder / "triton_state.py").read_text()
+        assert "import triton.language as tl" in text and "    upto(g, like," in text
+        assert "S          (64, 64) fp32" in text and "@triton.jit\ndef absorb" in text
+
+
 def test_only_the_loop_of_flash_attention_is_taken_out(folder):
     main(["start", "rescaling"])
     text = (folder / "rescaling.py").read_text()
