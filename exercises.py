@@ -172,7 +172,8 @@ EXERCISES = [
         "Does a token see itself, and the one after it? If s is above t, where does target 0 stand?", QKV,
         [("ts", "visible(t, t, window)"), ("ts", "visible(t, t + 3, window)"),
          ("b1ts", "visible(t, t, window, padded(q))"),
-         ("ts", "visible(t, t, window, rows=slice(t // 2, t), cols=slice(0, t // 2 + 1))"), ATTENTION], cases=WINDOWS),
+         ("b1ts", "visible(t, t, window, padded(q), None, slice(t // 2, t), slice(0, t // 2 + 1))"), ATTENTION],
+        cases=WINDOWS),
     Exercise(
         "rope", "01_attention.py", "rope", "rotary positions: turn pairs by an angle that grows with the position",
         "(x_i, x_{i + d/2}) -> (x_i cos - x_{i + d/2} sin, x_{i + d/2} cos + x_i sin) of the angle p base^(-2i/d)",

@@ -102,6 +102,35 @@ def test_three_mistakes_are_told_their_place(name, tmp_path):
         assert re.search(f"{PLACE}|{OUTSIDE}", str(error.value)), f"{wrong}: {error.value}"
 
 
+# Right as well, but not as the lesson has it.
+OTHER_WAYS = {
+    "products": "squares = [x[..., i] ** 2 for i in range(x.shape[-1])]\n"
+                "    pairs = torch.combinations(torch.arange(x.shape[-1]))\n"
+                "    return torch.stack(squares + [2 ** 0.5 * x[..., i] * x[..., j] for i, j in pairs], dim=-1)",
+    "chunks": "g, o = gates(g, q), []\n    for i in range(0, q.shape[2], 7):\n        part, state = block("
+              "*(x[:, :, i:i + 7] for x in (q, k, v, g, *more)), state=state)\n        o.append(part)\n"
+              "    return torch.cat(o, dim=2), state",
+    "loop": "h, states = 0 * b[:, :, 0] if h is None else h, []\n    for t in range(b.shape[2]):\n"
+            "        states.append(h := a[:, :, t] * h + b[:, :, t])\n    return torch.stack(states, dim=2)",
+    "padding": "n = 2 ** (2 * u.shape[-1]).bit_length()\n"
+               "    return torch.fft.ifft(torch.fft.fft(u, n) * torch.fft.fft(K, n)).real[..., :u.shape[-1]]",
+    "kernel": "a_l = torch.exp(g[0, :, 0, :, None] * torch.arange(t))\n"
+              "    return torch.einsum('cn,cnt->ct', (q * k)[0, :, 0], a_l)",
+    "woodbury": "A = torch.diag(Lambda) - torch.outer(P, P.conj())\n"
+                "    r = (2 / dt[:, None] * (1 - w) / (1 + w))[..., None, None]\n"
+                "    R = torch.linalg.inv(r * torch.eye(len(P), dtype=P.dtype) - A)\n"
+                "    return 2 / (1 + w) * torch.einsum('cn,ctnm,m->ct', shortened(a, C, len(w)), R, B)",
+    "triton_mask": "back = targets - sources\n    return (back < 0) | (back >= window)",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name.values[0] in OTHER_WAYS])
+def test_another_way_to_write_it_passes(name, tmp_path):
+    path = written(tmp_path, NAMES[name])
+    path.write_text(path.read_text().replace("raise NotImplementedError", OTHER_WAYS[name]))
+    assert judge(NAMES[name], path) < 1e-4
+
+
 # --------------------------------------------------------------------------------------------------- what a reader sees
 
 
