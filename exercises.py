@@ -411,6 +411,9 @@ def start(exercise):
 def check(exercise, file, limit):
     """Prints what the judge says. Is the reader's function equal?"""
     path, expired = Path(file) if file else FOLDER / f"{exercise.name}.py", []
+    if not path.exists():
+        begin = "" if file else f": python exercises.py start {exercise.name} writes it"
+        raise BadInput(f"{shown(path)} does not exist{begin}")
     watch = threading.Timer(limit, lambda: (expired.append(True), _thread.interrupt_main()))
     watch.daemon = True
     watch.start()
