@@ -1,0 +1,552 @@
+"""The delta rule, with no decay, one number for each token, or one for each key channel: DeltaNet [Yang et al. 2024,
+arXiv:2406.06484], gated DeltaNet [2412.06464] and Kimi Delta Attention [2510.26692].
+
+    S' = e^{g_t} S_{t-1}      N_t = v_t - k_t^T S'      S_t = S' + beta_t k_t N_t^T      o_t = q_t^T S_t
+
+N is what is new in v: what the state does not yet hold under k. (Lesson 02's D is beta N; other names are lesson
+02's.) Over a chunk of 64 tokens that begins in the state S, with G the sum of g from its start, up to and including
+its row, and `whole` that of all its rows,
+
+    A_ts = (k_t . k_s) e^{G_t - G_s} beta_s, s < t        P_ts = (q_t . k_s) e^{G_t - G_s} beta_s, s <= t
+    (1 + A) N = V - e^G K S                               K' = beta e^{whole - G} K
+    O = P N + e^G Q S                                     S <- e^{whole} S + K'^T N
+
+so N = U - W S with U = (1 + A)^-1 V and W = (1 + A)^-1 e^G K, neither of which knows the state. Put in, a chunk is an
+affine map of the state, made of four small matrices:
+
+    O = P U + (e^G Q - P W) S = O' + Q' S                 S <- e^{whole} S + K'^T U - K'^T W S = e^{whole} S + B + F S
+
+Three kernels: maps() makes Q', O', F and B of all chunks at once; walk() goes from chunk to chunk, two products each,
+one of which the next chunk waits for. The gradient of the state goes back as R <- e^{whole} R + F^T R + Q'^T dO, and
+then gradients() makes those of all chunks at once.
+
+(1 + A)^-1 is found on chip by blocks: that of [[a, 0], [c, b]] is [[a^-1, 0], [-b^-1 c a^-1, b^-1]], so from blocks of
+1 to 2, 4, ... 64, all of a size in two products. (A power series would be as short, but its terms can grow to 10^18.)
+With a decay of each channel the pairs (t, s) are parted by the same cuts: at each, e^{G_t - G_s} is e^{G_t - G_cut}
+e^{G_cut - G_s}, and no exponent is above 0 (kernels.gla).
+
+Bytes for a token and head, d = e = 64 in bfloat16: 512 for q, k, v and o; each of the four matrices is 128, written
+and read, so 1536 in all; with gradients 4000. FLOPs: 20 products of 64 x 64 x 64 for a chunk, 0.12 ms of an H100 for
+32768 tokens and 16 heads, where the bytes take 0.27. What bounds it is neither, but waiting: in maps() each product
+needs the one before, and in walk() each chunk.
+
+    python -m kernels.delta_rule [--peers]      check, then a table; with --peers beside flash-linear-attention's
+"""
+import sys
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernels.tiles import (
+    check_dtypes,
+    differentiable_gradients,
+    in_one_piece,
+    load,
+    place,
+    shared_memory,
+    store,
+    without_zeros,
+)
+
+CHUNK = 64
+
+
+def cuts(n, device):
+    """For n tokens, at each cut h = 1, 2, 4, ...: the row before the cut of each token's own block of 2h, and which
+    pairs (t, s) it parts."""
+    i = torch.arange(n, device=device)
+    t, s, h = i[:, None], i[None, :], 1
+    while h < n:
+        yield (i // (2 * h) * 2 * h + h - 1).clamp(max=n - 1), (t // h == s // h + 1) & (t // h % 2 == 1)
+        h *= 2
+
+
+def reference(q, k, v, g, beta, state=None):
+    """The kernels' loops: all that a chunk does, then the walk; in 16 bits, what is added up is in float32, and what
+    is multiplied is not. q, k: (b, h, t, d), v: (b, h, t, e), g: log decay (b, h, t, 1 or d) or None, beta: (b, h, t,
+    1), state: (b, h, d, e) or None. Returns o: (b, h, t, e) and the state after."""
+    more, o = torch.promote_types(q.dtype, torch.float32), []
+    S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=more) if state is None else state
+    g = q.new_zeros(*q.shape[:3], 1, dtype=more) if g is None else g
+    for i in range(0, q.shape[2], CHUNK):
+        q_i, k_i, v_i, g_i, beta_i = (x[:, :, i:i + CHUNK] for x in (q, k, v, g, beta))
+        G = g_i.cumsum(dim=2)
+        whole = G[:, :, -1:]
+        P = (q_i * k_i).sum(dim=-1).to(more).diag_embed()
+        A = torch.zeros_like(P)
+        inverse = torch.eye(G.shape[2], dtype=more, device=q.device)
+        for at, pairs in cuts(G.shape[2], q.device):
+            E = (G - G[:, :, at]).abs().neg().exp()
+            q_E, k_E = (q_i * E).to(q.dtype), (k_i * E).to(q.dtype)
+            P, A = P + pairs * (q_E @ k_E.mT), A + pairs * (k_E @ k_E.mT)
+        P, A = P * beta_i.mT, A * beta_i.mT
+        for _, pairs in cuts(G.shape[2], q.device):
+            inverse = inverse - inverse @ (A * pairs) @ inverse
+        P, inverse = P.to(q.dtype), inverse.to(q.dtype)
+        write = (k_i * (whole - G).exp() * beta_i).to(q.dtype)                               # K'
+        U, W = inverse @ v_i, inverse @ (k_i * G.exp()).to(q.dtype)
+        read, forget = (q_i * G.exp() - P @ W).to(q.dtype), -write.mT @ W                    # Q', F
+        o.append(P @ U + read @ S.to(q.dtype))
+        S = whole.exp().mT * S + write.mT @ U + forget @ S.to(q.dtype)
+    return torch.cat(o, dim=2), S
+
+
+@triton.jit
+def decays(g, b_h, rows, d, T, H, D: tl.constexpr, VECTOR: tl.constexpr):
+    """G, and `whole` - G, of a chunk: (C, 64) or (C, 1); and `whole`: (64,) or a number. A decay by less than e^-40 is
+    made one by e^-40: nothing, too, but it costs the sums that go over it fewer digits."""
+    if VECTOR:
+        g_i = tl.maximum(load(g + place(b_h, H, H, T, D), rows, d, T, H * D, 64), -40.0)
+        G, whole = tl.cumsum(g_i, axis=0), tl.sum(g_i, axis=0)
+        left = tl.minimum(whole[None, :] - G, 0.0)
+    else:
+        g_i = tl.maximum(tl.load(g + place(b_h, H, H, T, 1) + rows * H, mask=rows < T, other=0.0), -40.0)
+        G, whole = tl.cumsum(g_i)[:, None], tl.sum(g_i)
+        left = tl.minimum(whole - G, 0.0)
+    return G, left, whole
+
+
+@triton.jit
+def pairs_at(level, C: tl.constexpr):
+    """The pairs (t, s) that the cut h = 2^level parts, as cuts() yields them: s in a block of h, t in the odd next."""
+    block = tl.arange(0, C) >> level
+    return tl.where(block % 2 == 1, block - 1, -1)[:, None] == block[None, :]
+
+
+@triton.jit
+def decay_to(level, G, C: tl.constexpr):
+    """From each token to the cut of its block, or from the cut to it."""
+    t, h = tl.arange(0, C)[:, None], 1 << level
+    at = (t & -(2 * h)) + h - 1
+    return tl.exp(-tl.abs(G - tl.gather(G, tl.broadcast_to(at, G.shape), axis=0)))
+
+
+@triton.jit
+def decay_between(G):
+    """e^{G_t - G_s} for s <= t, of one decay for all channels; elsewhere 1."""
+    return tl.exp(tl.minimum(G - tl.trans(G), 0.0))
+
+
+@triton.jit
+def scores(P, A, q, k, G, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Add these channels' (q_t . k_s) e^{G_t - G_s} for s <= t, and (k_t . k_s) e^{G_t - G_s} for s < t; what they say
+    of other pairs means nothing."""
+    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    if VECTOR:
+        P += tl.where(t == s, tl.sum(q.to(tl.float32) * k, axis=1)[:, None], 0.0)
+        for level in range(LEVELS):
+            E, pairs = decay_to(level, G, C), pairs_at(level, C)
+            q_E, k_E = (q * E).to(q.dtype), (k * E).to(k.dtype)
+            P += tl.where(pairs, tl.dot(q_E, tl.trans(k_E), input_precision=PRECISION), 0.0)
+            A += tl.where(pairs, tl.dot(k_E, tl.trans(k_E), input_precision=PRECISION), 0.0)
+    else:
+        E = decay_between(G)
+        P += tl.dot(q, tl.trans(k), input_precision=PRECISION) * E
+        A += tl.dot(k, tl.trans(k), input_precision=PRECISION) * E
+    return P, A
+
+
+@triton.jit
+def inverse_of(A, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
+    """(1 + A)^-1 for A below the diagonal: from the inverses of blocks of 2^level to those of blocks twice as large.
+    What is multiplied has 11 bits (float16; in float32, all)."""
+    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    inverse = tl.where(t == s, 1.0, 0.0) - tl.where(pairs_at(0, C), A, 0.0)
+    digits = tl.float32 if PRECISION == "ieee" else tl.float16
+    A = (-A).to(digits)
+    for level in range(1, LEVELS):
+        blocks = inverse.to(digits)
+        between = tl.dot(tl.where(pairs_at(level, C), A, 0.0).to(digits), blocks, input_precision=PRECISION)
+        inverse = tl.dot(blocks, between.to(digits), acc=inverse, input_precision=PRECISION)
+    return inverse
+
+
+@triton.jit
+def matrix(x, n, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Pointers to these rows and columns of matrix n of many in one piece, ROWS x COLS each."""
+    return x + n * ROWS * COLS + rows[:, None] * COLS + cols[None, :]
+
+
+@triton.jit
+def put(at, x):
+    tl.store(at, x.to(at.dtype.element_ty))
+
+
+@triton.jit
+def maps_kernel(q, k, v, g, beta, read, add, forget, give, total, P_, inverse_, T, H, D: tl.constexpr, E: tl.constexpr,
+                C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Of each chunk Q' (read), O' (add), F (forget), B (give), the sum of g, and P and (1 + A)^-1 for the backward;
+    64 key channels at a time."""
+    chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    n = b_h * tl.num_programs(1) + chunk
+    i, e = tl.arange(0, C), tl.arange(0, E)
+    rows, key, value = chunk * C + i, place(b_h, H, H, T, D), place(b_h, H, H, T, E)
+    beta_i = tl.load(beta + place(b_h, H, H, T, 1) + rows * H, mask=rows < T, other=0.0).to(tl.float32)
+    P, A = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
+    for first in range(0, D, 64):
+        d = first + tl.arange(0, 64)
+        G, _, whole = decays(g, b_h, rows, d, T, H, D, VECTOR)
+        P, A = scores(P, A, load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64), G, C, LEVELS,
+                      VECTOR, PRECISION)
+        if VECTOR:
+            tl.store(total + n * D + d, whole)
+        else:
+            tl.store(total + n, whole)
+    P = tl.where(i[:, None] >= i[None, :], P * beta_i[None, :], 0.0).to(q.dtype.element_ty)
+    inverse = inverse_of(A * beta_i[None, :], C, LEVELS, PRECISION).to(P.dtype)
+    if P_ is not None:
+        put(matrix(P_, n, i, i, C, C), P)
+        put(matrix(inverse_, n, i, i, C, C), inverse)
+    U = tl.dot(inverse, load(v + value, rows, e, T, H * E, E), input_precision=PRECISION).to(P.dtype)
+    put(matrix(add, n, i, e, C, E), tl.dot(P, U, input_precision=PRECISION))
+    for first in range(0, D, 64):
+        d = first + tl.arange(0, 64)
+        G, left, _ = decays(g, b_h, rows, d, T, H, D, VECTOR)
+        known = (load(k + key, rows, d, T, H * D, 64) * tl.exp(G)).to(P.dtype)
+        W = tl.dot(inverse, known, input_precision=PRECISION).to(P.dtype)
+        put(matrix(read, n, i, d, C, D),
+            load(q + key, rows, d, T, H * D, 64) * tl.exp(G) - tl.dot(P, W, input_precision=PRECISION))
+        for start in range(0, D, 64):
+            r = start + tl.arange(0, 64)
+            if D > 64:
+                _, left, _ = decays(g, b_h, rows, r, T, H, D, VECTOR)
+            k_r = load(k + key, rows, r, T, H * D, 64)
+            write = tl.trans((k_r * tl.exp(left) * beta_i[:, None]).to(P.dtype))
+            put(matrix(forget, n, r, d, D, D), -tl.dot(write, W, input_precision=PRECISION))
+            if first == 0:
+                put(matrix(give, n, r, e, D, E), tl.dot(write, U, input_precision=PRECISION))
+
+
+@triton.jit
+def whole_of(total, n, d, D: tl.constexpr, VECTOR: tl.constexpr):
+    """e^{whole} of chunk n: (D, 1) or a number."""
+    return tl.exp(tl.load(total + n * D + d))[:, None] if VECTOR else tl.exp(tl.load(total + n))
+
+
+@triton.jit
+def walk_kernel(read, add, forget, give, total, S0, o, states, S_T, T, H, D: tl.constexpr, E: tl.constexpr,
+                BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr,
+                PRECISION: tl.constexpr):
+    """O = O' + Q' S,  S <- e^{whole} S + B + F S: a program takes a block of the state's columns through the chunks,
+    and leaves the state before each in `states`."""
+    b_h, i, d, e = tl.program_id(0).to(tl.int64), tl.arange(0, C), tl.arange(0, D), tl.arange(0, BE)
+    e += tl.program_id(1) * BE
+    o += place(b_h, H, H, T, E)
+    chunks = tl.cdiv(T, C)
+    S = tl.zeros((D, BE), tl.float32)
+    if S0 is not None:
+        S += tl.load(matrix(S0, b_h, d, e, D, E))
+    for chunk in range(chunks):
+        n = b_h * chunks + chunk
+        S_i = S.to(read.dtype.element_ty)
+        if states is not None:
+            put(matrix(states, n, d, e, D, E), S_i)
+        o_i = tl.dot(tl.load(matrix(read, n, i, d, C, D)), S_i, input_precision=PRECISION)
+        o_i += tl.load(matrix(add, n, i, e, C, E)).to(tl.float32)
+        store(o, o_i, chunk * C + i, e, T, H * E, E)
+        S = S * whole_of(total, n, d, D, VECTOR) + tl.load(matrix(give, n, d, e, D, E)).to(tl.float32)
+        S = tl.dot(tl.load(matrix(forget, n, d, d, D, D)), S_i, acc=S, input_precision=PRECISION)
+    tl.store(matrix(S_T, b_h, d, e, D, E), S)
+
+
+@triton.jit
+def walk_back_kernel(read, forget, total, do, dS_T, dstates, dS0, T, H, D: tl.constexpr, E: tl.constexpr,
+                     BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr,
+                     PRECISION: tl.constexpr):
+    """R <- e^{whole} R + F^T R + Q'^T dO, and the gradient of the state after each chunk in `dstates`."""
+    b_h, i, d, e = tl.program_id(0).to(tl.int64), tl.arange(0, C), tl.arange(0, D), tl.arange(0, BE)
+    e += tl.program_id(1) * BE
+    do += place(b_h, H, H, T, E)
+    chunks = tl.cdiv(T, C)
+    R = tl.zeros((D, BE), tl.float32)
+    if dS_T is not None:
+        R += tl.load(matrix(dS_T, b_h, d, e, D, E))
+    for step in range(chunks):
+        chunk = chunks - 1 - step
+        n = b_h * chunks + chunk
+        R_i = R.to(read.dtype.element_ty)
+        put(matrix(dstates, n, d, e, D, E), R_i)
+        do_i, read_i = load(do, chunk * C + i, e, T, H * E, E), tl.load(matrix(read, n, i, d, C, D))
+        R = tl.dot(tl.trans(read_i), do_i, acc=R * whole_of(total, n, d, D, VECTOR), input_precision=PRECISION)
+        R = tl.dot(tl.trans(tl.load(matrix(forget, n, d, d, D, D))), R_i, acc=R, input_precision=PRECISION)
+    if dS0 is not None:
+        tl.store(matrix(dS0, b_h, d, e, D, E), R)
+
+
+@triton.jit
+def gradients_kernel(q, k, v, g, beta, do, P_, inverse_, states, dstates, dq, dk, dv, dg, dbeta, T, H, D: tl.constexpr,
+                     E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
+                     PRECISION: tl.constexpr):
+    """Of each chunk, from the state S before it and the gradient R of the state after it:
+
+        N = (1 + A)^-1 (V - e^G K S)      dN = P^T dO + K' R        dV = (1 + A)^-T dN
+        dP_ts = do_t . N_s                dA_ts = - dv_t . N_s
+
+    A key is a source in P, A and K', where beta stands beside it (`written`: the gradient of beta k), and a target in A
+    and e^G K. beta's gradient is k . written, and g's the sum from t on of q dq + k dk (target) - k dk (source)."""
+    chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    n = b_h * tl.num_programs(1) + chunk
+    i, e = tl.arange(0, C), tl.arange(0, E)
+    t, s, rows, one = i[:, None], i[None, :], chunk * C + i, place(b_h, H, H, T, 1)
+    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
+    beta_i = tl.load(beta + one + rows * H, mask=rows < T, other=0.0).to(tl.float32)[:, None]
+    do_i, inverse = load(do + value, rows, e, T, H * E, E), tl.load(matrix(inverse_, n, i, i, C, C))
+    dN = tl.dot(tl.trans(tl.load(matrix(P_, n, i, i, C, C))), do_i, input_precision=PRECISION)
+    known_S = tl.zeros((C, E), tl.float32)
+    for first in range(0, D, 64):
+        d = first + tl.arange(0, 64)
+        k_i = load(k + key, rows, d, T, H * D, 64)
+        G, left, _ = decays(g, b_h, rows, d, T, H, D, VECTOR)
+        known, write = (k_i * tl.exp(G)).to(k_i.dtype), (k_i * tl.exp(left) * beta_i).to(k_i.dtype)
+        known_S = tl.dot(known, tl.load(matrix(states, n, d, e, D, E)), acc=known_S, input_precision=PRECISION)
+        dN = tl.dot(write, tl.load(matrix(dstates, n, d, e, D, E)), acc=dN, input_precision=PRECISION)
+    dv_i = tl.dot(tl.trans(inverse), dN.to(do_i.dtype), input_precision=PRECISION).to(do_i.dtype)
+    store(dv + value, dv_i, rows, e, T, H * E, E)
+    new = (load(v + value, rows, e, T, H * E, E) - known_S).to(do_i.dtype)
+    N = tl.dot(inverse, new, input_precision=PRECISION).to(do_i.dtype)
+    dP = tl.dot(do_i, tl.trans(N), input_precision=PRECISION)
+    dA = -tl.dot(dv_i, tl.trans(N), input_precision=PRECISION)
+    own = tl.sum(tl.where(t == s, dP, 0.0), axis=1)[:, None]
+    if not VECTOR:
+        G, _, _ = decays(g, b_h, rows, e, T, H, D, VECTOR)
+        dP *= decay_between(G)
+        dA *= decay_between(G)
+    dP, dA = tl.where(t >= s, dP, 0.0).to(do_i.dtype), tl.where(t > s, dA, 0.0).to(do_i.dtype)
+    dbeta_i, x_sum, after_sum = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), 0.0
+    for first in range(0, D, 64):
+        d = first + tl.arange(0, 64)
+        q_i, k_i = load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64)
+        S, R = tl.load(matrix(states, n, d, e, D, E)), tl.load(matrix(dstates, n, d, e, D, E))
+        G, left, whole = decays(g, b_h, rows, d, T, H, D, VECTOR)
+        written = tl.exp(left) * tl.dot(N, tl.trans(R), input_precision=PRECISION)
+        after = tl.exp(whole) * tl.sum(S.to(tl.float32) * R, axis=1) + tl.sum(k_i * written * beta_i, axis=0)
+        if VECTOR:
+            written += own * q_i
+            for level in range(LEVELS):
+                decay, pairs = decay_to(level, G, C), pairs_at(level, C)
+                q_E, k_E = (q_i * decay).to(q_i.dtype), (k_i * decay).to(q_i.dtype)
+                w = tl.dot(tl.trans(tl.where(pairs, dP, 0.0)), q_E, input_precision=PRECISION)
+                w = tl.dot(tl.trans(tl.where(pairs, dA, 0.0)), k_E, acc=w, input_precision=PRECISION)
+                written += decay * w
+        else:
+            written = tl.dot(tl.trans(dP), q_i, acc=written, input_precision=PRECISION)
+            written = tl.dot(tl.trans(dA), k_i, acc=written, input_precision=PRECISION)
+        dbeta_i += tl.sum(k_i * written, axis=1)
+        written *= beta_i
+        dq_i = tl.exp(G) * tl.dot(do_i, tl.trans(S), input_precision=PRECISION)
+        target = -tl.exp(G) * tl.dot(dv_i, tl.trans(S), input_precision=PRECISION)
+        if VECTOR:
+            dq_i += own * beta_i * k_i
+            for level in range(LEVELS):
+                decay, pairs = decay_to(level, G, C), pairs_at(level, C)
+                source = (k_i * decay * beta_i).to(k_i.dtype)
+                dq_i += decay * tl.dot(tl.where(pairs, dP, 0.0), source, input_precision=PRECISION)
+                target += decay * tl.dot(tl.where(pairs, dA, 0.0), source, input_precision=PRECISION)
+        else:
+            source = (k_i * beta_i).to(k_i.dtype)
+            dq_i = tl.dot(dP, source, acc=dq_i, input_precision=PRECISION)
+            target = tl.dot(dA, source, acc=target, input_precision=PRECISION)
+        store(dq + key, dq_i, rows, d, T, H * D, D)
+        store(dk + key, target + written, rows, d, T, H * D, D)
+        x = q_i * dq_i + k_i * (target - written)
+        if VECTOR:
+            store(dg + key, tl.cumsum(x, axis=0, reverse=True) + after[None, :], rows, d, T, H * D, D)
+        else:
+            x_sum += tl.sum(x, axis=1)
+            after_sum += tl.sum(after)
+    tl.store(dbeta + one + rows * H, dbeta_i, mask=rows < T)
+    if not VECTOR:
+        tl.store(dg + one + rows * H, tl.cumsum(x_sum, axis=0, reverse=True) + after_sum, mask=rows < T)
+
+
+def settings(q, v, g):
+    """Sizes and launch options, of the kernels for all chunks at once and of the walks; the grid of the former. Tiles
+    are 64 wide but for the walks': with narrower ones, Triton 3.6 makes wrong gradients of 16-bit inputs."""
+    (b, t, h, d), e = q.shape, v.shape[-1]
+    sizes = {"D": d, "E": e, "C": CHUNK, "VECTOR": g.shape[-1] > 1, "PRECISION": "tf32", "num_warps": 4}
+    walk = {"BE": 32, "num_stages": 3 if d <= 64 else 2 if shared_memory(q.device) > 120000 else 1}
+    if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
+        sizes |= {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8}
+        walk["num_stages"] = 3 if d <= 64 else 1
+    chunks = {"LEVELS": sizes["C"].bit_length() - 1, "num_stages": 1}
+    return sizes | chunks, sizes | walk, (b * h, triton.cdiv(t, sizes["C"]))
+
+
+def maps(q, k, v, g, beta, sizes, grid, keep):
+    """What each chunk does: Q', O', F, B and the sum of g; with `keep` P and (1 + A)^-1, else None for these two."""
+    C, d, e = sizes["C"], sizes["D"], sizes["E"]
+    read, add, forget, give = (q.new_empty(*grid, *shape) for shape in ((C, d), (C, e), (d, d), (d, e)))
+    total = torch.empty(*grid, g.shape[-1], device=q.device)
+    P, inverse = (q.new_empty(*grid, C, C) if keep else None for _ in range(2))
+    maps_kernel[grid](q, k, v, g, beta, read, add, forget, give, total, P, inverse, *q.shape[1:3], **sizes)
+    return read, add, forget, give, total, P, inverse
+
+
+def twin(q, k, v, g, beta, state):
+    """The reference for tensors as DeltaRule has them."""
+    o, S = reference(*(x.transpose(1, 2) for x in (q, k, v, g, beta)), state)
+    return o.transpose(1, 2), S
+
+
+class DeltaRule(torch.autograd.Function):
+    """q, k, v: (b, t, h, d) in one piece; g: the same or (b, t, h, 1), float32; beta: (b, t, h, 1)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g, beta, S0, keep):
+        sizes, walk, grid = settings(q, v, g)
+        (b, t, h, d), e = q.shape, v.shape[-1]
+        read, add, forget, give, total, P, inverse = maps(q, k, v, g, beta, sizes, grid, keep)
+        o, S_T = torch.empty_like(v), torch.empty(b, h, d, e, device=q.device)
+        states = torch.empty_like(give) if keep else None
+        walk_kernel[grid[0], e // walk["BE"]](read, add, forget, give, total, S0, o, states, S_T, t, h, **walk)
+        ctx.save_for_backward(q, k, v, g, beta, S0, read, forget, total, P, inverse, states)
+        ctx.set_materialize_grads(False)
+        return o, S_T
+
+    @staticmethod
+    def backward(ctx, do, dS_T):
+        q, k, v, g, beta, S0, read, forget, total, P, inverse, states = ctx.saved_tensors
+        if torch.is_grad_enabled():                              # a gradient of the gradient may be asked for
+            return *differentiable_gradients(twin, (q, k, v, g, beta, S0), (do, dS_T)), None
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        dS_T = None if dS_T is None else dS_T.contiguous()
+        sizes, walk, grid = settings(q, v, g)
+        shape, dstates, dS0 = q.shape[1:3], torch.empty_like(states), None if S0 is None else torch.empty_like(S0)
+        columns = (grid[0], v.shape[-1] // walk["BE"])
+        walk_back_kernel[columns](read, forget, total, do, dS_T, dstates, dS0, *shape, **walk)
+        dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
+        gradients_kernel[grid](q, k, v, g, beta, do, P, inverse, states, dstates, dq, dk, dv, dg, dbeta, *shape,
+                               **sizes)
+        return dq, dk, dv, dg, dbeta, dS0, None
+
+
+def delta_rule(q, k, v, g, beta, state=None):
+    """The recurrence at the top of this file: lesson 02's delta rule, all tokens.
+
+    q, k: (b, h, t, d), v: (b, h, t, e), of one dtype, float32 or 16 bits; g: log decay, at most 0, four axes that
+    broadcast to (b, h, t, 1) or (b, h, t, d), or None; beta: (b, h, t, 1); state: (b, h, d, e) or None. Keys should be
+    of length 1, or so short that beta |k|^2 is at most 2: what is longer makes the state grow. Returns o: (b, h, t, e)
+    and the state, float32. ValueError for more than 128 key channels, which one chunk's products have to see at
+    once."""
+    check_dtypes(q=q, k=k, v=v, g=g, beta=beta, state=state)
+    d, e = q.shape[-1], v.shape[-1]
+    if d > 128:
+        raise ValueError(f"{d} key channels: the kernel takes up to 128; use the chunked form")
+    most = 64 if q.dtype == torch.float32 else 128
+    if e > most:                                                 # value channels do not meet
+        parts = [delta_rule(q, k, v[..., i], g, beta, None if state is None else state[..., i])
+                 for i in (slice(0, most), slice(most, e))]
+        return tuple(torch.cat(pair, dim=-1) for pair in zip(*parts, strict=True))
+    g = q.new_zeros(1, 1, 1, 1) if g is None else g
+    g = g.float().expand(*q.shape[:3], g.shape[-1])
+    g = in_one_piece(g, 64 if g.shape[-1] > 1 else 1)
+    q, k, v, beta = *(in_one_piece(x, 64) for x in (q, k, v)), in_one_piece(beta)            # tiles are 64 or 128 wide
+    if state is not None:
+        state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - d)).contiguous()
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, beta, state))
+    o, S = DeltaRule.apply(q, k, v, g, beta, state, keep)
+    return without_zeros(o, e), S[:, :, :d, :e]
+
+
+@triton.jit
+def step_kernel(q, k, v, g, beta, S, o, new, D: tl.constexpr, E: tl.constexpr, GD: tl.constexpr, BD: tl.constexpr,
+                BE: tl.constexpr):
+    head, d, e = tl.program_id(0).to(tl.int64), tl.arange(0, BD), tl.program_id(1) * BE + tl.arange(0, BE)
+    at, inside = (head * D + d[:, None]) * E + e[None, :], (d[:, None] < D) & (e[None, :] < E)
+    S_i = tl.load(S + at, mask=inside, other=0.0)
+    if g is not None:
+        S_i *= tl.exp(tl.load(g + head * GD + d % GD, mask=d < D, other=0.0).to(tl.float32))[:, None]
+    k_i = tl.load(k + head * D + d, mask=d < D, other=0.0).to(tl.float32)[:, None]
+    N = tl.load(v + head * E + e, mask=e < E, other=0.0).to(tl.float32) - tl.sum(k_i * S_i, axis=0)
+    S_i += k_i * (tl.load(beta + head).to(tl.float32) * N)[None, :]
+    q_i = tl.load(q + head * D + d, mask=d < D, other=0.0).to(tl.float32)[:, None]
+    tl.store(new + at, S_i, mask=inside)
+    tl.store(o + head * E + e, tl.sum(q_i * S_i, axis=0), mask=e < E)
+
+
+def delta_step(q, k, v, g, beta, state):
+    """One token, for generation: the state is read and written once, and no gradients. q, k: (b, h, d), v: (b, h, e),
+    g: log decay (b, h, 1 or d) or None, beta: (b, h, 1), state: (b, h, d, e), float32. Returns o: (b, h, e) of v's
+    dtype, and the state after; the one that came in is left as it is."""
+    (b, h, d), e = q.shape, v.shape[-1]
+    g = None if g is None else g.expand(b, h, -1).contiguous()
+    q, k, v, beta, state = (x.contiguous() for x in (q, k, v, beta, state))
+    o, new, BD = torch.empty_like(v), torch.empty_like(state), triton.next_power_of_2(d)
+    BE = min(triton.next_power_of_2(e), max(16, 4096 // BD))
+    step_kernel[(b * h, triton.cdiv(e, BE))](q, k, v, g, beta, state, o, new, D=d, E=e, BD=BD, BE=BE, num_warps=4,
+                                             GD=1 if g is None else g.shape[-1])
+    return o, new
+
+
+def peers(wanted):
+    """{kind: {name: flash-linear-attention's function with our arguments}}; empty where it is not wanted or not
+    installed."""
+    if not wanted:
+        return {}
+    try:
+        from fla.ops.delta_rule import chunk_delta_rule
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.kda import chunk_kda
+    except ImportError as missing:
+        print(f"no peers: {missing}; pip install flash-linear-attention==0.6.0 einops")
+        return {}
+
+    def heads_last(f):
+        def called(q, k, v, *gates):
+            q, k, v, *gates = (x.transpose(1, 2) for x in (q, k, v, *gates))
+            gates = [x[..., 0] if x.shape[-1] == 1 else x for x in gates]
+            return f(q, k, v, *gates, scale=1.0)[0].transpose(1, 2)
+        return {"fla": called}
+    return {"none": heads_last(chunk_delta_rule), "scalar": heads_last(chunk_gated_delta_rule),
+            "vector": heads_last(chunk_kda)}
+
+
+def main():
+    from kernels import bench
+    rates, others = bench.print_machine(), peers("--peers" in sys.argv)
+
+    def shapes(kind, t, b=1, h=4, d=64):
+        q, k, v = bench.random(*[(b, h, t, d)] * 3)
+        k, beta = F.normalize(k.float(), dim=-1).to(k.dtype), bench.random((b, h, t, 1), dtype=torch.float32, seed=2)[0]
+        g = -bench.random((b, h, t, d if kind == "vector" else 1), dtype=torch.float32, seed=3)[0].abs() / 10
+        return q * d ** -0.5, k, v, *([] if kind == "none" else [g]), beta.sigmoid()
+
+    def called(f):                                               # with g or without
+        return lambda q, k, v, *gates: f(q, k, v, *(gates if len(gates) == 2 else (None, *gates)))[0]
+
+    def compared(kind, d, t, tensors):
+        """The peers that do this, too; their outputs and memory are compared on the way."""
+        usable, mine = {}, bench.memory(kernel, tensors) / 2 ** 30
+        for name, f in others.get(kind, {}).items():
+            gap = bench.error(f(*tensors), kernel(*tensors).double())
+            said = f"  decay {kind}, t {t} d {d}: {name}'s o differs by {gap:.1e}; forward and backward take"
+            try:
+                print(f"{said} {mine:.2f} GiB, {name}'s {bench.memory(f, tensors) / 2 ** 30:.2f}", flush=True)
+                usable[name] = f
+            except RuntimeError as refusal:
+                print(f"{said} {mine:.2f} GiB; {name}'s backward: {str(refusal)[:150]}", flush=True)
+        return usable
+    kernel, plain, both, forward = called(delta_rule), called(reference), [], []
+    for kind in ("none", "scalar", "vector"):
+        print(f"decay: {kind}")
+        bench.check(kernel, plain, ("twin", plain), lambda t: shapes(kind, t),                    # noqa: B023
+                    ("q", "k", "v", *(["g"] if kind != "none" else []), "beta"), loose="g")
+    for d, t in ((64, 2048), (64, 8192), (128, 2048), (128, 8192)):
+        for kind in ("none", "scalar", "vector"):
+            tensors = shapes(kind, t, 32768 // t, 1024 // d, d)
+            usable = compared(kind, d, t, tensors)
+            row = (tensors, 8 * tensors[0].numel() + 4 * sum(x.numel() for x in tensors[3:]),
+                   32768 // CHUNK * 1024 // d * 2 * CHUNK * (10 * CHUNK ** 2 + (4 * CHUNK + 6 * d) * d))
+            name = f"decay {kind}, b {32768 // t} h {1024 // d} t {t} d {d}"
+            both.append((name, {"kernel": kernel} | usable, *row))
+            if others and not usable:
+                forward.append((name, {"kernel": kernel} | others[kind], *row))
+    bench.compare(both, rates)
+    if forward:
+        bench.compare(forward, rates, gradients=False)
+
+
+if __name__ == "__main__":
+    main()
