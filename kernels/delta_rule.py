@@ -363,7 +363,8 @@ def gradients_kernel(q, k, v, g, beta, do, P_, inverse_, states, dstates, dq, dk
 
 def settings(q, v, g):
     """Sizes and launch options, of the kernels for all chunks at once and of the walks; the grid of the former. Tiles
-    are 64 wide but for the walks': with narrower ones, Triton 3.6 makes wrong gradients of 16-bit inputs."""
+    are 64 wide but for the walks': an earlier version with narrower ones had wrong gradients of 16-bit inputs on an
+    H100 with Triton 3.6, right ones in the interpreter; the cause was not found."""
     (b, t, h, d), e = q.shape, v.shape[-1]
     sizes = {"D": d, "E": e, "C": CHUNK, "VECTOR": g.shape[-1] > 1, "PRECISION": "tf32", "num_warps": 4}
     walk = {"BE": 32, "num_stages": 3 if d <= 64 else 2 if shared_memory(q.device) > 120000 else 1}

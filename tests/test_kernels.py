@@ -13,6 +13,7 @@ from harness import D_MODEL, MIXERS, check_close, inputs, make, run
 import kernels
 from kernels import (
     bench,
+    delta_rule,
     fft_conv,
     flash_attention,
     gla,
@@ -608,6 +609,7 @@ def twice_differentiated():
     q, k, v, S = random(*[(1, 2, 7, 4)] * 3, (1, 2, 4, 4))
     g, g_d = -random((1, 2, 7, 1), seed=5)[0].abs(), -random((1, 2, 7, 4), seed=6)[0].abs()
     u, K, pre, post, h0 = random(*[(2, 3, 9)], (3, 9), *[(2, 3, 9)] * 2, (2, 3))
+    beta = random((1, 2, 7, 1), seed=7)[0].sigmoid()
     return {
         "FlashAttention": (lambda *x: flash_attention.flash_attention(*x, 3),
                            lambda *x: attention.parallel_attention(*x, 3), (q, k[:, :1], v[:, :1])),
@@ -617,6 +619,7 @@ def twice_differentiated():
                             lambda q, k, v, S: (based.chunked(based.Taylor(), q, k, v, S)[0], S + encoder(k, v)),
                             (q, k, v, taylor_state(1, 2, 4, 4))),
         "StateOf": (taylor_attention.state_of, encoder, (k, v)),
+        "DeltaRule": (delta_rule.delta_rule, linear.delta_parallel, (q, k, v, g, beta, S)),
         "Scan": (scan.scan, step_by_step, (u.sigmoid(), pre, h0)),
         "SelectiveScan": (selective_scan.selective_scan, selective_scan.reference, selective_inputs(7, n=3)),
         "FFTConv": (fft_conv.fft_conv, gated_conv, (u, K, pre, post))}
