@@ -59,11 +59,11 @@ NO_FLOAT64 = {"mps"}                                         # devices that have
 def first():
     """The lesson on four tokens, A c B A, with d = e = 2: a token asks for itself (q), is found under the token before
     it (k), and says itself (v). No feature map, no normaliser. Prints and returns q, k, v, g, the states S, M and M V,
-    without a decay, with one decay for all of S (RetNet: 1/2), and with one for each of its rows (GLA: 1 and 1/2)."""
+    without a decay, with one decay for all of S (RetNet: 1/2), and with one for each of its rows (GLA: 1/4 and 1)."""
     A, B, c, nothing = (2.0, 0.0), (0.0, 2.0), (-1.0, -1.0), (0.0, 0.0)
     q = v = torch.tensor([A, c, B, A])                                               # (t, d), (t, e)
     k = torch.tensor([nothing, A, c, B])                                             # (t, d)
-    decays = {"no decay": (1.0, 1.0), "RetNet, 1/2": (0.5, 0.5), "GLA, (1, 1/2)": (1.0, 0.5)}
+    decays = {"no decay": (1.0, 1.0), "RetNet, 1/2": (0.5, 0.5), "GLA, (1/4, 1)": (0.25, 1.0)}
     results = []
     print("four tokens, A c B A: the state S is 2 x 2 numbers, however many tokens there were")
     for name, decay in decays.items():
@@ -87,12 +87,15 @@ def first():
         chunked = torch.cat([M[:2, :2] @ v[:2], M[2:, 2:] @ v[2:] + (q[2:] * into) @ states[1]])
 
         assert torch.equal(M @ v, torch.stack(recurrent)) and torch.equal(M @ v, chunked)
-        print(f"    {name:14} S after the token          M                         M V = the loop = the chunks")
+        print(f"    {name:14} the rows of S after the token     M                         M V = loop = chunks")
         for token, S, row, y in zip("AcBA", states, M.tolist(), (M @ v).tolist(), strict=True):
-            rows = " ".join(f"({x:4g} {z:4g})" for x, z in S.tolist())
+            rows = " ".join(f"({x:6g} {z:6g})" for x, z in S.tolist())
             print(f"        {token}          {rows}  " + "".join(f"{x:6g}" for x in row) + "   "
                   + "".join(f"{x:6g}" for x in y))
         results.append((q, k, v, a.log(), torch.stack(states), M, M @ v))
+
+    print("    the last A reads the first row of S alone, which fades fast in GLA, by half in RetNet. It finds c,\n"
+          "    but also B, with a negative weight: feature maps and normalisers are against that")
 
     # The delta rule: a key of length 1 is looked up before it is written, and only the difference is added.
     k1 = k2 = torch.tensor((1.0, 0.0))

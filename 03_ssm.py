@@ -67,7 +67,8 @@ NO_FLOAT64 = {"mps"}                                         # devices that have
 
 def first():
     """The lesson on four tokens, A c B A, with two channels and a state of n = 2 numbers for each: a = (1, -1), b = C =
-    (1, 1). Then the same with an a that the token chooses. Prints and returns u, a, b, C, the states, K, M and M u."""
+    (1, 1). Then one state with b = C = 1 whose a the token chooses. Prints and returns u, a, b, C, the states, K, M,
+    M u, the chosen a and its M."""
     A, B, c = (2.0, 0.0), (0.0, 2.0), (-1.0, -1.0)
     u = torch.tensor([A, c, B, A])                                                   # (t, c)
     a, b, C = torch.tensor([1.0, -1.0]), torch.tensor([1.0, 1.0]), torch.tensor([1.0, 1.0])       # (n,) each
@@ -82,6 +83,7 @@ def first():
     # As a convolution: K_l = sum_n C a^l b, y_t = sum_{s <= t} K_{t-s} u_s.
     K = torch.stack([(C * a ** l * b).sum() for l in range(4)])                      # (t,)
     M = torch.tensor([[K[t - s].item() if s <= t else 0.0 for s in range(4)] for t in range(4)])   # (t, s)
+    conv = F.conv1d(F.pad(u.T[None], (3, 0)), K.flip(0).repeat(2, 1, 1), groups=2)[0].T            # (t, c)
 
     # As a scan: first neighbours are joined, then pairs; "a, then a" is a a, "b u_1, then b u_2" is a b u_1 + b u_2.
     step_a, step_b = a.expand(4, 1, 2), u[:, :, None] * b                            # (t, 1, n), (t, c, n)
@@ -90,9 +92,10 @@ def first():
         earlier_b = torch.cat([torch.zeros(lag, 2, 2), step_b[:-lag]])
         step_a, step_b = step_a * earlier_a, step_a * earlier_b + step_b
 
-    assert torch.equal(M @ u, torch.stack(loop_)) and torch.equal(step_b, torch.stack(states))
+    assert torch.equal(M @ u, torch.stack(loop_)) and torch.equal(M @ u, conv)
+    assert torch.equal(step_b, torch.stack(states))
     print(f"four tokens, A c B A, two channels: a = (1, -1), b = C = (1, 1), so K = {K.int().tolist()}")
-    print("    h after the token          M, one row shifted along      M u = the loop = the scan")
+    print("    h of each channel            M, one row shifted along   M u = loop = convolution = scan")
     for token, h, row, y in zip("AcBA", states, M.tolist(), (M @ u).tolist(), strict=True):
         rows = " ".join(f"({x:3g} {z:3g})" for x, z in h.tolist())
         print(f"    {token}  {rows}  " + "".join(f"{x:6g}" for x in row) + "   " + "".join(f"{x:6g}" for x in y))
@@ -1087,8 +1090,10 @@ class LSSL(Dense):
         return *bilinear_dense(A, B, log_dt.exp()), C
 
 
-# S4's kernel [G22, theorem 3], step by step. All of them are the generating function K(w) = sum_{l<t} K_l w^l at the t
-# roots of unity w, whose inverse FFT is K, for a = bilinear(A), A = diag(Lambda) - P P^*. Each is a little cheaper.
+# S4's kernel [G22, theorem 3], step by step. We want K without all powers of a, and its Fourier transform is easier:
+# the generating function K(w) = sum_{l<t} K_l w^l at the t roots of unity w, whose inverse FFT is K. a, b are sampled
+# by the trapezoidal rule from A, B, and A = diag(Lambda) - P P^* (legs_normal_part, above). Each step is cheaper than
+# the one before; of the powers one is left, a^t, and even that would go if C~ were learned in place of C.
 
 
 def roots_of_unity(t, like):

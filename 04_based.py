@@ -89,8 +89,8 @@ def first():
             o = phi(q[t]) @ S
             recurrent.append(o[:2] / o[2])
         assert torch.allclose(M @ v, torch.stack(recurrent), atol=1e-5)
-        shown = {"convolution": K.flip(0) if asks == 2 else torch.cat([torch.zeros(1), K.flip(0)]), "Taylor": M[asks],
-                 "softmax": softmax[asks]}
+        by_distance = torch.tensor([K[asks - s].item() if asks - s < len(K) else 0.0 for s in range(4)][:asks + 1])
+        shown = {"convolution": by_distance, "Taylor": M[asks], "softmax": softmax[asks]}
         print(f"    {name}: the second A's weights   " + "   ".join(
             f"{kind} " + " ".join(f"{w:.2f}" for w in row.tolist()) for kind, row in shown.items()))
         results[name] = q, k, v, M, M @ v

@@ -15,6 +15,7 @@ import ast
 import difflib
 import hashlib
 import inspect
+import os
 import json
 import sys
 import textwrap
@@ -492,6 +493,8 @@ def main(arguments=None):
     except BadInput as error:
         print(f"exercises.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:                                      # whoever read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

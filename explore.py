@@ -372,6 +372,7 @@ def main(argv=None):
     if data["left_off"]:
         n = len(data["tokens"])
         print(f"the text is longer than what the page shows: its first {n} of {n + data['left_off']} tokens")
+    print("   against   ".join(f"{model['name']} ({model['about']})" for model in data["models"]))
     print(f"{path.stat().st_size / 1e6:.1f} MB, to be opened in a browser: {path.resolve().as_uri()}")
 
 

@@ -1,5 +1,5 @@
-"""The delta rule, with no decay, one number for each token, or one for each key channel: DeltaNet [Yang et al. 2024,
-arXiv:2406.06484], gated DeltaNet [2412.06464] and Kimi Delta Attention [2510.26692].
+"""The delta rule, with no decay, one number for each token, or one for each key channel: DeltaNet [Y24],
+gated DeltaNet [Y25] and Kimi Delta Attention (arXiv:2510.26692).
 
     S' = e^{g_t} S_{t-1}      N_t = v_t - k_t^T S'      S_t = S' + beta_t k_t N_t^T      o_t = q_t^T S_t
 

@@ -30,6 +30,9 @@ def test_a_mixer_of_your_own_is_one():
         check_matrix(mixer, t)
     check_split(mixer, 70, 33, 50)
     assert not any(sees_future(mixer, form) for form in mixer.forms) and mixer.state_size(100) == 32
+    for refused in (lambda: mixer(torch.zeros(1, 3, 32), "nonsense"), lambda: mixer.prefill(torch.zeros(1, 0, 32))):
+        with pytest.raises(ValueError):
+            refused()
 
 
 def test_a_mixer_of_your_own_is_trained_by_its_name(tmp_path, monkeypatch):
