@@ -15,8 +15,8 @@ import ast
 import difflib
 import hashlib
 import inspect
-import os
 import json
+import os
 import sys
 import textwrap
 import threading
