@@ -276,17 +276,30 @@ def recurrent_attention(q, k, v, cache, real, window=None):
     for i in range(q.shape[2]):
         now = slice(i, i + 1)
         cache = remember(cache, k[:, :, now], v[:, :, now], real[:, now], window)
-        o.append(parallel_attention(q[:, :, now], cache.k, cache.v, real=cache.real))        # (b, h, 1, e)
+        o.append(look_up(q[:, :, now], cache))                                               # (b, h, 1, e)
     return torch.cat(o, dim=2), cache
 
 
-def rope(x, start=0, base=10000.0):
-    """Rotary positions [S21, eq. 34]: turn the pair (x_i, x_{i + d/2}) at position p by the angle p base^(-2i/d), so
-    that q . k depends on the difference of positions only. (The paper pairs neighbours: the same up to the order of
-    the columns of W_Q and W_K.) x: (b, h, t, d), d even; its first position is `start`."""
+def look_up(q, cache):
+    """One target reads all that the cache holds, q: (b, h, 1, d) -> (b, h, 1, e): parallel_attention, with the h / g
+    heads that share keys as the rows of one matrix product, so that no key is copied."""
+    rows = q.reshape(len(q), cache.k.shape[1], -1, q.shape[3]) * q.shape[3] ** -0.5          # (b, g, h/g, d)
+    scores = rows @ cache.k.mT                                                               # (b, g, h/g, s)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = hide(scores, cache.real[:, None, None], torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return (weights.to(cache.v.dtype) @ cache.v).view(*q.shape[:3], -1)
+
+
+def rope(x, start=0, base=10000.0, theta=None):
+    """Rotary positions [S21, eq. 34]: turn the pair (x_i, x_{i + d/2}) at position p by the angle p theta_i, theta_i =
+    base^(-2i/d), so that q . k depends on the difference of positions only. (The paper pairs neighbours: the same up
+    to the order of the columns of W_Q and W_K.) x: (b, h, t, d), d even; its first position is `start`. theta: other
+    angles, (d/2,)."""
     t, d = x.shape[-2:]
     exact = torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
-    theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=exact) / d)                   # (d/2,)
+    if theta is None:
+        theta = base ** (-torch.arange(0, d, 2, device=x.device, dtype=exact) / d)               # (d/2,)
+    theta = torch.as_tensor(theta, device=x.device, dtype=exact)
     angle = (start + torch.arange(t, device=x.device, dtype=exact))[:, None] * theta             # (t, d/2)
     cos, sin = (f(angle).to(torch.promote_types(x.dtype, torch.float32)) for f in (torch.cos, torch.sin))
     return (x * torch.cat([cos, cos], -1) + x.roll(d // 2, -1) * torch.cat([-sin, sin], -1)).to(x.dtype)
@@ -312,30 +325,38 @@ class Attention(nn.Module):
 
     d_model: width c, a multiple of n_heads. n_kv_heads: g, a divisor of n_heads (default: n_heads). window: how many
     tokens a token sees, itself included (default: all before it). rope: rotate q and k. n_positions: so many positions
-    have a learned vector, added to x (default: none); a text cannot be longer. forward and prefill take real: (b, t)
+    have a learned vector, added to x (default: none); a text cannot be longer. Pretrained models want more. head_dim:
+    d (default: d_model / n_heads). qkv_bias, out_bias: biases. qk_norm: the eps of an RMSNorm of each q and each k,
+    before they turn (default: no norm). theta: rope's angles for one position, for as many pairs of the first numbers
+    of a head; the others do not turn (default: rope's own, for all). forward and prefill take real: (b, t)
     bool, False at padding, which no token then looks at; the kernel knows no padding, so there the chunked form runs.
     ValueError for sizes that do not fit."""
     forms = ("chunked", "parallel", "recurrent", "triton")
     causal = True
 
-    def __init__(self, d_model, n_heads=4, n_kv_heads=None, window=None, rope=True, n_positions=None):
+    def __init__(self, d_model, n_heads=4, n_kv_heads=None, window=None, rope=True, n_positions=None, head_dim=None,
+                 qkv_bias=False, out_bias=False, qk_norm=None, theta=None):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads < 1 or d_model % n_heads:
+        if n_heads < 1 or head_dim is None and d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}")
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}")
         if window is not None and window < 1:
             raise ValueError(f"window {window} is below 1: a token sees at least itself")
-        if rope and (d_model // n_heads) % 2:
-            raise ValueError(f"rope turns pairs: the head dim d_model / n_heads = {d_model // n_heads} must be even")
+        d = d_model // n_heads if head_dim is None else head_dim
+        if rope and theta is None and d % 2:
+            raise ValueError(f"rope turns pairs: the head dim {d} (default: d_model / n_heads) must be even")
+        if d < 1 or theta is not None and not 1 <= len(theta) <= d // 2:
+            raise ValueError(f"head_dim {d}, and angles for {len(theta or ())} pairs: a head has {d // 2}")
         if n_positions is not None and n_positions < 1:
             raise ValueError(f"n_positions {n_positions} is below 1")
-        self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d_model // n_heads
-        self.window, self.rope = window, rope
+        self.n_heads, self.n_kv_heads, self.d_head = n_heads, n_kv_heads, d
+        self.window, self.rope, self.theta = window, rope, None if theta is None else tuple(theta)
         self.forms = type(self).forms if self.d_head <= 256 else type(self).forms[:-1]       # what the kernel holds
-        self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * self.d_head, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * d, bias=qkv_bias)
+        self.out = nn.Linear(n_heads * d, d_model, bias=out_bias)
+        self.norms = nn.ModuleList(nn.RMSNorm(d, eps=qk_norm) for _ in "qk") if qk_norm is not None else None
         self.positions = nn.Parameter(0.02 * torch.randn(n_positions, d_model)) if n_positions else None
 
     def add_positions(self, x, start):
@@ -353,8 +374,16 @@ class Attention(nn.Module):
         h, g = self.n_heads, self.n_kv_heads
         x = x if self.positions is None else self.add_positions(x, start)
         qk, v = split_heads(self.qkv(x), h + 2 * g).split([h + g, g], dim=1)
-        q, k = (rope(qk, start) if self.rope else qk).split([h, g], dim=1)
+        if self.norms:
+            qk = torch.cat([norm(y) for norm, y in zip(self.norms, qk.split([h, g], dim=1), strict=True)], dim=1)
+        q, k = (self.turn(qk, start) if self.rope else qk).split([h, g], dim=1)
         return q, k, v
+
+    def turn(self, qk, start):
+        n = 2 * len(self.theta or ())
+        if n in (0, self.d_head):
+            return rope(qk, start, theta=self.theta)
+        return torch.cat([rope(qk[..., :n], start, theta=self.theta), qk[..., n:]], dim=-1)
 
     def forward(self, x, form=None, real=None):
         short = form is None and x.ndim == 3 and x.shape[1] <= 256 and not x.is_cuda

@@ -1015,9 +1015,10 @@ def mimicry(d=16, n_queries=256, n_keys=64, spread=2 ** 0.5):
     return result
 
 
-def distil(q, k, phi_q, phi_k, steps=300, lr=1e-2):
+def distil(q, k, phi_q, phi_k, steps=300, lr=1e-2, weights=None):
     """Fit feature maps to the weights P of causal softmax attention, by their cross-entropy [Z24, eq. 7]:
     L = -sum_s P_ts log (phi(q_t) . phi(k_s) / sum_r phi(q_t) . phi(k_r)). q, k: (b, h, t, d) of a trained layer.
+    weights(q, k): (b, h, t, s), another matrix with rows that sum to 1, in which the maps are a part.
     Returns the divergence L - entropy(P) before each step and after the last, in nats for each target."""
     t = q.shape[2]
     causal = torch.ones(t, t, dtype=torch.bool, device=q.device).tril()
@@ -1026,8 +1027,11 @@ def distil(q, k, phi_q, phi_k, steps=300, lr=1e-2):
     optimizer = torch.optim.Adam([*phi_q.parameters(), *phi_k.parameters()], lr=lr)
     divergences = []
     for step in range(steps + 1):
-        W = phi_q(q.detach()) @ phi_k(k.detach()).mT
-        W = normalise(W.clamp(min=0).masked_fill(~causal, 0))                # RFA's can be negative: that is no share
+        if weights is None:
+            W = phi_q(q.detach()) @ phi_k(k.detach()).mT
+            W = normalise(W.clamp(min=0).masked_fill(~causal, 0))            # RFA's can be negative: that is no share
+        else:
+            W = weights(q.detach(), k.detach())
         loss = -(P * W.clamp(min=1e-30).log()).sum(dim=-1).mean()
         divergences.append((loss - entropy).item())
         if step < steps:

@@ -826,14 +826,16 @@ class RGLRU(Selective):
     """The recurrent block of Hawk and Griffin [De24, section 2.4]: log a_t = -8 softplus(Lambda) r_t, h_t = a_t
     h_{t-1} + sqrt(1 - a_t^2) (i_t * x_t), r and i sigmoids of block-diagonal layers, |a| from 0.9 to 0.999 at r = 1
     at first; a short filter before, a GELU branch gates.
-    Differs: the first input is scaled like the others; the authors' code takes it whole where the position is 0."""
+    bias: biases in the three projections. gelu: "none" for GELU itself, "tanh" for its approximation. whole_first: the
+    authors' code takes the first input of a text whole, without the root.
+    Differs: whole_first is off, as in the paper."""
 
-    def __init__(self, d_model, n_heads=4):
+    def __init__(self, d_model, n_heads=4, bias=False, gelu="none", whole_first=False):
         super().__init__()
         if n_heads < 1 or d_model % n_heads:
             raise ValueError(f"d_model {d_model} is not a multiple of n_heads {n_heads}, the blocks of its gates")
-        self.channels, self.n_heads = d_model, n_heads
-        self.x, self.gate, self.out = (linear(d_model, d_model) for _ in range(3))
+        self.channels, self.n_heads, self.gelu, self.whole_first = d_model, n_heads, gelu, whole_first
+        self.x, self.gate, self.out = (linear(d_model, d_model, bias) for _ in range(3))
         self.short = ShortConv(d_model, 4, bias=True)
         nn.init.normal_(self.short.conv.weight, std=0.05)
         nn.init.zeros_(self.short.conv.bias)
@@ -845,14 +847,22 @@ class RGLRU(Selective):
         self.Lambda.optim = {"weight_decay": 0.0}
 
     def project(self, x, carry):
-        u, carry = self.short(in_time(self.x, x), carry)
+        past = carry[..., :self.short.width - 1]
+        u, after = self.short(in_time(self.x, x), past)
         blocks = u.unflatten(1, (self.n_heads, -1))                                  # (b, h, d, t)
         r, i = (torch.einsum("bhdt,hde->bhet", blocks, W).flatten(1, 2) for W in self.W)
         r, i = r + self.bias[0][:, None], i + self.bias[1][:, None]                  # (b, c, t)
         g = -8 * F.softplus(at_least_float32(self.Lambda))[:, None] * at_least_float32(r).sigmoid()
-        k = root(-torch.expm1(2 * g)) * i.sigmoid()
-        g, k = g[..., None], k[..., None]                                            # (b, c, t, 1)
-        return Signals(u, g, k, torch.ones_like(g)), F.gelu(in_time(self.gate, x)), carry
+        scale = root(-torch.expm1(2 * g))
+        if self.whole_first:                                         # the carry's last column: has a token been seen?
+            begun = carry[..., -1:].to(scale.dtype)
+            scale = torch.cat([begun * scale[..., :1] + 1 - begun, scale[..., 1:]], dim=2)
+            after = torch.cat([after, torch.ones_like(after[..., :1])], dim=2)
+        g, k = g[..., None], (scale * i.sigmoid())[..., None]                        # (b, c, t, 1)
+        return Signals(u, g, k, torch.ones_like(g)), F.gelu(in_time(self.gate, x), approximate=self.gelu), after
+
+    def init_carry(self, batch_size):
+        return F.pad(self.short.init_carry(batch_size), (0, int(self.whole_first)))
 
     def finish(self, y, gate):
         return self.out((y * gate).mT)

@@ -17,14 +17,17 @@ compares exactly.
 Papers  [Ar23] Arora et al. 2023, Zoology: MQAR, BaseConv           arXiv:2312.04927
         [Ar24] Arora et al. 2024, Based                             arXiv:2402.18668
         [C21]  Chen et al. 2021, Scatterbrain                       arXiv:2110.15343
+        [Zh25] Zhang et al. 2025, LoLCATs                           arXiv:2410.10254
+        [X24]  Xiao et al. 2024, attention sinks                    arXiv:2309.17453
+        [Z24]  Zhang et al. 2024, Hedgehog                          arXiv:2402.04347
         [C20]  Choromanski et al. 2020, Performer                   arXiv:2009.14794
         [De24] De et al. 2024, Griffin                              arXiv:2402.19427
         [R24]  Ren et al. 2024, Samba                               arXiv:2406.07522
         [L24]  Lieber et al. 2024, Jamba                            arXiv:2403.19887
         [Be87] Bentley 1987, Programming pearls: a sample of brilliance
 
-Axes    b batch, t time (target), s source, h head, d key dim, f feature dim, D features, e value dim, c model width,
-        w window, m random features, k tap of a filter.
+Axes    b batch, t time (target), s source, h head, g heads of keys and values, d key dim, f feature dim, D features,
+        e value dim, c model width, w window, n first tokens, m random features, k tap of a filter.
 Letters of BaseConv are [Ar23]'s: u its input, W, b_1 the gate, h, b_2 the filter; S is a sum over phi(k) [v, 1]^T.
 
 mixer             forms                       training cost   state per sequence
@@ -34,6 +37,7 @@ short_conv        conv recurrent parallel     t               2 c (k - 1)
 repeat_attention  parallel recurrent          t repeats       2 c t
 based             chunked parallel recurrent  t (D + w)       h D (e + 1) + 2 c w, D = 1 + f + f (f + 1) / 2
 scatterbrain      chunked parallel recurrent  t (m + w)       h m (e + 1) + 2 c w
+lolcats           chunked parallel recurrent  t (D + w)       h D (e + 1) + 2 g d (w + n), D = 2 d
 (based and baseconv also triton: kernels for each part, the default on a GPU in bfloat16)
 
     python 04_based.py                  forms compared; the theory, run: constructions, degrees, bits, Scatterbrain
@@ -144,7 +148,7 @@ def toeplitz(K):
 
 def parallel(term, q, k, v, state=None):
     """M V: the definition. For the whole sequence at once, so from no state and to none."""
-    return term.matrix(q, k) @ v, None
+    return term.matrix(q, k) @ share_groups(v, q.shape[1]), None
 
 
 def chunked(term, q, k, v, state, chunk=64):
@@ -297,44 +301,67 @@ def orthogonal_gaussian(m, d):
     return torch.cat(blocks)[:m] * torch.randn(m, d).norm(dim=1, keepdim=True)
 
 
+def share_groups(k, n_heads):
+    """Repeat each key (or value) head for the h / g query heads that share it: (b, g, s, d) -> (b, h, s, d)."""
+    return k if k.shape[1] == n_heads else k.repeat_interleave(n_heads // k.shape[1], dim=1)
+
+
 class SparsePlusLowRank:
-    """Scatterbrain [C21]: e^s on a support (the last w tokens, or the w largest scores), phi(q) . phi(k) elsewhere, and
-    one normaliser for both. State: keys and values that may be in the support; the older ones are in the sum S."""
+    """Weights of softmax's kind on a support (the last w tokens and the first n of a text, or the w largest scores),
+    phi_q(q) . phi_k(k) elsewhere, and one normaliser for both. k, v: (b, g, s, ...), g a divisor of h. State: a sum S
+    over the tokens that left the support, and keys and values of the others.
 
-    def __init__(self, W, w, top=False):
-        self.phi, self.m, self.w, self.top = partial(favor, W=W), len(W), w, top
+    The two sides have to be on one scale. Scatterbrain [C21]: e^s in the support, where phi estimates e^s (gamma None).
+    LoLCATs [Zh25]: gamma e^{s - c}, c the largest score in the support: the exact side weighs at least gamma, and
+    phi learns to stand beside it. There c is part of M, so gradients pass through it; in Scatterbrain it cancels."""
 
-    def weights(self, q, k):
-        """e^{-top} A, for the last t of s sources, and e^{-top}: (b, h, t, s), (b, h, t, 1). top: the largest score in
-        the support, so that e^{s - top} is at most 1; but not below -20, so that e^{-top} is not too large either."""
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        back = distance(q.shape[2], k.shape[2], q.device)
+    def __init__(self, phi_q, phi_k, m, w, top=False, first=0, gamma=None):
+        self.phi_q, self.phi_k, self.m, self.w, self.top = phi_q, phi_k, m, w, top
+        self.first, self.gamma = first, gamma
+
+    def support(self, scores):
+        """For the last t of s sources: what is seen, and what of that is in the support, (t, s) or (b, h, t, s)."""
+        t, s = scores.shape[2:]
+        back = distance(t, s, scores.device)
         past = back >= 0
         if self.top:
-            ranked = scores.masked_fill(~past, -torch.inf).topk(min(self.w, k.shape[2]), dim=-1).values
-            support = past & (scores >= ranked[..., -1:])
-        else:
-            support = (past & (back < self.w)).expand_as(scores)
-        top = scores.detach().masked_fill(~support, -torch.inf).amax(dim=-1, keepdim=True).clamp(min=-20)
-        exact = torch.where(support, scores - top, -torch.inf).exp()
-        rest = (self.phi(q) @ self.phi(k).mT).masked_fill(support | ~past, 0)
-        return exact + rest * torch.exp(-top), torch.exp(-top)
+            ranked = scores.masked_fill(~past, -torch.inf).topk(min(self.w, s), dim=-1).values
+            return past, past & (scores >= ranked[..., -1:])
+        return past, past & ((back < self.w) | (torch.arange(s, device=scores.device) < self.first))
+
+    def weights(self, q, k):
+        """A, and what S is multiplied by to stand beside it: (b, h, t, s), (b, h, t, 1) or 1. Scatterbrain's are both
+        times e^{-top}, so that no exponent is above 0; but not below -20, so that e^{-top} is not too large either."""
+        k = share_groups(k, q.shape[1])
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
+        past, support = self.support(scores)
+        rest = (self.phi_q(q) @ self.phi_k(k).mT).masked_fill(support | ~past, 0)
+        top = scores.masked_fill(~support, -torch.inf).amax(dim=-1, keepdim=True)
+        if self.gamma is not None:
+            return self.gamma * torch.where(support, scores - top, -torch.inf).exp() + rest, 1
+        top = top.detach().clamp(min=-20)
+        return torch.where(support, scores - top, -torch.inf).exp() + rest * torch.exp(-top), torch.exp(-top)
 
     def matrix(self, q, k):
         A, _ = self.weights(q, k)
         return A / A.sum(dim=-1, keepdim=True).clamp(min=1e-6)
 
-    def init(self, like, b, h, d, e):
-        return like.new_zeros(b, h, self.m, e + 1), like.new_zeros(b, h, 0, d), like.new_zeros(b, h, 0, e)
+    def init(self, like, b, h, d, e, g=None):
+        g = h if g is None else g
+        return like.new_zeros(b, h, self.m, e + 1), like.new_zeros(b, g, 0, d), like.new_zeros(b, g, 0, e)
 
-    def size(self, t, h, d, e):
-        return h * self.m * (e + 1) + h * (d + e) * (t if self.top else min(t, self.w))
+    def size(self, t, h, d, e, g=None):
+        kept = t if self.top else min(t, self.w + self.first)
+        return h * self.m * (e + 1) + (h if g is None else g) * (d + e) * kept
 
     def write(self, state, k, v):
+        """The kept tokens stand in order, the first n of the text in front: of the others all but the last w leave."""
         S, *past = state
         k, v = (torch.cat(pair, dim=2) for pair in zip(past, (k, v), strict=True))
-        old = 0 if self.top else max(0, k.shape[2] - self.w)
-        return S + self.phi(k[:, :, :old]).mT @ with_one(v[:, :, :old]), k[:, :, old:], v[:, :, old:]
+        n, old = self.first, 0 if self.top else max(0, k.shape[2] - self.w - self.first)
+        k_old, v_old = (share_groups(x[:, :, n:n + old], S.shape[1]) for x in (k, v))
+        k, v = (torch.cat([x[:, :, :n], x[:, :, n + old:]], dim=2) for x in (k, v))
+        return S + self.phi_k(k_old).mT @ with_one(v_old), k, v
 
     def block(self, q, k, v, state):
         S, *past = state
@@ -343,7 +370,13 @@ class SparsePlusLowRank:
     def lookup(self, q, state):
         S, k, v = state
         A, scale = self.weights(q, k)
-        return normalised(A @ with_one(v) + scale * (self.phi(q) @ S))
+        return normalised(A @ with_one(share_groups(v, q.shape[1])) + scale * (self.phi_q(q) @ S))
+
+
+def scatterbrain(W, w, top=False):
+    """The term of Scatterbrain: Performer's features, of the rows of W, beside e^s."""
+    phi = partial(favor, W=W)
+    return SparsePlusLowRank(phi, phi, len(W), w, top)
 
 
 def rope(x, start=0, base=10000.0):
@@ -481,30 +514,35 @@ class ShortConv(BaseConvShort):
 
 
 class LookBack(nn.Module):
-    """A sum of terms over the same values: M = sum of the terms' M. dims: the key dim d of each term, by name."""
+    """A sum of terms over the same values: M = sum of the terms' M. dims: the key dim d of each term, by name.
+    n_kv_heads: g, a divisor of n_heads, of keys and values that groups of heads share (default: n_heads)."""
     forms = ("chunked", "parallel", "recurrent")
     causal = True
     rotary = ()              # the terms that are told positions
 
-    def __init__(self, d_model, n_heads, dims):
+    def __init__(self, d_model, n_heads, dims, n_kv_heads=None):
         super().__init__()
         self.n_heads, self.e, self.dims = n_heads, head_dim(d_model, n_heads), dims
+        self.n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if self.n_kv_heads < 1 or n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {n_heads} is not a multiple of n_kv_heads {n_kv_heads}")
         for name in self.rotary:
             if dims.get(name, 0) % 2:
                 raise ValueError(f"rotary positions turn pairs: the head dim d_model / n_heads = {dims[name]} is odd")
-        self.qk = nn.ModuleDict({name: linear(d_model, 2 * n_heads * d) for name, d in dims.items()})
-        self.v, self.out = linear(d_model, d_model), linear(d_model, d_model)
+        self.qk = nn.ModuleDict({name: linear(d_model, (n_heads + self.n_kv_heads) * d) for name, d in dims.items()})
+        self.v, self.out = linear(d_model, self.n_kv_heads * self.e), linear(d_model, d_model)
 
     def inputs(self, x, start=0):
-        """Each term with its q, k: (b, h, t, d)."""
+        """Each term with its q: (b, h, t, d) and k: (b, g, t, d)."""
+        h, g = self.n_heads, self.n_kv_heads
         for name, term in self.terms().items():
-            qk = split_heads(self.qk[name](x), 2 * self.n_heads)
-            q, k = (rope(qk, start) if name in self.rotary else qk).chunk(2, dim=1)
+            qk = split_heads(self.qk[name](x), h + g)
+            q, k = (rope(qk, start) if name in self.rotary else qk).split([h, g], dim=1)
             yield name, term, q, k
 
     def run(self, x, state, form):
         start, *states = self.init_state(len(x)) if state is None else state
-        v, o, after = self.values(x), 0, [start + x.shape[1]]
+        v, o, after = split_heads(self.v(x), self.n_kv_heads), 0, [start + x.shape[1]]       # v: (b, g, t, e)
         for (_, *term_q_k), before in zip(self.inputs(x, start), states, strict=True):
             with torch.autocast(x.device.type, enabled=False):
                 term, *qkv = *term_q_k, v
@@ -522,7 +560,8 @@ class LookBack(nn.Module):
     def init_state(self, batch_size):
         """The number of tokens so far, and a state for each term."""
         like = at_least_float32(self.v.weight)
-        return [0, *(term.init(like, batch_size, self.n_heads, self.dims[name], self.e)
+        shared = () if self.n_kv_heads == self.n_heads else (self.n_kv_heads,)
+        return [0, *(term.init(like, batch_size, self.n_heads, self.dims[name], self.e, *shared)
                      for name, term in self.terms().items())]
 
     def prefill(self, x, state=None):
@@ -533,7 +572,7 @@ class LookBack(nn.Module):
         return y[:, 0], state
 
     def values(self, x):
-        return split_heads(self.v(x), self.n_heads)                                          # (b, h, s, e)
+        return share_groups(split_heads(self.v(x), self.n_kv_heads), self.n_heads)           # (b, h, s, e)
 
     def output(self, o, x):
         return self.out(join_heads(o))
@@ -546,7 +585,8 @@ class LookBack(nn.Module):
         return sum(self.matrices(x).values())
 
     def state_size(self, t):
-        return sum(term.size(t, self.n_heads, self.dims[name], self.e) for name, term in self.terms().items())
+        shared = () if self.n_kv_heads == self.n_heads else (self.n_kv_heads,)
+        return sum(term.size(t, self.n_heads, self.dims[name], self.e, *shared) for name, term in self.terms().items())
 
 
 class Based(LookBack):
@@ -604,7 +644,43 @@ class Scatterbrain(LookBack):
         self.register_buffer("W", orthogonal_gaussian(m, self.e))
 
     def terms(self):
-        return {"both": SparsePlusLowRank(self.W, self.top or self.window, self.top is not None)}
+        return {"both": scatterbrain(self.W, self.top or self.window, self.top is not None)}
+
+
+class Hedgehog(nn.Module):
+    """Lesson 02's [softmax(Wx), softmax(-Wx)] [Z24, eq. 6], W learned for each head, the identity at first."""
+
+    def __init__(self, d, n_heads):
+        super().__init__()
+        self.W = nn.Parameter(torch.eye(d).repeat(n_heads, 1, 1))                            # (h, d, d)
+
+    def forward(self, x):
+        x = x @ self.W.mT.to(x.dtype)
+        return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
+
+
+class LoLCATs(LookBack):
+    """LoLCATs' hybrid [Zh25]: softmax to the last `window` tokens, Hedgehog's feature map [Z24] to all before them, in
+    one normaliser; and softmax to the `first` tokens of the text too, where a trained model keeps its attention when it
+    has nothing to look for [X24]. It is what a pretrained attention is turned into (experiments/conversion.py):
+    n_kv_heads heads of keys and values are shared by groups of heads. gamma, for each head, starts at 0.1.
+    Differs: the first tokens are ours; first=0 is the paper's."""
+    rotary = ("both",)
+
+    def __init__(self, d_model, n_heads=4, window=64, first=4, n_kv_heads=None):
+        if window < 1 or first < 0:
+            raise ValueError(f"window {window} must be at least 1, first {first} at least 0")
+        d = head_dim(d_model, n_heads)
+        super().__init__(d_model, n_heads, {"both": d}, n_kv_heads)
+        self.window, self.first = window, first
+        self.phi_q, self.phi_k = Hedgehog(d, n_heads), Hedgehog(d, n_heads)
+        self.gamma = nn.Parameter(torch.full((n_heads, 1, 1), math.log(0.1 / 0.9)))          # its sigmoid is 0.1
+        self.gamma.optim = {"weight_decay": 0.0}
+
+    def terms(self):
+        features = 2 * self.dims["both"]
+        return {"both": SparsePlusLowRank(self.phi_q, self.phi_k, features, self.window, first=self.first,
+                                          gamma=at_least_float32(self.gamma).sigmoid())}
 
 
 class RepeatAttention(nn.Module):
@@ -761,7 +837,7 @@ def associative_recall(batch_size=32, generator=None, length=63, vocab_size=8192
 MQAR_SETTINGS = {f"mqar_{n}": dict(length=n, n_pairs=k) for n, k in ((64, 4), (128, 8), (256, 16), (512, 64))}
 MQAR_SETTINGS |= {f"mqar_based_{n}": dict(length=n, n_pairs=n // 4, filler=True) for n in (64, 128, 256, 512, 1024)}
 MIXERS = {"baseconv": BaseConv, "baseconv_short": BaseConvShort, "short_conv": ShortConv, "based": Based,
-          "scatterbrain": Scatterbrain, "repeat_attention": RepeatAttention}
+          "scatterbrain": Scatterbrain, "lolcats": LoLCATs, "repeat_attention": RepeatAttention}
 TASKS = {"mqar": mqar, "associative_recall": associative_recall}
 TASKS |= {name: partial(mqar, **setting) for name, setting in MQAR_SETTINGS.items()}
 

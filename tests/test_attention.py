@@ -150,7 +150,8 @@ def test_ngram_heads_read_equal_rows_as_equal_tokens():
 @pytest.mark.parametrize("options, message", [
     ({"n_heads": 3}, "multiple of n_heads 3"), ({"n_kv_heads": 3}, "multiple of n_kv_heads 3"),
     ({"window": 0}, "window 0"), ({"n_heads": 32}, "must be even"), ({"n_heads": 0}, "multiple"),
-    ({"n_positions": 0}, "n_positions 0")])
+    ({"n_positions": 0}, "n_positions 0"), ({"head_dim": 0}, "head_dim 0"), ({"head_dim": 5}, "head dim 5"),
+    ({"theta": (1.0,) * 5}, "angles for 5 pairs")])
 def test_attention_names_what_does_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         lesson.Attention(32, **options)
@@ -184,6 +185,43 @@ def test_learned_positions():
                      lambda: mixer.reserve(state, 1), lambda: mixer.prefill(x, state)):
         with pytest.raises(ValueError, match="tokens, where n_positions is 70"):
             too_long()
+
+
+WISHES = {"head_dim": 12, "n_kv_heads": 2, "qkv_bias": True, "out_bias": True, "qk_norm": 1e-6,
+          "theta": (1.0, 0.1, 0.01)}
+
+
+@pytest.mark.parametrize("options", [{name: value} for name, value in WISHES.items()] + [WISHES], ids=[*WISHES, "all"])
+def test_what_pretrained_models_want(options):
+    """In every form, with all gradients, and in steps."""
+    torch.manual_seed(0)
+    mixer = lesson.Attention(32, 4, **options).double()
+    x = inputs(mixer, 70)[0]
+    results = [run(mixer, form, x, {}) for form in plain_forms(mixer)]
+    for what in results[0]:
+        for other in results[1:]:
+            check_close(results[0][what], other[what], 1e-9, what)
+    y, state = mixer.prefill(x[:, :60])
+    for i in range(60, 70):
+        y, state = mixer.step(x[:, i], state)
+        check_close(y, mixer(x)[:, i], 1e-9, f"step {i}")
+    assert mixer.state_size(70) == state.k.numel() + state.v.numel() >> 1            # two texts
+
+
+def test_norms_of_q_and_k_and_the_turn_of_a_part():
+    """Each q and k has the length that its norm says, and numbers beyond the pairs of theta are as they were."""
+    torch.manual_seed(0)
+    mixer = lesson.Attention(32, 2, qk_norm=0.0, theta=(0.5, 0.25)).double()
+    x = inputs(mixer, 9)[0]
+    q, k, v = mixer.project(x)
+    check_close(q.square().mean(-1), torch.ones(2, 2, 9, dtype=q.dtype), 1e-12, "the length of q")
+    plain = mixer.qkv(x)[..., :16].unflatten(-1, (1, 16)).transpose(1, 2)
+    plain = plain / plain.square().mean(-1, keepdim=True).sqrt()
+    check_close(q[:, :1, :, 4:], plain[..., 4:], 1e-12, "what does not turn")
+    angle = 8 * torch.tensor([0.5, 0.25], dtype=torch.float64)
+    check_close(q[:, 0, 8, :2], plain[:, 0, 8, :2] * angle.cos() - plain[:, 0, 8, 2:4] * angle.sin(), 1e-12, "a turn")
+    check_close(lesson.rope(v, 3, theta=1e4 ** (-torch.arange(8.0, dtype=torch.float64) / 8)), lesson.rope(v, 3), 1e-12,
+                "rope's own angles")
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -168,15 +168,15 @@ def test_scatterbrain_with_full_support_is_softmax_and_with_none_linear_attentio
     W = based.orthogonal_gaussian(16, 8).double()
     softmax, performer = softmax_and_performer(q, k, W)
     for top in (False, True):
-        check_close(based.SparsePlusLowRank(W, 40, top).matrix(q, k), softmax, 1e-12, "everything in the support")
-    check_close(based.SparsePlusLowRank(W, 0).matrix(q, k), performer, 1e-12, "nothing in the support")
+        check_close(based.scatterbrain(W, 40, top).matrix(q, k), softmax, 1e-12, "everything in the support")
+    check_close(based.scatterbrain(W, 0).matrix(q, k), performer, 1e-12, "nothing in the support")
 
 
 def test_scatterbrains_largest_scores_are_exact_and_the_rest_is_not():
     torch.manual_seed(0)
     q, k = (torch.randn(1, 1, 40, 8, dtype=torch.float64) for _ in range(2))
     W = based.orthogonal_gaussian(16, 8).double()
-    A, scale = based.SparsePlusLowRank(W, 4, top=True).weights(q, k)
+    A, scale = based.scatterbrain(W, 4, top=True).weights(q, k)
     exact = (q @ k.mT / 8 ** 0.5).exp()
     close = ((A / scale - exact).abs() < 1e-9) & (torch.ones(40, 40).tril() == 1)
     assert (close.sum(dim=-1)[..., 4:] == 4).all()
@@ -224,3 +224,59 @@ def test_named_patterns_train_and_generate(name):
     logits, states = model.prefill(ids[:, :11])
     last, _ = model.step(ids[:, 11], states)
     assert torch.allclose(torch.cat([logits, last[:, None]], dim=1), model(ids), atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- LoLCATs
+
+
+@pytest.mark.parametrize("options", [{"first": 0}, {"window": 3, "n_kv_heads": 2}, {"n_kv_heads": 1, "first": 1}])
+def test_lolcats_in_every_form_and_in_pieces(options):
+    """With every gradient, c's too; pieces that end among the first tokens, in the window, and after it."""
+    for t in (3, 7, 65, 130):
+        check_forms(make("lolcats", **{"window": 5} | options), t)
+    for s, u in ((1, 3), (3, 40), (6, 8), (64, 65)):
+        check_split(make("lolcats", **{"window": 5} | options), 70, s, u)
+
+
+def test_lolcats_with_nothing_outside_the_support_is_softmax():
+    mixer, full = make("lolcats", window=30, first=10, n_kv_heads=2), MIXERS["attention"](32, n_kv_heads=2).double()
+    full.load_state_dict({"qkv.weight": torch.cat([mixer.qk["both"].weight, mixer.v.weight]),
+                          "out.weight": mixer.out.weight})
+    x, _ = inputs(mixer, 40)
+    far = mixer(x)[:, 39:] - full(x)[:, 39:]
+    check_close(mixer(x[:, :31]), full(x[:, :31]), 1e-11, "window and first tokens see all")
+    check_close(mixer(x)[:, :31], full(x)[:, :31], 1e-11, "the same in a longer text")
+    check_close(far, torch.zeros_like(far), 1e-11, "ten first tokens and a window of 30 see 40")
+    assert (make("lolcats", window=30, first=9)(x)[:, 39:] - full(x)[:, 39:]).abs().max() > 1e-4
+
+
+def test_lolcats_keeps_n_plus_w_tokens_of_the_shared_heads():
+    mixer = make("lolcats", window=5, first=2, n_kv_heads=1)
+    _, (length, (S, k, v)) = mixer.prefill(inputs(mixer, 20)[0])
+    assert length == 20 and S.shape == (2, 4, 16, 9) and k.shape == v.shape == (2, 1, 7, 8)
+    assert mixer.state_size(20) == 4 * 16 * 9 + 7 * 16 and mixer.state_size(3) == 4 * 16 * 9 + 3 * 16
+
+
+def test_lolcats_gradient_passes_through_the_largest_score():
+    """By finite differences: the largest score is part of M, where another term stands beside the exponentials."""
+    term, g = make("lolcats", window=3, first=1).terms()["both"], torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 4, 8, 8, dtype=torch.float64, generator=g).requires_grad_() for _ in "qk")
+    assert torch.autograd.gradcheck(term.matrix, (q, k))
+
+
+def test_lolcats_holds_scores_that_overflow_exp():
+    mixer = make("lolcats", window=5)
+    with torch.no_grad():
+        mixer.qk["both"].weight.mul_(100)
+    x, _ = inputs(mixer, 40, dtype=torch.float64)
+    x.requires_grad_()
+    y = mixer(x)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options, words", [({"window": 0}, "window 0"), ({"first": -1}, "first -1"),
+                                            ({"n_kv_heads": 3}, "multiple of n_kv_heads 3")])
+def test_lolcats_names_what_does_not_fit(options, words):
+    with pytest.raises(ValueError, match=words):
+        MIXERS["lolcats"](32, **options)

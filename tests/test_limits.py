@@ -170,7 +170,8 @@ def test_what_stands_in_two_lessons_is_the_same():
     copies = {"pick_form": (one, two, three, four, five), "join_heads": (one, two, four, five), "scan": (two, three),
               "fft_conv": (three, four), "triton_conv": (three, four), "toeplitz": (three, four),
               "products": (two, four, five), "rope": (two, four),
-              "hash_rows": (one, four), "head_dim": (two, four, five), "taylor": (four, five),
+              "hash_rows": (one, four), "share_groups": (one, four), "head_dim": (two, four, five),
+              "taylor": (four, five),
               "linear": (two, three, four, five), "with_one": (four, five), "normalised": (four, five)}
     for name, lessons in copies.items():
         assert len({inspect.getsource(getattr(lesson, name)) for lesson in lessons}) == 1, name
@@ -182,6 +183,7 @@ def test_what_stands_in_two_lessons_is_the_same():
     performer = two.Performer(8, 1, m=20).double()
     check_close(four.favor(x, w), performer(x), 1e-6, "FAVOR+")
     check_close(four.taylor(x), two.Taylor(8, 1)(x), 0.0, "Taylor")
+    check_close(four.Hedgehog(8, 3).double()(x), two.Hedgehog(8, 3).double()(x), 0.0, "Hedgehog")
     check_close(four.taylor_full(x), two.TaylorFull(8, 1)(x), 0.0, "Taylor, all products")
 
 

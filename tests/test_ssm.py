@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import MIXERS, check_close, inputs, make, plain_forms
+from harness import MIXERS, check_close, check_forms, check_split, inputs, make, plain_forms
 
 lesson = importlib.import_module("03_ssm")
 double = torch.float64
@@ -397,3 +397,19 @@ def test_mamba_is_algorithm_2():
         h = torch.exp(dt[:, t, :, None] * A) * h + dt[:, t, :, None] * B[:, t, None] * u[:, t, :, None]
         y.append((h * C[:, t, None]).sum(-1) + mixer.D * u[:, t])
     check_close(mixer.out(torch.stack(y, 1) * F.silu(mixer.gate(x))), mixer(x), 1e-11, "Mamba")
+
+
+def test_rglru_takes_the_first_input_whole_if_told_to():
+    """With whole_first, h_1 = i * x: once, at the start of a text, in every form, in steps and over a seam."""
+    torch.manual_seed(0)
+    mixer = lesson.RGLRU(32, bias=True, gelu="tanh", whole_first=True).double()
+    plain = lesson.RGLRU(32, bias=True, gelu="tanh").double()
+    plain.load_state_dict(mixer.state_dict())
+    check_forms(mixer, 20)
+    check_split(mixer, 20, 1, 9)
+    x, _ = inputs(mixer, 20)
+    s, p = (m.project(x, m.init_carry(2))[0] for m in (mixer, plain))
+    check_close(s.k[:, :, 1:], p.k[:, :, 1:], 0.0, "later inputs")
+    root = (-torch.expm1(2 * s.g[:, :, :1])).sqrt()
+    check_close(s.k[:, :, :1] * root, p.k[:, :, :1], 1e-12, "the first input")
+    assert mixer.state_size(5) == plain.state_size(5) + 32

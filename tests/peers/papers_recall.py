@@ -86,6 +86,39 @@ def scatterbrain_top(p, x):
     return scatterbrain(p, x, support)
 
 
+def lolcats(p, x, window, first, groups):
+    """y_n = (gamma sum_{window} exp(q_n . k_i / sqrt(d) - c_n) v_i + phi(q_n) sum_{before} phi(k_i) v_i) / (the same
+    sums with v = 1), c_n the largest exponent in the window; phi = [softmax(W x), softmax(-W x)]; first tokens count as
+    in the window."""
+    h, g = 4, 4 // groups
+    q, k = p["qk.both.weight"].split([32, 8 * g])
+    q, k = R(heads(x, q)), R(heads(x, k, g))
+    v = heads(x, p["v.weight"], g)
+    k, v = (torch.stack([y[:, j // groups] for j in range(h)], dim=1) for y in (k, v))       # head j reads group j // 2
+    place, exponents = torch.arange(x.shape[1]), pairs(q, k) / math.sqrt(8)
+    seen = back(x.shape[1]) >= 0
+    near = seen & ((back(x.shape[1]) < window) | (place < first))
+
+    def phi(y, W):
+        y = torch.einsum("bhtd,hed->bhte", y, W)
+        return torch.cat([torch.softmax(y, -1), torch.softmax(-y, -1)], -1)
+    c = torch.where(near, exponents, -math.inf).max(-1, keepdim=True).values
+    exact = torch.sigmoid(p["gamma"]) * torch.where(near, torch.exp(torch.where(near, exponents - c, 0)), 0)
+    A = exact + pairs(phi(q, p["phi_q.W"]), phi(k, p["phi_k.W"])) * (seen & ~near)
+    return joined(A @ v / A.sum(-1, keepdim=True), p["out.weight"])
+
+
+@referee("lolcats", by="Zhang et al. 2025 (LoLCATs)", options={"window": 5, "first": 0})
+def lolcats_as_published(p, x):
+    return lolcats(p, x, 5, 0, 1)
+
+
+@referee("lolcats", by="Zhang et al. 2025 (LoLCATs), first tokens, shared keys",
+         options={"window": 5, "first": 3, "n_kv_heads": 2})
+def lolcats_with_more(p, x):
+    return lolcats(p, x, 5, 3, 2)
+
+
 @referee("jrt", by="Arora et al. 2024 (Just read twice), a prefix of 9", extras=lambda t: {"prefix": min(9, t)},
          options={"feature_dim": 6})
 @referee("jrt", by="Arora et al. 2024 (Just read twice), no prefix", options={"feature_dim": 6})
