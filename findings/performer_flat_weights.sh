@@ -3,7 +3,7 @@
 # of all values. A feature is exp(. - largest) + 1e-4, and at this scale the typical exponential of a key is some
 # 1e-8: what was added against division by 0 is most of the feature. The guess was softmax's weights with noise, as
 # the package's own softmax_kernel gives with eps = 0. No issue was found in November 2026. Seen: "distance from equal
-# weights (1 = 100%): softmax 0.76, FastAttention 0.02, with eps = 0 1.19; a key's exponential, median: 2e-08".
+# weights (1 = 100%): softmax 0.76, FastAttention 0.02, with eps = 0 1.19; a key's exponential, median: 3e-08".
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
