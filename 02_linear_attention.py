@@ -321,7 +321,7 @@ class Performer(nn.Module):
     """FAVOR+ [C20, lemma 1]: e^{x.y} = E_w[e^{w.x - |x|^2/2} e^{w.y - |y|^2/2}] for w ~ N(0, 1), estimated with m
     drawn w, whose directions are orthogonal in blocks of d; positive, unbiased. x = q d^{-1/4}.
     Differs: no stabiliser, the authors' maximum over all keys, which would look ahead; without it the exponent is still
-    at most |w|^2 / 2. No 1e-4 added to the features: at unit scale that outweighs them."""
+    at most |w|^2 / 2. No 1e-4 added to the features, which at unit scale makes nearly all weights equal."""
     shared = True
 
     def __init__(self, d, n_heads, m=None):
