@@ -4,12 +4,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:          # pytest -n: a process for each core, and no threads beside it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -51,12 +55,29 @@ if os.environ.get("TRITON_INTERPRET"):
     watch_memory()
 
 
+REFEREES = {}           # of all workers of pytest -n: (mixer, who is referee) -> the largest error
+
+
+def pytest_sessionfinish(session):
+    """What a worker of pytest -n has found, for the process that sums up."""
+    referees = sys.modules.get("referees")
+    if hasattr(session.config, "workeroutput") and referees:
+        session.config.workeroutput["referees"] = [[*key, error] for key, error in referees.ERRORS.items()]
+    elif referees:
+        REFEREES.update(referees.ERRORS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for *key, largest in getattr(node, "workeroutput", {}).get("referees", []):
+        REFEREES[tuple(key)] = max(largest, REFEREES.get(tuple(key), 0.0))
+
+
 def pytest_terminal_summary(terminalreporter):
     """How many referees the mixers were held to, and how far they were from them at most: see tests/peers."""
-    referees = sys.modules.get("referees")
-    if referees and referees.ERRORS:
-        (name, by), largest = max(referees.ERRORS.items(), key=lambda item: item[1])
-        exact = [error for error in referees.ERRORS.values() if error <= 1e-9]
+    if REFEREES:
+        (name, by), largest = max(REFEREES.items(), key=lambda item: item[1])
+        exact = [error for error in REFEREES.values() if error <= 1e-9]
         terminalreporter.write_line(
-            f"{len(referees.ERRORS)} referees of {len({name for name, _ in referees.ERRORS})} mixers: largest error "
+            f"{len(REFEREES)} referees of {len({name for name, _ in REFEREES})} mixers: largest error "
             f"{largest:.1e} ({name}, by {by}); {len(exact)} of them within 1e-9, at most {max(exact, default=0):.1e}")
