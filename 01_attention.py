@@ -285,8 +285,8 @@ def look_up(q, cache):
     heads that share keys as the rows of one matrix product, so that no key is copied."""
     rows = q.reshape(len(q), cache.k.shape[1], -1, q.shape[3]) * q.shape[3] ** -0.5          # (b, g, h/g, d)
     scores = rows @ cache.k.mT                                                               # (b, g, h/g, s)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    weights = hide(scores, cache.real[:, None, None], torch.finfo(scores.dtype).min).softmax(dim=-1)
+    scores, see = scores.to(torch.promote_types(scores.dtype, torch.float32)), cache.real[:, None, None]
+    weights = hide(scores, see, torch.finfo(scores.dtype).min).softmax(dim=-1) * see         # 0 where nothing is real
     return (weights.to(cache.v.dtype) @ cache.v).view(*q.shape[:3], -1)
 
 

@@ -225,6 +225,18 @@ def test_norms_of_q_and_k_and_the_turn_of_a_part():
 
 
 @pytest.mark.parametrize("window", [None, 4])
+def test_a_target_that_sees_nothing_gets_nothing_in_every_form(window):
+    """Left padding, in the loop too, where a step may find a cache of padding only."""
+    mixer, x = lesson.Attention(32, 2, window=window).double(), torch.randn(2, 12, 32, dtype=torch.float64)
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[0, :5] = False
+    for form in plain_forms(mixer):
+        y = mixer(x, form, real=real)
+        check_close(y[0, :5], torch.zeros(5, 32, dtype=torch.float64), 0.0, f"{form}: padding")
+        check_close(y, mixer(x, "parallel", real=real), 1e-12, form)
+
+
+@pytest.mark.parametrize("window", [None, 4])
 def test_the_cache_keeps_its_precision(window):
     """Also where keys come in bfloat16: autocast on a GPU, unlike on a CPU, does not bring the two together."""
     state = lesson.Attention(32, 2, window=window).init_state(1)

@@ -486,7 +486,7 @@ def test_the_newest_run_is_the_default(tmp_path, capsys):
     path, data = written(tmp_path, PASSAGE)
     assert data["models"][0]["name"] == "gla" and str(newest) in data["models"][0]["about"]
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and path.resolve().as_uri() in said
+    assert said.count("\n") == 2 and path.resolve().as_uri() in said and f"gla ({newest}" in said
     explore.main([PASSAGE])
     assert (tmp_path / "runs" / "explore.html").stat().st_size > 10000
 
