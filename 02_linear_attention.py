@@ -1114,7 +1114,7 @@ def timed(f, *args, **more):
     return y, 1e3 * min(times)
 
 
-def compare_forms(t=128, d_model=64, long=2048):
+def compare_forms(t=128, d_model=64, long=1024):
     """Print how far the forms of every mixer are apart in float64, and the time of each form for `long` tokens in
     float32."""
     print(f"{'mixer':18}{'form':11}{f'time, t = {long}':>16}   largest difference from the forms above (t = {t})")
