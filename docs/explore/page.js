@@ -189,7 +189,7 @@ function buildText() {
     span.classList.toggle("repeat", repeats[i] > 0);
     span.classList.toggle("rare", repeats[i] > 1);
     if (ends) ink.dataset.ends = "↵".repeat(ends.length);
-    if (text === "") ink.dataset.ends = "·";     // a part of a character: the token that completes it shows it
+    if (text === "") ink.dataset.ends = "·";     // part of a character that a later one shows, or added by the tokenizer
     span.addEventListener("pointerenter", event => event.pointerType === "mouse" && point(i));
     span.addEventListener("click", () => choose({ token: i }));
     spans.push(span);
