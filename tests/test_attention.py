@@ -227,13 +227,17 @@ def test_norms_of_q_and_k_and_the_turn_of_a_part():
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_target_that_sees_nothing_gets_nothing_in_every_form(window):
     """Left padding, in the loop too, where a step may find a cache of padding only."""
-    mixer, x = lesson.Attention(32, 2, window=window).double(), torch.randn(2, 12, 32, dtype=torch.float64)
-    real = torch.ones(2, 12, dtype=torch.bool)
+    q, k, v = qkv(12, h=2, g=2, d=4)
+    real = torch.ones(len(q), 12, dtype=torch.bool)
     real[0, :5] = False
-    for form in plain_forms(mixer):
-        y = mixer(x, form, real=real)
-        check_close(y[0, :5], torch.zeros(5, 32, dtype=torch.float64), 0.0, f"{form}: padding")
-        check_close(y, mixer(x, "parallel", real=real), 1e-12, form)
+    slots = (*k.shape[:2], window or 0)
+    empty = lesson.Cache(k.new_zeros(*slots, 4), v.new_zeros(*slots, v.shape[3]), real.new_zeros(len(q), slots[2]), 0)
+    results = {"parallel": lesson.parallel_attention(q, k, v, window, real),
+               "chunked": lesson.chunked_attention(q, k, v, window, real, chunk=4),
+               "recurrent": lesson.recurrent_attention(q, k, v, empty, real, window)[0]}
+    for form, o in results.items():
+        check_close(o[0, :, :5], torch.zeros_like(o[0, :, :5]), 0.0, f"{form}: padding")
+        check_close(o, results["parallel"], 1e-12, form)
 
 
 @pytest.mark.parametrize("window", [None, 4])

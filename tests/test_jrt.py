@@ -126,6 +126,18 @@ def test_jrt_prompt_does_not_need_the_order():
     assert [t for t in twice[0, 36:].tolist() if t in second][0] == asked[0, -1]
 
 
+def test_every_form_goes_on_from_a_state():
+    g = torch.Generator().manual_seed(0)
+    q, k, k_enc = (torch.rand(2, 3, 9, 5, generator=g, dtype=torch.float64) for _ in range(3))
+    v, v_enc = (torch.randn(2, 3, 9, 4, generator=g, dtype=torch.float64) for _ in range(2))
+    S, inside = torch.rand(2, 3, 5, 5, generator=g, dtype=torch.float64), torch.ones(1, 1, 9, 1, dtype=torch.float64)
+    o, after = lesson.recurrent(q, k, v, k_enc, v_enc, inside, S)
+    for form in (lesson.parallel, lesson.chunked):
+        for ours, other in zip(form(q, k, v, k_enc, v_enc, inside, S), (o, after), strict=True):
+            check_close(ours, other, 1e-12, form.__name__)
+    assert (o - lesson.recurrent(q, k, v, k_enc, v_enc, inside, 0 * S)[0]).abs().max() > 1e-2
+
+
 def test_prefix_lm_asks_for_hidden_tokens_and_for_the_next_behind_the_prefix():
     """Two means, as in the authors' code: the next token's, plus a quarter of that over the hidden tokens."""
     row = torch.arange(1, 42).repeat(500, 1)

@@ -100,6 +100,19 @@ def test_extreme_parameters_leave_outputs_and_gradients_finite(name):
                 p.copy_(kept)
 
 
+def test_an_average_that_forgets_everything_at_once_has_gradients():
+    """EMA's decay 1 - alpha delta with both at 1: a = 0, which has no logarithm."""
+    mixer = MIXERS["ema"](8)
+    with torch.no_grad():
+        mixer.alpha.fill_(40.0)
+        mixer.delta.fill_(40.0)
+    for form in plain_forms(mixer):
+        mixer.zero_grad()
+        y = mixer(torch.randn(1, 6, 8), form)
+        y.sum().backward()
+        assert y.isfinite().all() and all(p.grad.isfinite().all() for p in mixer.parameters()), form
+
+
 # ------------------------------------------------------------------------------- dtypes, devices, saving, and padding
 
 
