@@ -444,10 +444,10 @@ class GLU(nn.Module):
 
 class S4D(StateSpace):
     """S4D [G22b]: a diagonal system for each channel, zero-order hold, then GELU and a gated linear layer. init: where
-    the eigenvalues start, lin, inv or legs; with legs, B starts as HiPPO's, otherwise it is 1, in C."""
+    the eigenvalues start, lin, inv or legs; with legs, B starts as HiPPO's (hippo_B), otherwise it is 1, in C."""
     init = "lin"
 
-    def __init__(self, d_model, n_heads=None, n_state=64, init=None):
+    def __init__(self, d_model, n_heads=None, n_state=64, init=None, hippo_B=True):
         super().__init__()
         if n_state < 2 or n_state % 2:
             raise ValueError(f"n_state {n_state} is not an even number above 0: states come in conjugate pairs")
@@ -456,7 +456,7 @@ class S4D(StateSpace):
             raise ValueError(f"unknown init {init!r}; there are {', '.join(DIAGONALS)}")
         self.channels, self.n_state = d_model, n_state // 2
         A, B = DIAGONALS[init](n_state), None
-        if init == "legs":
+        if init == "legs" and hippo_B:
             B = legs_normal_part(n_state)[1][n_state // 2:]
             B = B * (2 / B.abs()).clamp(max=1)                   # it goes up to 41 for n = 64; the authors cut it at 2
         self.diagonal = Diagonal(d_model, A.repeat(d_model, 1), B)
@@ -484,8 +484,8 @@ class DSS(S4D):
     init = "legs"
 
     def __init__(self, d_model, n_heads=None, n_state=64, max_len=1024):
-        super().__init__(d_model, n_heads, n_state)
-        self.diagonal.B, self.max_len = None, max_len
+        super().__init__(d_model, n_heads, n_state, hippo_B=False)
+        self.max_len = max_len
 
     def system(self):
         def softmax(A, dt):
@@ -1000,10 +1000,20 @@ def legs_normal_part(n):
         x.to(torch.complex64) for x in (B, P, V))
 
 
-class FromKernel(StateSpace):
-    """A mixer of which only K is known, filter(t): (c, t). Without a finite state, prefill and step keep all inputs u
-    and sum over them."""
+class ByKernel(StateSpace):
+    """A mixer whose K is made by filter(t): (c, t), and not of g, k and q."""
     forms = ("conv", "parallel", "triton")
+
+    def convolve(self, form, u):
+        K = at_least_float32(self.filter(u.shape[-1]))
+        return fft_conv(u, K) if form == "conv" else (toeplitz(K) @ u[..., None])[..., 0]
+
+    def mixing_matrix(self, s, t):
+        return toeplitz(at_least_float32(self.filter(t)))[None]                      # (1, c, t, s)
+
+
+class FromKernel(ByKernel):
+    """A mixer of which only K is known. Without a finite state, prefill and step keep all inputs and sum over them."""
 
     def mix(self, form, u, s, past):
         both, t = u if past is None else torch.cat([past.to(u.dtype), u], dim=-1), u.shape[-1]
@@ -1013,13 +1023,6 @@ class FromKernel(StateSpace):
             y = self.convolve(form, both)[..., -t:]
         return self.with_skip(y, u), both
 
-    def convolve(self, form, u):
-        K = at_least_float32(self.filter(u.shape[-1]))
-        return fft_conv(u, K) if form == "conv" else (toeplitz(K) @ u[..., None])[..., 0]
-
-    def mixing_matrix(self, s, t):
-        return toeplitz(at_least_float32(self.filter(t)))[None]                      # (1, c, t, s)
-
     def init_state(self, batch_size):
         like = at_least_float32(next(self.parameters()))
         return self.init_carry(batch_size), like.new_zeros(batch_size, self.channels, 0)
@@ -1028,14 +1031,14 @@ class FromKernel(StateSpace):
         return self.channels * t + self.init_carry(1).numel()
 
 
-class Dense(FromKernel):
+class Dense(ByKernel):
     """A time-invariant mixer with a dense system: discrete() -> a: (c, n, n), b, C: (c, n). K_l = C a^l b, by making
     a^0 b, a^1 b, ... twice as many at a time (Krylov)."""
     forms = ("conv", "recurrent", "parallel", "triton")
     goes_on_by = "recurrent"
 
     def mix(self, form, u, s, h):
-        return super().mix(form, u, s, None) if form != "recurrent" else self.loop(u, h)
+        return self.loop(u, h) if form == "recurrent" else (self.with_skip(self.convolve(form, u), u), None)
 
     def loop(self, u, h):
         a, b, C = self.discrete()
@@ -1048,12 +1051,6 @@ class Dense(FromKernel):
     def filter(self, t):
         a, b, C = self.discrete()
         return (C[:, None] @ krylov(a, b, t))[:, 0].real
-
-    def init_state(self, batch_size):
-        return StateSpace.init_state(self, batch_size)
-
-    def state_size(self, t):
-        return StateSpace.state_size(self, t)
 
 
 def krylov(a, b, t):
