@@ -7,8 +7,9 @@ feature maps are fitted to the weights that softmax gave (transfer: lesson 02's 
 model is trained on (finetuned), and softmax is trained on in the same way: the bound. Perplexity after each stage, bits
 per byte at the end, on text that is held out of the training here: Shakespeare's plays, and Python's language reference
 (pydoc's topics). SmolLM2 has surely read both in its first life. far: perplexity of those targets whose pair of tokens
-stands before in the window, but only more than 64 tokens back. Rows of one learning rate: of these, trust differences
-that are larger than the spread over the seeds. Writes conversion.csv and .png.
+stands before in the window, but only more than 64 tokens back. once, twice: the same before any finetuning, for the
+second half of each window, its first half read once or twice before it (JRT-prompt). Rows of one learning rate: of
+these, trust differences that are larger than the spread over the seeds. Writes conversion.csv and .png.
 """
 import copy
 import functools
@@ -28,18 +29,37 @@ import pretrained
 
 lesson_1, lesson_2, lesson_4 = map(importlib.import_module, ("01_attention", "02_linear_attention", "04_based"))
 NEAR = 64
-VARIANTS = {                             # feature map?, window, first tokens
-    "softmax": (False, None, 0),
-    "window": (False, NEAR, 0),
-    "window, first 4": (False, NEAR, 4),
-    "hedgehog, window, first 4": (True, NEAR, 4),
-    "hedgehog, window": (True, NEAR, 0),
-    "hedgehog": (True, None, 0)}
+VARIANTS = {                             # feature map, window, first tokens
+    "softmax": (None, None, 0),
+    "window": (None, NEAR, 0),
+    "window, first 4": (None, NEAR, 4),
+    "Hedgehog, window, first 4": ("hedgehog", NEAR, 4),
+    "Hedgehog, window": ("hedgehog", NEAR, 0),
+    "Hedgehog": ("hedgehog", None, 0),
+    "Taylor, window, first 4": ("taylor", NEAR, 4),
+    "Taylor": ("taylor", None, 0)}
+LONGER = 400                             # steps of both stages, for Hedgehog alone once more
 
 
 def nothing(x):
     """A feature map that adds nothing."""
     return x.new_zeros(*x.shape[:-1], 1)
+
+
+class Taylor(nn.Module):
+    """Lesson 04's Taylor map of f numbers, a learned projection of a head's d. phi(q) . phi(k) starts near 1 + s +
+    s^2 / 2 with s = q . k / sqrt(d): the projection is random, with E[W W^T] = sqrt(f / d) and the same for q and k."""
+
+    def __init__(self, d, n_heads, f=16):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.W = nn.Parameter(torch.randn(n_heads, d, f, generator=g) * f ** -0.5 * (f / d) ** 0.25)
+
+    def forward(self, x):
+        return lesson_4.taylor(x @ self.W.to(x.dtype))
+
+
+MAPS = {"hedgehog": (lesson_4.Hedgehog, lambda d: 2 * d), "taylor": (Taylor, lambda d: 153)}       # and its features
 
 
 class Look(nn.Module):
@@ -49,14 +69,15 @@ class Look(nn.Module):
         super().__init__()
         self.maps, self.window, self.first = maps, window, first
         if maps:
-            self.phi_q, self.phi_k = lesson_4.Hedgehog(d, n_heads), lesson_4.Hedgehog(d, n_heads)
+            kind, n_features = MAPS[maps]
+            self.phi_q, self.phi_k, self.m = kind(d, n_heads), kind(d, n_heads), n_features(d)
         if maps and window:
             self.gamma = nn.Parameter(torch.full((n_heads, 1, 1), math.log(0.1 / 0.9)))      # as in lesson 04
 
     def term(self):
         if self.maps:
-            return lesson_4.SparsePlusLowRank(self.phi_q, self.phi_k, self.phi_q.W.shape[-1] * 2, self.window,
-                                              first=self.first, gamma=self.gamma.sigmoid())
+            return lesson_4.SparsePlusLowRank(self.phi_q, self.phi_k, self.m, self.window, first=self.first,
+                                              gamma=self.gamma.sigmoid())
         return lesson_4.SparsePlusLowRank(nothing, nothing, 0, self.window, first=self.first, gamma=1.0)
 
     def weights(self, q, k):
@@ -71,7 +92,7 @@ class Look(nn.Module):
     def size(self, t, h, g, d):
         if self.window:
             return self.term().size(t, h, d, d, g)
-        return h * 2 * d * (d + 1) if self.maps else 2 * g * d * t
+        return h * self.m * (d + 1) if self.maps else 2 * g * d * t
 
 
 class Converted(nn.Module):
@@ -133,7 +154,7 @@ def batch(tokens, n, context, generator):
     return torch.stack(rows)
 
 
-def far(window, near=NEAR):
+def far(window, near):
     """Which targets window[1:] end a pair of tokens that stands before, and only more than `near` tokens back."""
     last, result = {}, []
     for i, pair in enumerate(zip(window.tolist(), window.tolist()[1:], strict=False)):
@@ -142,18 +163,38 @@ def far(window, near=NEAR):
     return torch.tensor(result)
 
 
+def windows(ids, context, at_once=8):
+    """Windows that know nothing of each other, (at most 8, context + 1) at a time: the last token of one is the first
+    of the next. A rest that fills none is left out."""
+    return ids.unfold(0, context + 1, context).split(at_once)
+
+
+def losses(model, ids, device):
+    """Nats of each token but the first: (b, t + 1) -> (b, t)."""
+    logits, _ = model.prefill(ids[:, :-1].to(device))
+    return F.cross_entropy(logits.float().mT, ids[:, 1:].to(device), reduction="none").cpu()
+
+
 @torch.no_grad()
 def evaluate(model, tokenizer, ids, context, device):
-    """Nats a token, bits a byte, nats a far target; in windows that know nothing of each other."""
-    nats, is_far, n_bytes = [], [], 0
-    for i in range(0, len(ids) - 1, context):
-        window = ids[i:i + context + 1]
-        logits, _ = model.prefill(window[None, :-1].to(device))
-        nats.append(F.cross_entropy(logits[0].float(), window[1:].to(device), reduction="none").cpu())
-        is_far.append(far(window))
-        n_bytes += len(tokenizer.decode(window[1:].tolist(), skip_special_tokens=False).encode())
-    nats, is_far = torch.cat(nats), torch.cat(is_far)
+    """Nats a token, bits a byte, nats a far target."""
+    pairs = [(losses(model, rows, device), rows) for rows in windows(ids, context)]
+    nats = torch.cat([nats for nats, _ in pairs])
+    is_far = torch.stack([far(row, NEAR) for _, rows in pairs for row in rows])
+    text = [tokenizer.decode(row[1:].tolist(), skip_special_tokens=False) for _, rows in pairs for row in rows]
+    n_bytes = sum(len(piece.encode()) for piece in text)
     return nats.mean().item(), nats.sum().item() / n_bytes / math.log(2), nats[is_far].mean().item()
+
+
+@torch.no_grad()
+def reread(model, ids, context, device, times):
+    """Nats of the far targets in each window's second half, its first half read so many times before it."""
+    half, nats, is_far = context // 2, [], []
+    for rows in windows(ids, context):
+        twice = torch.cat([rows[:, :half]] * times + [rows[:, half:]], dim=1)
+        nats.append(losses(model, twice, device)[:, -(context - half):])
+        is_far.extend(far(row, NEAR)[-(context - half):] for row in rows)
+    return torch.cat(nats)[torch.stack(is_far)].mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------- the stages
@@ -225,6 +266,9 @@ def measure(cell, load=smollm2):
     look("swapped")
     result["divergence"] = transfer(model, convert(base, "softmax"), draw, cell["transfer"])
     look("transferred")
+    for name, (_, held) in tokens.items():
+        for word, times in (("once", 1), ("twice", 2)):
+            result[f"{word}_{name}"] = math.exp(min(reread(model, held, cell["context"], device, times), 50))
     finetune(model, draw, cell["steps"], cell["lr"], device)
     look("finetuned")
     return result | {"state": sum(part.state_size(cell["context"]) for part in parts(model))}
@@ -240,22 +284,26 @@ if __name__ == "__main__":
     whole = {"batch": [8], "context": [512], "held_out": [48 * 512], "transfer": [args.steps or 180], "steps": [158]}
     cells = lab.grid(seed=[0] if args.quick else [0, 1, 2], variant=VARIANTS, lr=[1e-4],
                      **(quick if args.quick else whole))
+    if not args.quick:
+        long = {"transfer": args.steps or LONGER, "steps": args.steps or LONGER}
+        cells += [cell | long for cell in cells if cell["variant"] == "Hedgehog"]
     rows = lab.sweep(args, "conversion", cells, measure)
-    columns = ("swapped", "transferred", "finetuned", "bits", "far")
+    columns = ("swapped", "transferred", "once", "twice", "finetuned", "bits", "far")
     print(f"{'':28}" + "".join(f"{name:>16}" for name in columns) + "   state, floats     (plays / reference)")
     fig, axes = lab.figure(13, 4.8, columns=2)
-    for variant in VARIANTS:
-        mine = [row for row in rows if row["variant"] == variant]
+    for variant, steps in dict.fromkeys((cell["variant"], cell["steps"]) for cell in cells):
+        mine = [row for row in rows if (row["variant"], row["steps"]) == (variant, steps)]
         if not mine:
             continue
-        mean = {f"{name}_{text}": sum(row[f"{name}_{text}"] for row in mine) / len(mine)
-                for name in columns for text in ("plays", "reference")}
-        pairs = (f"{mean[name + '_plays']:.4g} / {mean[name + '_reference']:.4g}" for name in columns)
-        print(f"{variant:28}" + "".join(f"{pair:>16}" for pair in pairs) + f"   {mine[0]['state']:,}")
+        name = variant + f", {steps} steps" * (steps == LONGER)
+        mean = {f"{column}_{text}": sum(row[f"{column}_{text}"] for row in mine) / len(mine)
+                for column in columns for text in ("plays", "reference")}
+        pairs = (f"{mean[column + '_plays']:.4g} / {mean[column + '_reference']:.4g}" for column in columns)
+        print(f"{name:28}" + "".join(f"{pair:>16}" for pair in pairs) + f"   {mine[0]['state']:,}")
         for ax, key in zip(axes, ("bits_plays", "far_plays"), strict=True):
             low, high = (f(row[key] for row in mine) for f in (min, max))
             ax.errorbar(4 * mine[0]["state"], mean[key], [[mean[key] - low], [high - mean[key]]], fmt="o", capsize=3,
-                        label=variant)
+                        label=name)
     axes[0].set(xscale="log", xlabel="bytes of state, float32", ylabel="bits per byte", title="Held-out plays")
     axes[1].set(xscale="log", yscale="log", xlabel="bytes of state, float32", ylabel="perplexity",
                 title=f"Targets whose pair stood before, only more than {NEAR} tokens back")

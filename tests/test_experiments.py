@@ -218,7 +218,8 @@ def test_a_conversion_to_softmax_changes_nothing(small):
     assert (before - swapped)[:, :64].abs().max() < 1e-4                                 # as far as the window reaches
 
 
-@pytest.mark.parametrize("variant", ["softmax", "window", "hedgehog", "hedgehog, window, first 4"])
+@pytest.mark.parametrize("variant", ["softmax", "window", "Hedgehog", "Hedgehog, window, first 4",
+                                     "Taylor, window, first 4"])
 def test_a_conversion_is_measured_after_each_stage(small, variant):
     conversion, model, load = small
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -226,18 +227,33 @@ def test_a_conversion_is_measured_after_each_stage(small, variant):
             "steps": 10}
     row = conversion.measure(cell, load)
     assert row["finetuned_plays"] < row["transferred_plays"] and row["text"] == "a hash"
-    assert (row["divergence"] > 0) == ("hedgehog" in variant) == (row["transferred_plays"] != row["swapped_plays"])
+    assert (row["divergence"] > 0) == (variant[0] in "HT") == (row["transferred_plays"] != row["swapped_plays"])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())     # itself left alone
-    assert row["state"] == 2 * {"softmax": 2 * 2 * 8 * 80, "window": 2 * 2 * 8 * 64, "hedgehog": 4 * 16 * 9,
-                                "hedgehog, window, first 4": 4 * 16 * 9 + 2 * 2 * 8 * 68}[variant]
+    assert row["state"] == 2 * {"softmax": 2 * 2 * 8 * 80, "window": 2 * 2 * 8 * 64, "Hedgehog": 4 * 16 * 9,
+                                "Hedgehog, window, first 4": 4 * 16 * 9 + 2 * 2 * 8 * 68,
+                                "Taylor, window, first 4": 4 * 153 * 9 + 2 * 2 * 8 * 68}[variant]
 
 
 def test_transfer_brings_the_maps_nearer_to_softmax(small):
     conversion, model, _ = small
-    teacher, student = conversion.convert(model, "softmax"), conversion.convert(model, "hedgehog")
+    teacher, student = conversion.convert(model, "softmax"), conversion.convert(model, "Hedgehog")
     ids = torch.randint(12, (2, 81), generator=torch.Generator().manual_seed(1))
     short, long = (conversion.transfer(student, teacher, lambda: ids, steps, rounds=1) for steps in (0, 30))
     assert long < short
+
+
+def test_a_second_reading_is_of_the_first_half_and_counts_the_second(small):
+    """Far targets of the second half alone; read once, they are what the whole window says of them."""
+    conversion, model, _ = small
+    rows = torch.randint(12, (161,), generator=torch.Generator().manual_seed(1)).unfold(0, 81, 80)
+    with torch.no_grad():
+        nats = conversion.losses(model, rows, "cpu")[:, 40:]
+        again = conversion.losses(model, torch.cat([rows[:, :40], rows], dim=1), "cpu")[:, 80:]
+    is_far = torch.stack([conversion.far(row, 16)[40:] for row in rows])
+    ids = torch.cat([rows[0], rows[1, 1:]])
+    once, twice = (conversion.reread(model, ids, 80, "cpu", times) for times in (1, 2))
+    assert is_far.sum() > 5 and abs(once - nats[is_far].mean()) < 1e-5
+    assert abs(twice - again[is_far].mean()) < 1e-5 < abs(twice - once)
 
 
 def test_far_targets_by_hand():
