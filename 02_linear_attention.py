@@ -1,4 +1,4 @@
-"""Lesson 02. Linear attention: one recurrence, and what fifteen papers put into it.
+"""Lesson 02. Linear attention: one recurrence, and what twenty papers put into it.
 
     S_t = e^{g_t} * S_{t-1} + phi(k_t) v_t^T          a state of fixed size: d x e numbers for each head
     o_t = phi(q_t)^T S_t
@@ -8,7 +8,8 @@ is left to choose is phi, the feature map that stands in for exp(q . k), and g, 
 constant, a number for each token, or a vector for each token. The matrix is M_ts = sum_d phi(q_t)_d phi(k_s)_d
 e^{g_{s+1} + ... + g_t}; the loop carries S; a chunk is a small matrix inside and one step of the loop from one to the
 next. Most mixers below are such a choice. Three go further: a normaliser divides by the same sum with v = 1, RWKV reads
-before it writes (a bonus for the token itself), and the delta rule lets a new value replace an old one.
+before it writes (a bonus for the token itself), and the delta rule lets a new value replace an old one, which makes a
+state that can count.
 
 Papers  [K20]  Katharopoulos et al. 2020, Transformers are RNNs  arXiv:2006.16236
         [C20]  Choromanski et al. 2020, Performer  arXiv:2009.14794      [P21]  Peng et al. 2021, RFA  arXiv:2103.02143
@@ -18,25 +19,32 @@ Papers  [K20]  Katharopoulos et al. 2020, Transformers are RNNs  arXiv:2006.1623
         [Ka23] Katsch 2023, GateLoop  arXiv:2311.01927                   [Pe23] Peng 2023, RWKV-4  arXiv:2305.13048
         [Pe24] Peng et al. 2024, RWKV-5 and 6  arXiv:2404.05892          [D24]  Dao, Gu 2024, Mamba-2  arXiv:2405.21060
         [Y24]  Yang et al. 2024, DeltaNet  arXiv:2406.06484              [Y25]  Yang, Gated DeltaNet  arXiv:2412.06464
+        [Ki25] Kimi Team 2025, Kimi Linear  arXiv:2510.26692             [Pe25] Peng et al., RWKV-7  arXiv:2503.14456
+        [Be24] Beck et al. 2024, xLSTM  arXiv:2405.04517                 [Be25] Beck et al., xLSTM 7B  arXiv:2503.13427
+        [Qi24] Qin et al. 2024, Lightning Attention-2  arXiv:2401.04658  [M25]  MiniMax-01  arXiv:2501.08313
+        [Gr24] Grazzi et al. 2024, Negative eigenvalues  arXiv:2411.12537
         [HS86] Hillis, Steele 1986, Data parallel algorithms
 
 Axes    b batch, t time (target), s source, h head, d key or feature dim, e value dim, c model width, n chunk.
 Letters alpha, gamma, a, w of the papers (the decay) are e^g; Mamba-2's C, B, x are q, k, v; RWKV's r is q; z, the
-        normaliser's state, is a last column of S; G_ts = g_{s+1} + ... + g_t; D_t is a correction of the delta rule.
+        normaliser's state, is a last column of S; G_ts = g_{s+1} + ... + g_t. In the delta rule u is what the state
+        holds under the key b (RWKV-7's kappa), and a is the key under which u is written.
 
 mixer                             decay g             forms                            state per sequence
 linear_attention relu performer   none                chunked parallel recurrent       h D (e + 1), D features
   rfa cosformer hedgehog taylor
   taylor_full rebased
 gated_rfa                         scalar, data        chunked parallel recurrent       h D (e + 1)
-retnet                            scalar, constant    chunked parallel recurrent       h d e
-mamba2                            scalar, data        chunked parallel recurrent       h d e and 3 inputs of the conv
+retnet lightning_attention        scalar, constant    chunked parallel recurrent       h d e
 gla                               vector, data        chunked parallel recurrent       h d e
-deltanet gated_deltanet           none; scalar, data  chunked parallel recurrent       h d e and 3 inputs of the convs
+mlstm                             scalar, data        chunked parallel recurrent       h d (e + 1) and h maxima
+mamba2                            scalar, data        chunked parallel recurrent       h d e and 3 inputs of the conv
+deltanet gated_deltanet kda       none scalar vector  chunked parallel recurrent       h d e and 3 inputs of the convs
+rwkv7                             vector, data        chunked parallel recurrent       h d e and the last token
 rwkv6                             vector, data        chunked parallel recurrent       h d e and the last token
 rwkv4                             vector, constant    scan parallel recurrent          3 c and the last token
 gateloop                          complex, data       scan parallel recurrent          2 c
-(all but the delta rule, gateloop and rwkv4 also triton: one kernel, the default on a GPU in bfloat16)
+(all but rwkv7, rwkv4 and gateloop also triton: one kernel, the default on a GPU in bfloat16)
 
     python 02_linear_attention.py                  forms compared and timed; how well each feature map mimics softmax
     python 02_linear_attention.py --plot FILE.png  the feature maps' weights beside softmax's, and the mixing matrices
@@ -97,12 +105,13 @@ def first():
     print("    the last A reads the first row of S alone, which fades fast in GLA, by half in RetNet. It finds c,\n"
           "    but also B, with a negative weight: feature maps and normalisers are against that")
 
-    # The delta rule: a key of length 1 is looked up before it is written, and only the difference is added.
+    # Two learners of what belongs to a key. Hebb adds; the delta rule (least mean squares) looks the key up first, and
+    # adds only the difference. The key is of length 1.
     k1 = k2 = torch.tensor((1.0, 0.0))
     S1 = k1[:, None] * torch.tensor(A)                                               # A under k1
     S2 = S1 + k2[:, None] * (torch.tensor(B) - k2 @ S1)                              # B under the same key
-    print(f"    A, then B under one key: added, {(S1 + k2[:, None] * torch.tensor(B)).tolist()[0]}; "
-          f"by the delta rule, {S2.tolist()[0]}\n")
+    print(f"    A, then B under one key: Hebb has {(S1 + k2[:, None] * torch.tensor(B)).tolist()[0]}, "
+          f"the delta rule {S2.tolist()[0]}\n")
     return results
 
 
@@ -550,6 +559,32 @@ class RetNet(LinearMixer):
         return self.out(join_heads(rms_norm(o, eps=1e-6)) * gate)
 
 
+class LightningAttention(LinearMixer):
+    """MiniMax's lightning attention [M25; Qi24]: retention without rotary positions. Constant decays, slower in later
+    layers, g_h = -2^{-8 (h + 1) / H} (1 - depth), depth from 0, the first layer, to 1; silu on q, k and v; no division
+    by sqrt(d), for a norm over all heads follows; a sigmoid gate.
+    Differs: the authors add 1e-5 to 1 - depth, which is the last layer's whole decay; so does this. Their depth is
+    l / (L - 1 + 1e-5) in a model of L layers, the l-th."""
+
+    def __init__(self, d_model, n_heads=4, depth=0.0):
+        super().__init__()
+        if not 0 <= depth <= 1:
+            raise ValueError(f"depth must be from 0 (the first layer) to 1 (the last), not {depth}")
+        self.n_heads, d = n_heads, head_dim(d_model, n_heads)
+        self.qkv, self.gate, self.out = linear(d_model, 3 * d_model), linear(d_model, d_model), linear(d_model, d_model)
+        self.norm = nn.Parameter(torch.ones(d_model))
+        rates = 2.0 ** (-8 * torch.arange(1, n_heads + 1, dtype=torch.float64) / n_heads) * (1 - depth + 1e-5)
+        self.register_buffer("g", -rates.float()[None, :, None, None])
+        self.state_shape = (n_heads, d, d)
+
+    def project(self, x, carry):
+        q, k, v = (split_heads(y, self.n_heads) for y in F.silu(self.qkv(x)).chunk(3, dim=-1))
+        return (q, k, v, self.g), torch.sigmoid(self.gate(x)), carry + x.shape[1]
+
+    def finish(self, o, gate):
+        return self.out(rms_norm(join_heads(o)) * self.norm * gate)
+
+
 class GLA(LinearMixer):
     """Gated linear attention [Y23, section 4.4]: a decay for each key channel from the token, g = logsigmoid(W_2 W_1
     x + b) / 16. Without the 16th root nothing would be left after some 50 tokens at first."""
@@ -570,6 +605,64 @@ class GLA(LinearMixer):
 
     def finish(self, o, gate):
         return self.out(join_heads(rms_norm(o) * self.norm) * gate)
+
+
+def running_maximum(i, g, last):
+    """m_t = max(i_t, 0, g_t + m_{t-1}) after m_0 = last, with m_0 in front: log t rounds of doubling, as in scan().
+    i, g: (b, h, t, 1), last: (b, h, 1, 1) -> (b, h, 1 + t, 1)."""
+    m, g, n = torch.cat([last, i.clamp(min=0)], dim=2), F.pad(g, (0, 0, 1, 0)), 1
+    while n < m.shape[2]:
+        m = torch.maximum(m, g + F.pad(m, (0, 0, n, -n), value=-torch.inf))
+        g = g + F.pad(g, (0, 0, n, -n))
+        n *= 2
+    return m
+
+
+def with_floor(form, q, k, v, g, m, state=None):
+    """A form with S in units of e^m, divided by max(|n . q|, 1), n the same sum with v = 1. There, 1 is e^{-m}."""
+    o, S = form(q, k, F.pad(v, (0, 1), value=1.0), g, state=state)
+    return o[..., :-1] / torch.maximum(o[..., -1:].abs(), (-m).exp()), S
+
+
+class MLSTM(LinearMixer):
+    """xLSTM's matrix memory [Be24, eq. 19-27], as the layer of the 7B model [Be25]: a forget gate g = logsigmoid(f), an
+    input gate e^i that is free to grow, S_t = e^g S_{t-1} + e^i k_t v_t^T, and o = S^T q / max(|n . q|, 1). In units of
+    e^{m_t}, m_t = max(i_t, 0, g_t + m_{t-1}), both gates are at most 1, i - m and g + m_{t-1} - m_t, and it is the
+    recurrence of all others. m is in both parts of a fraction: no result and no gradient depends on it.
+    Differs: in the paper, m has no 0 in its maximum, so that e^{-m} can grow (a result is the same); the authors' code
+    adds 1e-6 to the divisor."""
+    functions = {name: partial(with_floor, form) for name, form in FORMS.items()}
+
+    def __init__(self, d_model, n_heads=4, cap=15.0):
+        super().__init__()
+        self.n_heads, self.cap, e, half = n_heads, cap, head_dim(d_model, n_heads), d_model // 2
+        self.q, self.k, self.v = linear(d_model, half), linear(d_model, half), linear(d_model, d_model)
+        self.i, self.f = linear(d_model, n_heads, bias=True), linear(d_model, n_heads, bias=True)
+        self.gate, self.out, self.norm = linear(d_model, d_model), linear(d_model, d_model), nn.LayerNorm(e, bias=False)
+        nn.init.constant_(self.i.bias, -10.0)
+        with torch.no_grad():
+            self.f.bias.copy_(torch.linspace(3, 6, n_heads))
+        self.state_shape = (n_heads, head_dim(half, n_heads), e + 1)
+
+    def project(self, x, last):
+        q, k, v = (split_heads(f(x), self.n_heads) for f in (self.q, self.k, self.v))
+        i, f = (self.cap * torch.tanh(at_least_float32(f(x)) / self.cap).mT[..., None] for f in (self.i, self.f))
+        g = F.logsigmoid(f)                                                          # (b, h, t, 1)
+        m = running_maximum(i.detach(), g.detach(), last.to(g.dtype))
+        before, m = m[:, :, :-1], m[:, :, 1:]
+        inputs = q * q.shape[-1] ** -0.5, k * (i - m).exp(), v, (g + before - m).clamp(max=0), m
+        return inputs, torch.sigmoid(self.gate(x)), m[:, :, -1:]
+
+    def finish(self, o, gate):
+        return self.out(join_heads(self.norm(o)) * gate)
+
+    def init_carry(self, batch_size):
+        return self.out.weight.new_zeros(batch_size, self.n_heads, 1, 1)
+
+    def matrix(self, x):
+        m = self.inputs(x)[4]
+        M = super().matrix(x)
+        return M / torch.maximum(M.sum(dim=-1, keepdim=True).abs(), (-m).exp())
 
 
 class ShortConv(nn.Module):
@@ -635,58 +728,100 @@ class Mamba2(LinearMixer):
 
 # ------------------------------------------------------------------------------------------------------ the delta rule
 #
-# S_t = e^{g_t} (1 - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T: what the state holds under k_t is replaced, not
-# added to. Written as S_t = e^{g_t} S_{t-1} + k_t D_t^T it is the recurrence above for corrections D_t in place of v_t.
-# For two tokens, without a decay, from an empty state:
+# S_t = (diag(e^{g_t}) + a_t b_t^T) S_{t-1} + k_t v_t^T: what the state holds under one key, u_t = S_{t-1}^T b_t, is
+# written once more, under another, a_t. With a_t = -b_t it is taken out.
 #
-#     D_1 = beta_1 v_1                                  nothing was there
-#     D_2 = beta_2 (v_2 - (k_2 . k_1) D_1)              under k_2 the state finds what k_1 left there
+#     linear attention, GLA           a = 0                             adds v under k             (Hebb's rule)
+#     DeltaNet                        a = -beta k, b = k, k := beta k   replaces what was there    (least mean squares)
+#     gated DeltaNet, KDA             the same, but b = e^g k           first forgets, then replaces
+#     RWKV-7                          a = -r b, b, k of their own       takes out here, adds there
+#
+# As a learner: S shall answer v_t to k_t. Hebb adds k_t v_t^T whatever S says already. One step of size beta down the
+# gradient of |v_t - S^T k_t|^2 / 2 is S + beta k_t (v_t - S^T k_t)^T: the delta rule. first() has both, on two tokens.
+# For these, without a decay, from an empty state:
+#
+#     u_1 = 0                                           nothing was there
+#     u_2 = (b_2 . k_1) v_1                             under b_2 the state finds what k_1 left there
+#     u_3 = (b_3 . k_1) v_1 + (b_3 . k_2) v_2 + (b_3 . a_2) u_2
 
 
-def delta_system(k, g, beta):
-    """1 + A and G. A_ts = beta_t (k_t . k_s) e^{G_ts} for s < t: the share of the correction D_s that the state still
-    holds under k_t when token t comes, and that D_t has to take out."""
-    G = segment_sums(g)
-    A = (beta * (k @ k.mT) * G[..., 0].exp()).tril(-1)                               # (b, h, t, s)
-    return A + torch.eye(k.shape[2], dtype=A.dtype, device=A.device), G
+def read_before(b, k, G):
+    """What b_t finds of k_s in S_{t-1}: sum_d b_td k_sd e^{g_{s+1} + ... + g_{t-1}} for s < t: (b, h, t, s)."""
+    return weights(b, k, G.roll(1, dims=2)).tril(-1)             # row t of G is now that of t - 1
 
 
-def delta_parallel(q, k, v, g, beta, state=None):
-    """The UT transform [Y24, eq. 10; Y25, eq. 6]: the corrections D_t = beta_t (v_t - e^{g_t} S_{t-1}^T k_t) of a whole
-    block solve the triangular system (1 + A) D = beta (V - e^{g_1 + ... + g_t} K S_0); then D takes the place of V."""
+def delta_system(a, b, G):
+    """1 - A. A_ts: the share of u_s, written under a_s, that the state still holds under b_t when token t comes."""
+    return torch.eye(a.shape[2], dtype=a.dtype, device=a.device) - read_before(b, a, G)
+
+
+def general_parallel(q, k, v, g, a, b, state=None):
+    """The UT transform [Y24, eq. 10; Y25, eq. 6]: all u_t = S_{t-1}^T b_t of a block solve a triangular system, (1 - A)
+    U = what b finds of V and of S_0. Then it is linear attention twice: to v under k, and to u under a."""
     g = gates(g, q)
-    system, G = delta_system(k, g, beta)
-    since = g.cumsum(dim=2).exp()
-    known = 0 if state is None else (k * since) @ state                              # (b, h, t, e)
-    D = torch.linalg.solve_triangular(system, beta * (v - known), upper=False, unitriangular=True)
-    o = weights(q, k, G) @ D
-    S = (k * G[:, :, -1].exp()).mT @ D
-    return (o, S) if state is None else (o + (q * since) @ state, S + since[:, :, -1, :, None] * state)
+    G = segment_sums(g)
+    found = read_before(b, k, G) @ v                                                 # (b, h, t, e)
+    if state is not None:
+        before = F.pad(g.cumsum(dim=2)[:, :, :-1], (0, 0, 1, 0)).exp()               # decay of S_0 up to token t - 1
+        found = found + (b * before) @ state
+    U = torch.linalg.solve_triangular(delta_system(a, b, G), found, upper=False, unitriangular=True)
+    (o, S), (o_u, S_u) = parallel(q, k, v, g, state), parallel(q, a, U, g)
+    return o + o_u, S + S_u
 
 
-delta_chunked = partial(chunked, block=delta_parallel)
-
-
-def delta_recurrent(q, k, v, g, beta, state=None):
+def general_recurrent(q, k, v, g, a, b, state=None):
     g, o = gates(g, q), []
     S = k.new_zeros(*k.shape[:2], k.shape[3], v.shape[3]) if state is None else state
     for t in range(q.shape[2]):
-        S = g[:, :, t, :, None].exp() * S
-        D = beta[:, :, t, None] * (v[:, :, t, None] - k[:, :, t, None] @ S)          # (b, h, 1, e)
-        S = S + k[:, :, t, :, None] * D
+        u = b[:, :, t, None] @ S                                                     # (b, h, 1, e)
+        S = g[:, :, t, :, None].exp() * S + a[:, :, t, :, None] * u + k[:, :, t, :, None] * v[:, :, t, None]
         o.append(q[:, :, t, None] @ S)
     return torch.cat(o, dim=2), S
 
 
+def general_matrix(q, k, v, g, a, b, state=None):
+    """M(q, k) + M(q, a) (1 - A)^{-1} M(b, k): directly, and by way of what was read and written once more."""
+    G = segment_sums(gates(g, q))
+    return weights(q, k, G) + weights(q, a, G) @ torch.linalg.solve_triangular(
+        delta_system(a, b, G), read_before(b, k, G), upper=False, unitriangular=True)
+
+
+def with_beta(form, q, k, v, g, beta, state=None, **more):
+    """A form of the general rule as the delta rule: S_t = (1 - beta_t k_t k_t^T) e^{g_t} S_{t-1} + beta_t k_t v_t^T.
+    beta: (b, h, t, 1)."""
+    b = k if g is None else k * g.exp()
+    return form(q, beta * k, v, g, -beta * k, b, state=state, **more)
+
+
+general_chunked = partial(chunked, block=general_parallel)
+GENERAL = {"chunked": general_chunked, "parallel": general_parallel, "recurrent": general_recurrent}
+delta_chunked, delta_parallel, delta_recurrent = (partial(with_beta, form) for form in GENERAL.values())
+
+
+def delta_triton(q, k, v, g, beta, state=None):
+    """The delta rule as one kernel, on a GPU: kernels/delta_rule.py, which also has the step. Heads up to 128 wide."""
+    from kernels.delta_rule import delta_rule, delta_step
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if q.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
+        g = None if g is None else g[:, :, 0]
+        o, state = delta_step(*(x[:, :, 0] for x in (q, k, v)), g, beta[:, :, 0], state)
+        return o[:, :, None], state
+    return delta_rule(q, k, v, g, beta, state)
+
+
 class DeltaNet(LinearMixer):
     """The delta rule [Y24]: with keys of length 1 and beta = sigmoid(W x), writing under a key first takes out the
-    share beta of what is there. q, k, v pass a short convolution; a norm for each head after."""
-    forms = ("chunked", "parallel", "recurrent")
-    functions = {"parallel": delta_parallel, "chunked": delta_chunked, "recurrent": delta_recurrent}
+    share beta of what is there. q, k, v pass a short convolution; a norm for each head after. beta_max=2 lets 1 - beta
+    k k^T mirror the state, with an eigenvalue down to -1, which is what parity and swaps need [Gr24]."""
+    functions = {"chunked": delta_chunked, "parallel": delta_parallel, "recurrent": delta_recurrent,
+                 "triton": delta_triton}
 
-    def __init__(self, d_model, n_heads=4, expand_v=1):
+    def __init__(self, d_model, n_heads=4, expand_v=1, beta_max=1.0):
         super().__init__()
+        if not 0 < beta_max <= 2:
+            raise ValueError(f"beta_max must be above 0 and at most 2, not {beta_max}: beyond, the state grows")
         self.n_heads, d, d_value = n_heads, head_dim(d_model, n_heads), expand_v * d_model
+        self.beta_max = beta_max
         self.qkv, self.conv = linear(d_model, 2 * d_model + d_value), ShortConv(2 * d_model + d_value)
         self.beta, self.out = linear(d_model, n_heads), linear(d_value, d_model)
         self.norm = nn.Parameter(torch.ones(d_value // n_heads))
@@ -696,7 +831,7 @@ class DeltaNet(LinearMixer):
         qkv, carry = self.conv(self.qkv(x), carry)
         q, k, v = (split_heads(y, self.n_heads) for y in qkv.split([x.shape[2], x.shape[2], self.out.in_features], -1))
         q, k = F.normalize(q, dim=-1) * q.shape[-1] ** -0.5, F.normalize(k, dim=-1)
-        beta = torch.sigmoid(at_least_float32(self.beta(x))).mT[..., None]           # (b, h, t, 1)
+        beta = self.beta_max * torch.sigmoid(at_least_float32(self.beta(x))).mT[..., None]   # (b, h, t, 1)
         return (q, k, v, None, beta), None, carry
 
     def finish(self, o, _):
@@ -706,20 +841,17 @@ class DeltaNet(LinearMixer):
         return self.conv.init_carry(batch_size)
 
     def matrix(self, x):
-        """(Q K^T with decay) (1 + A)^{-1} diag(beta): the delta rule is a linear attention to corrected values."""
         q, k, _, g, beta = (at_least_float32(y) for y in self.inputs(x)[:5])
-        system, G = delta_system(k, gates(g, q), beta)
-        beta = torch.diag_embed(beta[..., 0])
-        return weights(q, k, G) @ torch.linalg.solve_triangular(system, beta, upper=False, unitriangular=True)
+        return with_beta(general_matrix, q, k, None, g, beta)
 
 
 class GatedDeltaNet(DeltaNet):
     """DeltaNet whose state also decays, g = -e^{A_log} softplus(W x + dt_bias), with values of twice the keys' width
     and a swish gate behind the norm [Y25]. (transformers' Qwen3-Next stores the norm's weight as it is here, and
-    everywhere else as 1 + w.)"""
+    everywhere else as 1 + w. OLMo-hybrid's is this with beta_max=2.)"""
 
-    def __init__(self, d_model, n_heads=4, expand_v=2):
-        super().__init__(d_model, n_heads, expand_v)
+    def __init__(self, d_model, n_heads=4, expand_v=2, beta_max=1.0):
+        super().__init__(d_model, n_heads, expand_v, beta_max)
         self.decay, self.gate = linear(d_model, n_heads), linear(d_model, self.out.in_features)
         self.dt_bias = nn.Parameter(time_steps(n_heads))
         self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(0, 16).log())
@@ -729,6 +861,27 @@ class GatedDeltaNet(DeltaNet):
         (q, k, v, _, beta), _, carry = super().project(x, carry)
         dt = F.softplus(at_least_float32(self.decay(x)) + self.dt_bias).mT[..., None]        # (b, h, t, 1)
         return (q, k, v, -dt * self.A_log.exp()[:, None, None], beta), F.silu(self.gate(x)), carry
+
+    def finish(self, o, gate):
+        return self.out(join_heads(rms_norm(o) * self.norm) * gate)
+
+
+class KDA(DeltaNet):
+    """Kimi Delta Attention [Ki25]: gated DeltaNet with a decay for each key channel, g = -e^{A_log} softplus(W_2 W_1 x
+    + dt_bias), and a sigmoid gate behind the norm, both gates of rank d."""
+
+    def __init__(self, d_model, n_heads=4, beta_max=1.0):
+        super().__init__(d_model, n_heads, beta_max=beta_max)
+        d = head_dim(d_model, n_heads)
+        self.decay, self.gate = (nn.Sequential(linear(d_model, d), linear(d, d_model)) for _ in range(2))
+        self.dt_bias = nn.Parameter(time_steps(d_model))
+        self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(1, 16).log())
+        own_settings(self.dt_bias, self.A_log)
+
+    def project(self, x, carry):
+        (q, k, v, _, beta), _, carry = super().project(x, carry)
+        dt = split_heads(F.softplus(at_least_float32(self.decay(x)) + self.dt_bias), self.n_heads)   # (b, h, t, d)
+        return (q, k, v, -dt * self.A_log.exp()[:, None, None], beta), torch.sigmoid(self.gate(x)), carry
 
     def finish(self, o, gate):
         return self.out(join_heads(rms_norm(o) * self.norm) * gate)
@@ -869,6 +1022,68 @@ class RWKV6(LinearMixer):
         return M + torch.diag_embed((q * u * k).sum(dim=-1))
 
 
+class RWKV7(LinearMixer):
+    """RWKV-7's time mixing [Pe25]: the general delta rule. A removal key b of length 1 apart from the key k; a rate r
+    in (0, 1) for each channel, at which what stands under b is taken out, a = -r b; a vector decay that is never below
+    e^{-e^{-1/2}} = 0.545. k is smaller where r is. A bonus adds v_t itself, behind the norm. Each input sees its own
+    mix of the token and the one before it. `depth`: place of the layer, 0 to 1, for the initial values.
+    Differs: no share of the first layer's values, for a mixer knows no other layer; the norm's scale starts at 1, the
+    authors' at ((l + 1) / L)^0.7 in the l-th of L layers."""
+    forms = ("chunked", "parallel", "recurrent")
+    functions = GENERAL
+
+    def __init__(self, d_model, n_heads=4, depth=0.5, rank=32):
+        super().__init__()
+        self.n_heads, d = n_heads, head_dim(d_model, n_heads)
+        i, share = torch.arange(d_model) / max(1, d_model - 1), torch.arange(d_model) / d_model
+        zigzag = 2 * (torch.arange(d_model) % d) / max(1, d - 1) - 1
+        zigzag = zigzag * zigzag.abs()
+        powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2])[:, None] * (1 - depth)
+        self.mixes = nn.Parameter(1 - share ** powers)                                       # of q, g, k, v, r, gate
+        self.q, self.k, self.v, self.out = (linear(d_model, d_model) for _ in range(4))
+        self.down = nn.ModuleList(linear(d_model, rank) for _ in range(3))                   # of g, r, gate
+        self.up = nn.ModuleList(linear(rank, d_model, bias=bias) for bias in (True, True, False))
+        for layer, gain in ((self.q, 1.0), (self.k, 0.1), (self.v, 1.0), *((layer, 0.1) for layer in self.up)):
+            nn.init.orthogonal_(layer.weight, gain)
+        for layer in (self.out, *self.down):
+            nn.init.zeros_(layer.weight)
+        with torch.no_grad():
+            self.up[0].bias.copy_(-5.5 + 6 * i ** (1 + depth ** 0.3) + 2.5 * zigzag)
+            self.up[1].bias.copy_(-0.19 + 0.3 * zigzag + 0.4 * (i - 0.5))
+        self.remove = nn.Parameter(0.71 - 0.1 * (i - 0.5))                                   # b from k
+        self.keep = nn.Parameter(torch.full((d_model,), 1.02))                               # k from r
+        self.bonus = nn.Parameter(torch.full((n_heads, 1, d), -0.04))
+        self.norm = nn.GroupNorm(n_heads, d_model, eps=d * 1e-5)
+        own_settings(self.mixes, self.remove, self.keep, self.bonus)
+        self.state_shape = (n_heads, d, d)
+
+    def project(self, x, carry):
+        before, carry = shifted(x, carry)
+        q, g, k, v, r, gate = (x + (before - x) * mix for mix in self.mixes)
+        g = -math.exp(-0.5) * torch.sigmoid(at_least_float32(self.up[0](torch.tanh(self.down[0](g)))))
+        r = torch.sigmoid(at_least_float32(self.up[1](self.down[1](r))))
+        gate = self.up[2](torch.sigmoid(self.down[2](gate)))
+        q, k, v = self.q(q), at_least_float32(self.k(k)), self.v(v)
+        q, k, b, v, g, r = (split_heads(y, self.n_heads) for y in (
+            q, k * (1 + (r - 1) * self.keep), k * self.remove, v, g, r))                     # (b, h, t, d)
+        b = F.normalize(b, dim=-1)
+        own = (q * k * self.bonus).sum(dim=-1, keepdim=True) * v                             # (b, h, t, e)
+        return (q, k, v, g, -r * b, b), (own, gate), carry
+
+    def finish(self, o, more):
+        own, gate = more
+        o = join_heads(o)
+        o = self.norm(o.flatten(0, 1)).view_as(o)
+        return self.out((o + join_heads(own).to(o.dtype)) * gate)
+
+    def init_carry(self, batch_size):
+        return self.out.weight.new_zeros(batch_size, 1, self.out.in_features)
+
+    def matrix(self, x):
+        """The recurrence's alone: the bonus is added behind the norm."""
+        return general_matrix(*(at_least_float32(y) for y in self.inputs(x)[:6]))
+
+
 # ------------------------------------------------------------------------------------------------------ RWKV-4's forms
 #
 # o_t = (sum_{s<t} e^{(t-1-s) w + k_s} v_s + e^{u + k_t} v_t) / (the same with v = 1): numerator and denominator are
@@ -979,12 +1194,62 @@ class RWKV4(LinearMixer):
         return rwkv_weights(k, w, u)
 
 
+# ------------------------------------------------------------------------------------------------ the task: a state
+#
+# A decay can forget, and a state that only fades cannot tell odd from even: what parity wants is a factor of -1. The
+# delta rule has one, 1 - beta |k|^2, for beta up to 2 [Gr24]; a rotation (Mamba-3, lesson 03) turns modulo n.
+
+
+def moves(kind, n):
+    """What each token does to each state: (states, tokens) int64."""
+    states = torch.arange(n)
+    if kind == "parity":
+        return torch.tensor([[0, 1], [1, 0]])                                        # token 1 turns it over
+    if kind == "count":
+        return torch.stack([states, (states + 1) % n], dim=1)                        # token 1 adds one, modulo n
+    if kind == "swaps":
+        orders = [(0, 1, 2), (1, 0, 2), (0, 2, 1), (2, 1, 0), (1, 2, 0), (2, 0, 1)]
+
+        def swap(order, i, j):
+            order = list(order)
+            order[i], order[j] = order[j], order[i]
+            return orders.index(tuple(order))
+        return torch.tensor([[swap(order, i, j) for i, j in ((0, 1), (1, 2), (0, 2))] for order in orders])
+    raise ValueError(f"state_tracking has the kinds parity, count and swaps, not {kind!r}")
+
+
+def state_tracking(batch_size=32, generator=None, kind="parity", modulo=5, length=40, test_length=160,
+                   vocab_size=16, progress=None):
+    """Follow a state. parity: of the ones so far; count: the ones so far, modulo `modulo`; swaps: the order of three
+    things of which each token swaps two (six orders; the swaps do not commute). In training (progress given) texts of
+    `length` tokens, the state asked after each; held out, texts of test_length, asked beyond `length` only: whoever
+    learned the rule, not the lengths, is right there too. Returns ids and targets, (b, t) int64; states come first in the
+    vocabulary, then the tokens; -100 where nothing is asked."""
+    table = moves(kind, modulo)
+    n_states, n_tokens = table.shape
+    symbols = n_states + n_tokens
+    if not (0 < length < test_length and modulo >= 2 and symbols <= vocab_size):
+        raise ValueError(f"state_tracking needs 0 < length < test_length, modulo >= 2 and vocab_size >= {symbols}, not "
+                         f"length {length}, test_length {test_length}, modulo {modulo}, vocab_size {vocab_size}")
+    t = test_length if progress is None else length
+    tokens = torch.randint(n_tokens, (batch_size, t), generator=generator)
+    state, states = torch.zeros(batch_size, dtype=torch.int64), []
+    for token in tokens.unbind(dim=1):
+        state = table[state, token]
+        states.append(state)
+    targets = torch.stack(states, dim=1)
+    if progress is None:
+        targets[:, :length] = -100
+    return n_states + tokens, targets
+
+
 MIXERS = {"linear_attention": LinearAttention, "relu": ReluAttention, "performer": PerformerAttention,
           "rfa": RFAttention, "cosformer": CosFormerAttention, "hedgehog": HedgehogAttention,
           "taylor": TaylorAttention, "taylor_full": TaylorFullAttention, "rebased": ReBasedAttention,
-          "gated_rfa": GatedRFA, "retnet": RetNet, "gla": GLA, "gateloop": GateLoop, "rwkv4": RWKV4, "rwkv6": RWKV6,
-          "mamba2": Mamba2, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet}
-TASKS = {}
+          "gated_rfa": GatedRFA, "retnet": RetNet, "lightning_attention": LightningAttention, "gla": GLA,
+          "mlstm": MLSTM, "mamba2": Mamba2, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet, "kda": KDA,
+          "rwkv7": RWKV7, "rwkv6": RWKV6, "rwkv4": RWKV4, "gateloop": GateLoop}
+TASKS = {"state_tracking": state_tracking}
 
 
 # --------------------------------------------------------------------------------------- how well is softmax mimicked?
@@ -1114,10 +1379,13 @@ def timed(f, *args, **more):
     return y, 1e3 * min(times)
 
 
+LARGE = ("gla", "kda", "rwkv7", "rwkv6", "rwkv4", "gateloop")
+
+
 def compare_forms(t=128, d_model=64, long=1024):
     """Print how far the forms of every mixer are apart in float64, and the time of each form for `long` tokens in
     float32."""
-    print(f"{'mixer':18}{'form':11}{f'time, t = {long}':>16}   largest difference from the forms above (t = {t})")
+    print(f"{'mixer':20}{'form':11}{f'time, t = {long}':>16}   largest difference from the forms above (t = {t})")
     with torch.no_grad():
         for name, make in MIXERS.items():
             torch.manual_seed(0)
@@ -1126,12 +1394,12 @@ def compare_forms(t=128, d_model=64, long=1024):
                 p += 0.05 * torch.randn_like(p)              # some weights start at zero
             x, x_long = torch.randn(2, t, d_model, dtype=torch.float64), torch.randn(1, long, d_model)
             for form in (form for form in mixer.forms if form != "triton"):
-                too_large = name in ("gla", "rwkv4", "rwkv6", "gateloop") and form == "parallel"    # (t, t, d) numbers
+                too_large = form == "parallel" and name in LARGE                                    # (t, t, d) numbers
                 y = mixer.double()(x, form)
                 mixer.float()
                 spent = "too large" if too_large else f"{timed(mixer, x_long, form)[1]:.0f} ms"
                 gaps = "   ".join(f"{other} {(y - z).abs().max():.0e}" for other, z in done.items())
-                print(f"{'' if done else name:18}{form:11}{spent:>16}   {gaps}", flush=True)
+                print(f"{'' if done else name:20}{form:11}{spent:>16}   {gaps}", flush=True)
                 done[form] = y
 
 
@@ -1147,7 +1415,7 @@ def plot(path, d_model=32, t=48):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     maps = mimicry()
-    shown = ["retnet", "mamba2", "gla", "rwkv6", "rwkv4", "gateloop", "deltanet", "gated_deltanet", "gated_rfa"]
+    shown = ["retnet", "mamba2", "gla", "mlstm", "deltanet", "kda", "rwkv7", "rwkv4", "gateloop"]
     figure, axes = plt.subplots(2, 9, figsize=(24, 6), constrained_layout=True)
     for ax, (name, (entropy, monotone, scores, W)) in zip(axes[0], maps.items(), strict=True):
         ax.scatter(scores[0, 0, :24], W[0, 0, :24], s=1)

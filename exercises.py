@@ -158,8 +158,8 @@ ATTENTION = ("bhte", "chunked_attention(size * q, k, v, window, padded(k), chunk
 WINDOWS = ({"window": None, "size": 1}, {"window": 3, "size": 1})
 LINEAR = ("bhte bhde", "recurrent(q, k, v, g, state)", "parallel(q, k, v, g, state)",
           "chunked(q, k, v, g, state=state, chunk=16)")
-DELTA = ("bhte bhde", "delta_parallel(q, k, v, g, beta, state)", "delta_recurrent(q, k, v, g, beta, state)",
-         "delta_chunked(q, k, v, g, beta, state=state, chunk=16)")
+DELTA = ("bhte bhde", "general_parallel(q, k, v, g, a, b, state)", "general_recurrent(q, k, v, g, a, b, state)",
+         "general_chunked(q, k, v, g, a, b, state=state, chunk=16)")
 RWKV4 = ("bct", "rwkv_recurrent(size * k, v, w, u, no_sums(k))[0]", "rwkv_scan(size * k, v, w, u, no_sums(k))[0]",
          "rwkv_parallel(size * k, v, w, u, None)[0]")
 STATES = ("bctn", "loop(a, b, h)", "scan_from(a, b, h)", "chunks(a, b, h, chunk=16)")
@@ -232,11 +232,11 @@ EXERCISES = [
         [("bc", "rwkv_read(sum_v, sum_1, size * top, size * key, value, u)"), RWKV4],
         cases=({"size": 1}, {"size": 500})),
     Exercise(
-        "delta", "02_linear_attention.py", "delta_system", "the delta rule's triangular system",
-        "A_ts = beta_t (k_t . k_s) e^{G_ts} for s < t, 0 elsewhere; returns 1 + A, G",
-        "Whose beta is it? Does a correction take itself out? How much of D_s is left when token t comes?",
-        "q:bhtd k:bhtd| v:bhte g:bht1- beta:bht1+ state:bhde",
-        [("bhts bhts1", "delta_system(k, g, beta)"), DELTA]),
+        "delta", "02_linear_attention.py", "read_before", "the delta rule: what a key finds in the state before it",
+        "M_ts = sum_d b_td k_sd e^{g_{s+1} + ... + g_{t-1}} for s < t, 0 elsewhere; G_ts = g_{s+1} + ... + g_t",
+        "Which row of G ends at t - 1? What does the first token find?",
+        "q:bhtd k:bhtd| a:bhtd| b:bhtd| v:bhte g:bht1- state:bhde",
+        [("bhts", "read_before(b, k, segment_sums(g))"), DELTA]),
     Exercise(
         "loop", "03_ssm.py", "loop", "a state space, token by token", "h_t = a_t h_{t-1} + b_t",
         "Does the state that comes in decay before the first token is added to it?", "x:btw a:bctn+ b:bctn h:bcn",

@@ -35,7 +35,7 @@ MISTAKES = {
               ("S = g[:, :, -1, :, None].exp() * S", "S = S")],
     "rwkv_ratio": [("own * v", "v"), ("torch.maximum(m, u + k)", "torch.zeros_like(m)"),
                    ("old * q + own", "q + own")],
-    "delta": [("(beta * (k", "(beta.mT * (k"), ("tril(-1)", "tril(0)"), (" * G[..., 0].exp()", "")],
+    "delta": [("roll(1", "roll(0"), ("tril(-1)", "tril(0)"), ("weights(b, k", "weights(k, b")],
     "loop": [("if h is None else h", "if True else h"), ("apply(a, b,", "apply(a, b.roll(1, 2),"),
              ("apply(a, b,", "apply(a, a * b,")],
     "scan": [("b + a * F.pad(b, pad)", "b + F.pad(a * b, pad)"), ("n *= 2", "n += 2"),

@@ -84,8 +84,14 @@ def set_disjointness(ids):
     return answer
 
 
-SOLVERS = {"induction": induction, "icll": icll, "h3_recall": h3_recall, "h3_induction": h3_induction,
-           "listops": listops, "associative_recall": recall, "set_disjointness": set_disjointness}
+def parity(ids):
+    """Odd (1) or even (0)? Ones are token 3, after the two states and the token of no change."""
+    return (ids == 3).cumsum(dim=1) % 2
+
+
+SOLVERS = {"state_tracking": parity, "induction": induction, "icll": icll, "h3_recall": h3_recall,
+           "h3_induction": h3_induction, "listops": listops, "associative_recall": recall,
+           "set_disjointness": set_disjointness}
 SOLVERS |= {name: recall for name in TASKS if name.startswith("mqar")}
 
 
@@ -149,6 +155,24 @@ def test_bad_sizes_are_named():
             batch("mqar", **wrong)
     with pytest.raises(ValueError, match="odd length"):
         batch("associative_recall", length=64)
+
+
+def test_states_are_followed_beyond_the_lengths_of_training():
+    linear = importlib.import_module("02_linear_attention")
+    ids, targets, _ = batch("state_tracking", kind="count", modulo=3)
+    assert torch.equal(((ids == 4).cumsum(dim=1) % 3)[:, 40:], targets[:, 40:]) and (targets[:, :40] == -100).all()
+    ids, targets, _ = batch("state_tracking", kind="swaps", length=12, progress=0.5)     # in training: all are asked
+    assert ids.shape == targets.shape == (8, 12) and targets.max() == 5
+    for row, target in zip(ids.tolist(), targets.tolist(), strict=True):
+        things, seen = ["a", "b", "c"], {}
+        for token, state in zip(row, target, strict=True):
+            i, j = ((0, 1), (1, 2), (0, 2))[token - 6]
+            things[i], things[j] = things[j], things[i]
+            assert seen.setdefault(state, "".join(things)) == "".join(things)
+    assert (linear.moves("swaps", 0).sort(dim=0).values == torch.arange(6)[:, None]).all()      # a swap loses nothing
+    for wrong in ({"kind": "sum"}, {"kind": "count", "modulo": 15}, {"test_length": 40}):
+        with pytest.raises(ValueError, match="state_tracking"):
+            batch("state_tracking", **wrong)
 
 
 def test_mqar_is_zoologys():
