@@ -1223,8 +1223,8 @@ def state_tracking(batch_size=32, generator=None, kind="parity", modulo=5, lengt
     """Follow a state. parity: of the ones so far; count: the ones so far, modulo `modulo`; swaps: the order of three
     things of which each token swaps two (six orders; the swaps do not commute). In training (progress given) texts of
     `length` tokens, the state asked after each; held out, texts of test_length, asked beyond `length` only: whoever
-    learned the rule, not the lengths, is right there too. Returns ids and targets, (b, t) int64; states come first in the
-    vocabulary, then the tokens; -100 where nothing is asked."""
+    learned the rule, not the lengths, is right there too. Returns ids and targets, (b, t) int64; states come first in
+    the vocabulary, then the tokens; -100 where nothing is asked."""
     table = moves(kind, modulo)
     n_states, n_tokens = table.shape
     symbols = n_states + n_tokens

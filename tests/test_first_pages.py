@@ -47,7 +47,8 @@ def test_02_the_delta_rule_on_two_tokens(capsys):
     two.first()
     k, v = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 2.0]])
     _, S = two.delta_recurrent(*heads(k, k, v), None, torch.ones(1, 1, 2, 1))
-    assert S[0, 0, 0].tolist() == [0.0, 2.0] and "Hebb has [2.0, 2.0], the delta rule [0.0, 2.0]" in capsys.readouterr().out
+    assert S[0, 0, 0].tolist() == [0.0, 2.0]
+    assert "Hebb has [2.0, 2.0], the delta rule [0.0, 2.0]" in capsys.readouterr().out
 
 
 def test_03_loop_convolution_scan_matrix_and_selection():
