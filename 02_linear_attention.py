@@ -22,7 +22,7 @@ Papers  [K20]  Katharopoulos et al. 2020, Transformers are RNNs  arXiv:2006.1623
         [Ki25] Kimi Team 2025, Kimi Linear  arXiv:2510.26692             [Pe25] Peng et al., RWKV-7  arXiv:2503.14456
         [Be24] Beck et al. 2024, xLSTM  arXiv:2405.04517                 [Be25] Beck et al., xLSTM 7B  arXiv:2503.13427
         [Qi24] Qin et al. 2024, Lightning Attention-2  arXiv:2401.04658  [M25]  MiniMax-01  arXiv:2501.08313
-        [Gr24] Grazzi et al. 2024, Negative eigenvalues  arXiv:2411.12537
+        [Gr24] Grazzi et al. 2024, Negative eigenvalues  2411.12537      [La26] Lahoti et al., Mamba-3  arXiv:2603.15569
         [HS86] Hillis, Steele 1986, Data parallel algorithms
 
 Axes    b batch, t time (target), s source, h head, d key or feature dim, e value dim, c model width, n chunk.
@@ -39,6 +39,7 @@ retnet lightning_attention        scalar, constant    chunked parallel recurrent
 gla                               vector, data        chunked parallel recurrent       h d e
 mlstm                             scalar, data        chunked parallel recurrent       h d (e + 1) and h maxima
 mamba2                            scalar, data        chunked parallel recurrent       h d e and 3 inputs of the conv
+mamba3                            scalar, turns       chunked parallel recurrent       h d e and h (d / 4 + d + e)
 deltanet gated_deltanet kda       none scalar vector  chunked parallel recurrent       h d e and 3 inputs of the convs
 rwkv7                             vector, data        chunked parallel recurrent       h d e and the last token
 rwkv6                             vector, data        chunked parallel recurrent       h d e and the last token
@@ -582,7 +583,7 @@ class LightningAttention(LinearMixer):
         return (q, k, v, self.g), torch.sigmoid(self.gate(x)), carry + x.shape[1]
 
     def finish(self, o, gate):
-        return self.out(rms_norm(join_heads(o)) * self.norm * gate)
+        return self.out(rms_norm(join_heads(o), eps=1e-6) * self.norm * gate)
 
 
 class GLA(LinearMixer):
@@ -629,8 +630,8 @@ class MLSTM(LinearMixer):
     input gate e^i that is free to grow, S_t = e^g S_{t-1} + e^i k_t v_t^T, and o = S^T q / max(|n . q|, 1). In units of
     e^{m_t}, m_t = max(i_t, 0, g_t + m_{t-1}), both gates are at most 1, i - m and g + m_{t-1} - m_t, and it is the
     recurrence of all others. m is in both parts of a fraction: no result and no gradient depends on it.
-    Differs: in the paper, m has no 0 in its maximum, so that e^{-m} can grow (a result is the same); the authors' code
-    adds 1e-6 to the divisor."""
+    Differs: the authors' m starts at 0 but may fall below, and then e^{-m} grows; no result depends on it. Their code
+    adds 1e-6 to the divisor. (The norm's eps of 1e-6 counts: with i near -10 at the start, o is that small.)"""
     functions = {name: partial(with_floor, form) for name, form in FORMS.items()}
 
     def __init__(self, d_model, n_heads=4, cap=15.0):
@@ -638,9 +639,12 @@ class MLSTM(LinearMixer):
         self.n_heads, self.cap, e, half = n_heads, cap, head_dim(d_model, n_heads), d_model // 2
         self.q, self.k, self.v = linear(d_model, half), linear(d_model, half), linear(d_model, d_model)
         self.i, self.f = linear(d_model, n_heads, bias=True), linear(d_model, n_heads, bias=True)
-        self.gate, self.out, self.norm = linear(d_model, d_model), linear(d_model, d_model), nn.LayerNorm(e, bias=False)
-        nn.init.constant_(self.i.bias, -10.0)
+        self.gate, self.out = linear(d_model, d_model), linear(d_model, d_model)
+        self.norm = nn.Parameter(torch.ones(d_model))
+        for layer in (self.i, self.f):
+            nn.init.zeros_(layer.weight)
         with torch.no_grad():
+            self.i.bias.fill_(-10.0)
             self.f.bias.copy_(torch.linspace(3, 6, n_heads))
         self.state_shape = (n_heads, head_dim(half, n_heads), e + 1)
 
@@ -654,7 +658,7 @@ class MLSTM(LinearMixer):
         return inputs, torch.sigmoid(self.gate(x)), m[:, :, -1:]
 
     def finish(self, o, gate):
-        return self.out(join_heads(self.norm(o)) * gate)
+        return self.out(join_heads(F.layer_norm(o, o.shape[-1:], eps=1e-6)) * self.norm * gate)
 
     def init_carry(self, batch_size):
         return self.out.weight.new_zeros(batch_size, self.n_heads, 1, 1)
@@ -724,6 +728,73 @@ class Mamba2(LinearMixer):
 
     def init_carry(self, batch_size):
         return self.conv.init_carry(batch_size)
+
+
+def turned(x, angle):
+    """Neighbours (x_2i, x_2i+1) turned by angle_i, the rest as they are. x: (b, h, t, d); angle: (b, h, t, r)."""
+    x, y = x.unflatten(-1, (-1, 2)).unbind(dim=-1)                                   # (b, h, t, d / 2) each
+    angle = F.pad(angle, (0, x.shape[-1] - angle.shape[-1]))
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1).flatten(-2)
+
+
+def with_the_last(form, q, k, v, g, k_last, v_last, state=None):
+    """S_t = e^{g_t} S_{t-1} + k_t v_t^T + k'_t v_{t-1}^T: the same recurrence for each token and for the one before."""
+    (o, S), (o_last, S_last) = form(q, k, v, g, state=state), form(q, k_last, v_last, g)
+    return o + o_last, S + S_last
+
+
+class Mamba3(LinearMixer):
+    """Mamba-3 [La26]: Mamba-2 with a better step and a state that turns, and without the short convolution.
+    The step: the integral over dt takes the input at both of its ends, a trapezoid of learned weights: S_t = e^{dt A}
+    S_{t-1} + (1 - lambda) dt e^{dt A} B_{t-1} x_{t-1}^T + lambda dt B_t x_t^T, with lambda and A of the token.
+    The turn: half of S's rows are pairs that turn by dt theta_t at each token. That is a complex decay (lesson 03's),
+    and the same as turning B and C by the angles summed so far: rotary positions that the data makes. B and C are
+    normed, then each head adds a bias of its own.
+    Differs: n_state is 64, the authors' 128. One input a head: their option of four at once (MIMO) is left out."""
+    functions = {name: partial(with_the_last, form) for name, form in FORMS.items()}
+
+    def __init__(self, d_model, n_heads=4, n_state=64, expand=2):
+        super().__init__()
+        if n_state < 4 or n_state % 4:
+            raise ValueError(f"n_state {n_state} is not a multiple of 4: half of it turns, in pairs")
+        e, inner = expand * head_dim(d_model, n_heads), expand * d_model
+        self.n_heads, self.n_state = n_heads, n_state
+        self.sizes = inner, inner, n_state, n_state, 3 * n_heads, n_state // 4       # of z, x, B, C, three gates, theta
+        self.all, self.out = linear(d_model, sum(self.sizes)), linear(inner, d_model)
+        self.dt_bias, self.skip = nn.Parameter(time_steps(n_heads)), nn.Parameter(torch.ones(n_heads))
+        self.norms = nn.Parameter(torch.ones(2, n_state))                            # of B, C
+        self.biases = nn.Parameter(torch.ones(2, n_heads, 1, n_state))
+        own_settings(self.dt_bias, self.skip)
+        self.state_shape = (n_heads, n_state, e)
+
+    def project(self, x, carry):
+        z, v, B, C, gates, theta = self.all(x).split(self.sizes, dim=-1)
+        v, theta = split_heads(v, self.n_heads), at_least_float32(theta)[:, None]    # (b, h, t, e), (b, 1, t, n / 4)
+        dt, A, trap = at_least_float32(gates).mT.unflatten(1, (3, -1))[..., None].unbind(dim=1)      # (b, h, t, 1)
+        dt, trap = F.softplus(dt + self.dt_bias[:, None, None]), torch.sigmoid(trap)
+        g = -dt * (A.clamp(min=0) + 1 / (1 - A.clamp(max=0))).clamp(min=1e-4)        # 1 + A, below A = 0 1 / (1 - A)
+        angle, k_last, v_last = carry.split([theta.shape[-1], self.n_state, v.shape[-1]], dim=-1)    # (b, h, 1, .)
+        angle = angle + (dt * math.pi * torch.tanh(theta)).cumsum(dim=2)             # (b, h, t, n / 4)
+        k, q = (turned(rms_norm(at_least_float32(y))[:, None] * norm + bias, angle)
+                for y, norm, bias in zip((B, C), self.norms, self.biases, strict=True))              # (b, h, t, n)
+        carry = torch.cat([angle.remainder(2 * math.pi), k, v], dim=-1)[:, :, -1:]
+        k_last = torch.cat([k_last, k[:, :, :-1]], dim=2)
+        v_last = torch.cat([v_last.to(v.dtype), v[:, :, :-1]], dim=2)
+        return (q, trap * dt * k, v, g, (1 - trap) * dt * g.exp() * k_last, v_last), (v, F.silu(z)), carry
+
+    def finish(self, o, more):
+        v, z = more
+        return self.out(join_heads(o + self.skip[:, None, None] * v) * z)
+
+    def init_carry(self, batch_size):
+        n, e = self.state_shape[1:]
+        return at_least_float32(self.skip).new_zeros(batch_size, self.n_heads, 1, n // 4 + n + e)
+
+    def matrix(self, x):
+        q, k, _, g, k_last, _ = (at_least_float32(y) for y in self.inputs(x)[:6])
+        G = segment_sums(g)
+        return weights(q, k, G) + F.pad(weights(q, k_last, G), (-1, 1))              # column s of it is of v_{s-1}
 
 
 # ------------------------------------------------------------------------------------------------------ the delta rule
@@ -1247,8 +1318,8 @@ MIXERS = {"linear_attention": LinearAttention, "relu": ReluAttention, "performer
           "rfa": RFAttention, "cosformer": CosFormerAttention, "hedgehog": HedgehogAttention,
           "taylor": TaylorAttention, "taylor_full": TaylorFullAttention, "rebased": ReBasedAttention,
           "gated_rfa": GatedRFA, "retnet": RetNet, "lightning_attention": LightningAttention, "gla": GLA,
-          "mlstm": MLSTM, "mamba2": Mamba2, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet, "kda": KDA,
-          "rwkv7": RWKV7, "rwkv6": RWKV6, "rwkv4": RWKV4, "gateloop": GateLoop}
+          "mlstm": MLSTM, "mamba2": Mamba2, "mamba3": Mamba3, "deltanet": DeltaNet, "gated_deltanet": GatedDeltaNet,
+          "kda": KDA, "rwkv7": RWKV7, "rwkv6": RWKV6, "rwkv4": RWKV4, "gateloop": GateLoop}
 TASKS = {"state_tracking": state_tracking}
 
 
