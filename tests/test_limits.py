@@ -112,6 +112,49 @@ def test_mamba2_is_a_scalar_decay_with_its_own_inputs():
     check_close(mixer.out(linear.rms_norm(y * z) * mixer.norm), mixer(x), 1e-11, "Mamba-2 written out")
 
 
+def test_turning_q_and_k_is_a_complex_decay():
+    """Mamba-3: pairs turned by the angles summed so far, with a real decay, are one complex number that turns."""
+    q, k, v = random_qkv(40, d=6)
+    g, theta = -torch.rand(2, 2, 40, 1, dtype=torch.float64), torch.randn(2, 2, 40, 3, dtype=torch.float64)
+    q_turned, k_turned = (linear.turned(x, theta.cumsum(dim=2)) for x in (q, k))
+    q, k = (torch.view_as_complex(x.unflatten(-1, (3, 2)).contiguous()) for x in (q, k))
+    o, _ = linear.recurrent(q, k.conj(), v.to(k.dtype), torch.complex(g.expand_as(theta), theta))
+    check_close(linear.parallel(q_turned, k_turned, v, g)[0], o.real, 1e-11, "a turn")
+
+
+def test_the_general_delta_rule_without_removal_is_linear_attention():
+    q, k, v = random_qkv(40)
+    g, nothing = -torch.rand_like(k), torch.zeros_like(k)
+    for form in linear.GENERAL.values():
+        check_close(form(q, k, v, g, nothing, k)[0], linear.parallel(q, k, v, g)[0], 1e-12, "a = 0")
+        check_close(form(q, k, v, g, k, nothing)[0], linear.parallel(q, k, v, g)[0], 1e-12, "b = 0")
+
+
+def test_a_reflection_turns_the_state_over():
+    """beta = 2 under one key of length 1: what is there changes its sign at each token, which is parity."""
+    k = torch.zeros(1, 1, 5, 2, dtype=torch.float64)
+    k[..., 0] = 1
+    S, v = torch.tensor([[[[1.0], [3.0]]]], dtype=torch.float64), torch.zeros(1, 1, 5, 1, dtype=torch.float64)
+    for form in (linear.delta_parallel, linear.delta_chunked, linear.delta_recurrent):
+        o, after = form(k, k, v, None, 2 * torch.ones(1, 1, 5, 1, dtype=torch.float64), state=S)
+        assert o[0, 0, :, 0].tolist() == [-1, 1, -1, 1, -1] and after[0, 0, :, 0].tolist() == [-1, 3]
+
+
+def test_the_mlstms_running_maximum_changes_nothing():
+    """Against the definition with e^i as it is: o = S^T q / max(|n . q|, 1) [Be24, eq. 19-27]."""
+    mixer = make("mlstm")
+    x, _ = inputs(mixer, 30)
+    q, k, v = (linear.split_heads(f(x), 4) for f in (mixer.q, mixer.k, mixer.v))
+    g, one = torch.nn.functional.logsigmoid(15 * torch.tanh(mixer.f(x) / 15).mT[..., None]), torch.ones_like(v[..., :1])
+    for more in (0, 9):                                                  # the input gate small, and large
+        with torch.no_grad():
+            mixer.i.bias.add_(more)
+        i = 15 * torch.tanh(mixer.i(x) / 15).mT[..., None]
+        o, _ = linear.recurrent(q * q.shape[-1] ** -0.5, k * i.exp(), torch.cat([v, one], dim=-1), g)
+        o = o[..., :-1] / o[..., -1:].abs().clamp(min=1)
+        check_close(mixer.finish(o, torch.sigmoid(mixer.gate(x))), mixer(x), 1e-9, "the mLSTM by its definition")
+
+
 def test_the_delta_rule_with_orthonormal_keys_and_beta_1_is_linear_attention():
     t = 24
     q, _, v = random_qkv(t, d=t)
