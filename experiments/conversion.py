@@ -71,13 +71,14 @@ class Look(nn.Module):
         if maps:
             kind, n_features = MAPS[maps]
             self.phi_q, self.phi_k, self.m = kind(d, n_heads), kind(d, n_heads), n_features(d)
-        if maps and window:
+        if maps == "hedgehog" and window:                            # Taylor's map is on the scale of e^s by itself
             self.gamma = nn.Parameter(torch.full((n_heads, 1, 1), math.log(0.1 / 0.9)))      # as in lesson 04
 
     def term(self):
         if self.maps:
+            gamma = self.gamma.sigmoid() if hasattr(self, "gamma") else None
             return lesson_4.SparsePlusLowRank(self.phi_q, self.phi_k, self.m, self.window, first=self.first,
-                                              gamma=self.gamma.sigmoid())
+                                              gamma=gamma)
         return lesson_4.SparsePlusLowRank(nothing, nothing, 0, self.window, first=self.first, gamma=1.0)
 
     def weights(self, q, k):
@@ -287,6 +288,7 @@ if __name__ == "__main__":
     if not args.quick:
         long = {"transfer": args.steps or LONGER, "steps": args.steps or LONGER}
         cells += [cell | long for cell in cells if cell["variant"] == "Hedgehog"]
+        cells.sort(key=lambda cell: "Taylor" in cell["variant"])                 # last: a sweep may be stopped
     rows = lab.sweep(args, "conversion", cells, measure)
     columns = ("swapped", "transferred", "once", "twice", "finetuned", "bits", "far")
     print(f"{'':28}" + "".join(f"{name:>16}" for name in columns) + "   state, floats     (plays / reference)")
