@@ -752,6 +752,7 @@ def test_the_kernels_form_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="needs a GPU"):
         mixer.float()(torch.zeros(1, 4, D_MODEL), "triton")
     assert "triton" not in MIXERS["attention"](1024, n_heads=2).forms
+    assert "triton" not in MIXERS["kda"](512, n_heads=2).forms and "triton" in MIXERS["kda"](256, n_heads=2).forms
     assert "triton" not in MIXERS["based"](32, feature_dim=32).forms and "triton" in MIXERS["based"](32).forms
 
 
