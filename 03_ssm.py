@@ -1541,39 +1541,28 @@ def plot(path, t=64, d_model=16):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(20, 10), constrained_layout=True)
-    above, middle, below = figure.subfigures(3, 1, height_ratios=(3, 3, 2.5))
+    figure, (above, middle, below) = plt.subplots(3, 4, figsize=(12, 9), constrained_layout=True)
     torch.manual_seed(0)
     x = torch.randn(1, t, d_model)
     with torch.no_grad():
-        shown = {"s4d": "Toeplitz", "hyena": "gated", "h3": "gated", "monarch_mixer": "gated", "mamba": "selective",
-                 "rglru": "selective", "qrnn": "selective", "monarch": "not causal"}
-        for ax, (name, kind) in zip(above.subplots(1, len(shown)), shown.items(), strict=True):
+        shown = {"s4d": "S4D: Toeplitz", "h3": "H3: gated", "mamba": "Mamba: selective", "rglru": "RG-LRU: selective"}
+        for ax, (name, title) in zip(above, shown.items(), strict=True):
             M = MIXERS[name](d_model).matrix(x)[0]
             M = M[len(M) // 2]
             limit = M[M != 0].abs().quantile(0.95)
             ax.imshow(M, cmap="RdBu_r", vmin=-limit, vmax=limit)
-            ax.set_title(f"{name}: {kind}")
-            ax.set(xticks=[], yticks=[])
-        kernels = [name for name, make in MIXERS.items()
-                   if issubclass(make, StateSpace) and "conv" in make.forms and name != "monarch_mixer"]
-        places = middle.subplots(2, 7).flat
-        for ax in places[len(kernels):]:
-            ax.axis("off")
-        for ax, name in zip(places, kernels, strict=False):
-            ax.plot(at_least_float32(MIXERS[name](d_model).kernel(400)[:3, 1:]).T, lw=0.8)
-            ax.set_title(name, fontsize=9)
-            ax.tick_params(labelsize=6)
-        axes = below.subplots(1, 4)
+            ax.set(title=title, xticks=[], yticks=[])
+        for ax, name in zip(middle, ("s4", "s4d", "sgconv", "hyena"), strict=True):
+            ax.plot(at_least_float32(MIXERS[name](d_model).kernel(300)[:3, 1:]).T, lw=1)
+            ax.set(title=f"{MIXERS[name].__name__}'s kernel", xlabel="lag")
         u = smooth_signal(2000)
-        for ax, (n, error) in zip(axes, reconstruction_errors().items(), strict=True):
-            ax.plot(u, lw=0.8, color="lightgray")
-            ax.plot(reconstruct(hippo_online(u, n), 2000), lw=0.8)
-            ax.set_title(f"HiPPO-LegS, n = {n}: RMSE {error:.3f}", fontsize=9)
-            ax.set_ylim(-0.5, 4)
-    above.suptitle("Mixing matrices at initialisation")
-    middle.suptitle("Kernels at initialisation, three channels each (without the first tap)")
-    figure.savefig(path, dpi=80)
+        for ax, (n, error) in zip(below, reconstruction_errors().items(), strict=True):
+            ax.plot(u, lw=3, color="lightgray")
+            ax.plot(reconstruct(hippo_online(u, n), 2000), lw=1)
+            ax.set(title=f"HiPPO, n = {n}: error {error:.3f}", xlabel="step", ylim=(-0.5, 4))
+    above[0].set(ylabel="target", xlabel="source")
+    figure.suptitle("Matrices and kernels (three channels) at initialisation; a signal, gray, read back from n numbers")
+    figure.savefig(path, dpi=90)
     print(f"wrote {path}")
 
 
