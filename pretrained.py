@@ -33,6 +33,7 @@ import re
 import struct
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -499,6 +500,12 @@ def weight_files(folder):
     return files
 
 
+def read_tensor(path, name):
+    """A copy: while any tensor lies in the file itself, all that was read of the file stays in memory."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.get_tensor(name).clone()
+
+
 def read_folder(folder):
     """config, weights, tokenizer of a folder."""
     if not (folder / "config.json").exists():
@@ -506,10 +513,10 @@ def read_folder(folder):
     config, weights = Config(read_json(folder / "config.json")), {}
     for path in weight_files(folder):
         try:
-            file = safetensors.safe_open(path, framework="pt")
+            with safetensors.safe_open(path, framework="pt") as file:
+                weights |= {name: partial(read_tensor, path, name) for name in file.keys()}        # noqa: SIM118
         except (OSError, safetensors.SafetensorError) as e:
             raise BadInput(f"cannot read {path}, or it was cut short: {e}") from e
-        weights |= {name: lambda file=file, name=name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     generation = folder / "generation_config.json"
     if generation.exists() and "eos_token_id" in (more := read_json(generation)):
         config["eos_token_id"] = more["eos_token_id"]

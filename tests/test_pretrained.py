@@ -4,6 +4,7 @@ import functools
 import importlib.machinery
 import json
 import math
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -191,6 +192,15 @@ def test_writing_ends_where_the_model_ends_it(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "generate", lambda *_: iter([5, 6, 3, 7]))
     args = pretrained.parse(["--prompt", "w1", "--device", "cpu"])
     assert pretrained.write(model, tokenizer, config, args, say=lambda *_, **__: None) == [5, 6, 3]
+
+
+def test_a_file_that_was_read_is_let_go(tmp_path):
+    """While one tensor lies in the file, all pages that were read of it count as memory, beside the model's copies."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs Linux's list of mapped files")
+    model, _, _ = pretrained.load(small_folder(tmp_path))
+    assert str(tmp_path) not in maps.read_text() and model is not None
 
 
 def test_weights_in_several_files_and_what_transformers_leaves_in_old_ones(tmp_path):
