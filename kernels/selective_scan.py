@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import check_dtypes, differentiable_gradients
+from kernels.tiles import check_dtypes, differentiable_gradients, run
 
 KEPT = 64                                        # of so many states one is in memory
 PROGRAMS = 1024                                  # that fill an H100: two warps for each of its schedulers
@@ -219,7 +219,7 @@ def segment_ends(x, dt, A, B, shape, reverse):
     if segments == 1:
         return None, None
     ends, sums = A.new_empty(b, segments, *A.shape), A.new_empty(b, segments, len(A))
-    ends_kernel[blocks, segments - 1, b](x, dt, A, B, ends, sums, *shape, REVERSE=reverse, **sizes)
+    run(ends_kernel, (blocks, segments - 1, b), x, dt, A, B, ends, sums, *shape, REVERSE=reverse, **sizes)
     return ends, sums
 
 
@@ -231,7 +231,7 @@ class SelectiveScan(torch.autograd.Function):
         ends, sums = segment_ends(u, dt, A, B, shape, False)
         y, h_T = torch.empty_like(u), A.new_empty(u.shape[0], *A.shape)
         kept = A.new_empty(u.shape[0], triton.cdiv(u.shape[2], KEPT), *A.shape) if keep else None
-        forward_kernel[grid](u, dt, A, B, C, D, h0, ends, sums, y, kept, h_T, *shape, KEPT=KEPT, **sizes)
+        run(forward_kernel, grid, u, dt, A, B, C, D, h0, ends, sums, y, kept, h_T, *shape, KEPT=KEPT, **sizes)
         ctx.save_for_backward(u, dt, A, B, C, D, h0, kept)
         ctx.set_materialize_grads(False)
         return y, h_T
@@ -249,7 +249,7 @@ class SelectiveScan(torch.autograd.Function):
         du, ddt, dh0 = torch.empty_like(u), torch.empty_like(dt), A.new_empty(u.shape[0], *A.shape)
         dA, dB, dC, dD = (torch.zeros(x.shape, device=u.device) for x in (A, B.mT, C.mT, D))
         states = A.new_empty(u.shape[0], grid[1], KEPT // sizes["BT"], *A.shape)
-        backward_kernel[grid](u, dt, A, B, C, D, kept, dh_T, ends, sums, dy, du, ddt, dA, dB, dC, dD, dh0, states,
+        run(backward_kernel, grid, u, dt, A, B, C, D, kept, dh_T, ends, sums, dy, du, ddt, dA, dB, dC, dD, dh0, states,
                               *shape, KEPT=KEPT, **sizes)
         dh0 = dh0 if ctx.needs_input_grad[6] else None
         return du, ddt, dA, dB.mT.to(B.dtype), dC.mT.to(C.dtype), dD, dh0, None

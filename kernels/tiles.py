@@ -1,5 +1,5 @@
-"""What the kernels share: tiles of tensors (b, t, h, d), which is how a lesson's heads lie in memory; what a device has
-room for; gradients of gradients."""
+"""What the kernels share: tiles of tensors (b, t, h, d), which is how a lesson's heads lie in memory; launches that
+cost the host little; what a device has room for; gradients of gradients."""
 import warnings
 
 import torch
@@ -9,6 +9,7 @@ import triton.language as tl
 
 ROOM = 232448                    # bytes of shared memory for a program where there is no GPU: as on an H100
 SAID = set()
+LAUNCHED = {}
 
 
 @triton.jit
@@ -36,6 +37,22 @@ def store(x, x_i, rows, cols, end, stride, WIDTH: tl.constexpr):
 def place(head, H, HEADS, T, WIDTH: tl.constexpr):
     """Where head (b, h) of H begins in a (b, t, HEADS, WIDTH) tensor; if HEADS < H, several share one."""
     return (head // H).to(tl.int64) * T * HEADS * WIDTH + head % H // (H // HEADS) * WIDTH
+
+
+def run(kernel, grid, *args, **sizes):
+    """kernel[grid](*args, **sizes). A GPU does in microseconds what Triton takes 20 to 60 to launch: at each call it
+    looks through all arguments for what the compiled kernel may depend on (which are None, of what dtype, at addresses
+    divisible by 16, which numbers they are). Here that is a key, under which the compiled kernel is found again."""
+    if torch.compiler.is_compiling() or not isinstance(kernel, triton.JITFunction):          # or it is interpreted
+        return kernel[grid](*args, **sizes)
+    key = (kernel, torch.cuda.current_device(), *sizes, *sizes.values(), *[
+        (x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in args])
+    compiled, constants = LAUNCHED.get(key, (None, None))
+    if compiled is None:
+        constants = [sizes[name] for name in kernel.arg_names[len(args):]]
+        LAUNCHED[key] = kernel[grid](*args, **sizes), constants
+    else:
+        compiled[(*grid, 1, 1)](*args, *constants)
 
 
 def check_dtypes(**tensors):
@@ -121,8 +138,8 @@ def decay_gradient(q, dq, k, dk, last, vector):
     (b, t, h, d), C = dq.shape, 64
     blocks, width = triton.cdiv(t, C), d if vector else 1
     dg, totals = (torch.empty(b, n, h, width, device=q.device) for n in (blocks * C, blocks))
-    decay_kernel[(b * h, blocks)](q, dq, k, dk, dg, totals, t, h, q.shape[2], D=d, BD=triton.next_power_of_2(d), C=C,
-                                  VECTOR=vector)
+    run(decay_kernel, (b * h, blocks), q, dq, k, dk, dg, totals, t, h, q.shape[2], D=d, BD=triton.next_power_of_2(d),
+        C=C, VECTOR=vector)
     behind = F.pad(totals[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(dim=1).flip(1)
     behind = behind if last is None else behind + last[:, None]
     return dg.view(b, blocks, C, h, width).add_(behind[:, :, None]).flatten(1, 2)[:, :t]
