@@ -1,26 +1,38 @@
-"""The long convolution y_t = sum_{s <= t} K_{t-s} u_s, by matrix products on tensor cores, gates included.
+"""The long convolution y_t = sum_{s <= t} K_{t-s} u_s, as four matrix products on tensor cores, gates included.
 
-Products of polynomials mod X^N - i. Of two real ones, what is below X^N comes out as the real part, and what wraps
-around comes back times i, as the imaginary part: the real part is the causal convolution. So nothing is padded to 2 N
-("right-angle" convolution). With w^N = i it is a cyclic one of w^j u_j, whose transform is two matrix products with a
-factor between them, a Monarch matrix [F23c]: for N = N1 N2, j = N2 j1 + j2,
-k = k1 + N1 k2, and e(x) = e^{2 pi i x}, w = e(1 / (4 N)),
+In frequencies a convolution is a product, number by number: transform u, multiply by the transform of K, transform
+back. A Fourier transform of N numbers is an N x N matrix, too large to be multiplied by. Written row by row as a matrix
+of N1 rows and N2 columns, N = N1 N2, u needs two small ones, with a factor between them (a Monarch matrix [F23c]):
 
-    U_k = sum_j w^j u_j e(-j k / N)       U = ((F u) * T) G       F_{k1 j1} = e(-(k1 - 1/4) (j1 - 1/4) / N1)
+    1.  A = F u            F: (N1, N1)    down each column
+    2.  U = (A . T) G      G: (N2, N2)    along each row; T: (N1, N2), number by number
+        V = U . K^         K^ is the same of K: here the convolution happens
+    3.  B = V G*           back along the rows; * is conj, F and G are symmetric and unitary
+    4.  y = Re F* (B . T*) back down the columns
+
+`first_kernel` is this and no more: read it first.
+
+Products of polynomials mod X^N - i. A Fourier transform convolves in a circle: what is longer than N wraps around, onto
+the beginning. Padding with N zeros would help, at twice the work. Here what wraps around comes back times i: of real u
+and K, the causal convolution is the real part, and all that is not causal is the imaginary one ("right-angle"
+convolution). It is a circle again for w^j u_j, if w^N = i; the weights w are in F and T. With j = N2 j1 + j2,
+k = k1 + N1 k2, e(x) = e^{2 pi i x}, w = e(1 / (4 N)),
+
+    U_k = sum_j w^j u_j e(-j k / N)                               F_{k1 j1} = e(-(k1 - 1/4) (j1 - 1/4) / N1)
                                                                   T_{k1 j2} = e(-(k1 - 1/4) (1 / (4 N1) + j2 / N))
-    y = Re F* ((V G*) * T*),  V = U * transform of K              G_{j2 k2} = e(-j2 k2 / N2)
+                                                                  G_{j2 k2} = e(-j2 k2 / N2)
 
-where * is conj: F and G are symmetric. Complex columns lie as pairs of real ones, so G acts as a real matrix of twice
-the size. A program owns a channel and does all this for one sequence after the other: memory sees u and y once, 4 bytes
-a number in 16 bits, for 8 N1 + 16 N2 FLOPs a number. F, T, G are unitary and tiles are scaled by their largest number,
-so that float16 holds all that is in between. The gradient of u is the same with conj(K); that of K is sum conj(U) dY,
-transformed back.
+Complex columns lie as pairs of real ones, so G acts as a real matrix of twice the size. A program owns a channel and
+does all this for one sequence after the other: memory sees u and y once, 4 bytes a number in 16 bits, for 8 N1 + 16 N2
+FLOPs a number. Tiles are scaled by their largest number, so that float16 holds all that is in between. The gradient of
+u is the same with conj(K^); that of K is sum conj(U) D, D of dy, transformed back.
 
-A filter shorter than the sequence (partial convolution): blocks of N. What wraps around belongs to the next block, and
--i makes it real: U_n becomes U_n - i U_{n-1}. Nothing else changes.
+Longer sequences and filters are cut into blocks of N. Of the product of a filter's block m and a sequence's block j,
+what does not wrap around belongs to block m + j; what does, to the next one, and -i makes it real:
 
-Above 8192: N = 16 M. A first pass over memory is the transform (with w) of 16 pieces, a last one undoes it; between
-them there are 16 complex transforms of length M, without w.
+    V_n = sum_m L_m U_{n-m},   L_m = K^_m - i K^_{m-1}
+
+Each block is transformed once, there and back; only this sum takes each block of the one with each of the other.
 
     python -m kernels.fft_conv      check, then a table
 """
@@ -31,27 +43,25 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.tiles import check_dtypes, differentiable_gradients, no_room, shared_memory
+from kernels.tiles import check_dtypes, differentiable_gradients, no_room, run, shared_memory
 
-PIECES = tl.constexpr(16)                                  # of a sequence that is too long for one program
 MEMORY = {"16 bits": {1024: 32768, 2048: 57344, 4096: 114688, 8192: 196608},     # bytes of shared memory, at most, for
           "float32": {1024: 90112, 2048: 147456}}                                # which a program of so many steps asks
-LONGEST = 8192                                             # of its steps
+BLOCKS = 16                                                # of a filter, at most
 TABLES = {}
 
 
 # --------------------------------------------------------------------------------------------------------- in PyTorch
 
 
-def factors(n1, n2, weights=True):
-    """F: (n1, n1), T: (n1, n2), G: (n2, n2), unitary, complex128; weights=False: without w."""
+def factors(n1, n2):
+    """F: (n1, n1), T: (n1, n2), G: (n2, n2), unitary, complex128, with w."""
     def e(turns):
         return torch.polar(torch.ones_like(turns), 2 * math.pi * turns)
 
     a, b = (torch.arange(n, dtype=torch.float64) for n in (n1, n2))
-    w = weights / 4
-    k = a[:, None] - w
-    return e(-k * k.mT / n1) / n1 ** 0.5, e(-k * (w / n1 + b / (n1 * n2))), e(-b[:, None] * b / n2) / n2 ** 0.5
+    k = a[:, None] - 1 / 4
+    return e(-k * k.mT / n1) / n1 ** 0.5, e(-k * (1 / (4 * n1) + b / (n1 * n2))), e(-b[:, None] * b / n2) / n2 ** 0.5
 
 
 @functools.cache
@@ -77,11 +87,11 @@ def reference(u, K, pre=None, post=None):
 
 
 @torch.compiler.assume_constant_result       # made once, also when torch.compile looks on
-def tables(n1, n2, weights, dtype, device):
+def tables(n1, n2, dtype, device):
     """F and T: real and imaginary part, one behind the other; G and conj(G): (2 n2, 2 n2), for pairs."""
-    key = n1, n2, weights, dtype, device
+    key = n1, n2, dtype, device
     if key not in TABLES:
-        F, T, G = factors(n1, n2, weights)
+        F, T, G = factors(n1, n2)
         G = torch.stack([torch.view_as_real(G), torch.view_as_real(1j * G)], dim=1)          # (j, re im, k, re im)
         turns = torch.arange(2 * n2).view(-1, 8, 2).mT.flatten()                             # the kernels' pairs
         G = G.flatten(2).flatten(0, 1)[turns][:, turns]
@@ -91,12 +101,53 @@ def tables(n1, n2, weights, dtype, device):
     return TABLES[key]
 
 
-# --------------------------------------------------------------------------------------------------- parts of a kernel
+# ----------------------------------------------------------------------------------------------------- read this first
 
 
 @triton.jit
 def table(x, ROWS: tl.constexpr, COLS: tl.constexpr):
     return tl.load(x + tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None, :])
+
+
+@triton.jit
+def matrix_product(A_r, A_i, B_r, B_i):
+    """Of complex matrices, each given as its real and its imaginary part."""
+    return tl.dot(A_r, B_r) - tl.dot(A_i, B_i), tl.dot(A_r, B_i) + tl.dot(A_i, B_r)
+
+
+@triton.jit
+def first_kernel(u, K, y, F, T, G, C, N1: tl.constexpr, N2: tl.constexpr):
+    """The idea alone: one sequence of one channel, N1 N2 steps long. K: the transforms of the channels' filters."""
+    N: tl.constexpr = N1 * N2
+    sequence, channel = u + tl.program_id(0) * N, tl.program_id(0) % C
+    F_r, F_i = table(F, N1, N1), table(F + N1 * N1, N1, N1)
+    T_r, T_i = table(T, N1, N2), table(T + N, N1, N2)
+    G_r, G_i = table(G, N2, N2), table(G + N2 * N2, N2, N2)
+    K_r, K_i = table(K + channel * N, N1, N2), table(K + (C + channel) * N, N1, N2)
+    x = table(sequence, N1, N2)                                                  # x[j1, j2] is step N2 j1 + j2
+    A_r, A_i = matrix_product(F_r, F_i, x, tl.zeros_like(x))                     # 1. F x, down the columns
+    A_r, A_i = A_r * T_r - A_i * T_i, A_r * T_i + A_i * T_r
+    U_r, U_i = matrix_product(A_r, A_i, G_r, G_i)                                # 2. A G, along the rows
+    V_r, V_i = U_r * K_r - U_i * K_i, U_r * K_i + U_i * K_r                      # frequency by frequency
+    B_r, B_i = matrix_product(V_r, V_i, G_r, -G_i)                               # 3. V G*, back along the rows
+    B_r, B_i = B_r * T_r + B_i * T_i, B_i * T_r - B_r * T_i                      # times T*
+    y_r, _ = matrix_product(F_r, -F_i, B_r, B_i)                                 # 4. F* B, back down the columns
+    at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    tl.store(y + tl.program_id(0) * N + at, y_r)                                 # y_i: what is not causal
+
+
+def first_fft_conv(u, K, n1=16):
+    """y_t = sum_{s <= t} K_{t-s} u_s. u: (b, c, t), K: (c, t), in one piece, float32; t = n1 n2, powers of two, 16 or
+    more. On a GPU the products are of TF32: right to a thousandth."""
+    b, c, t = u.shape
+    F, T, G = kept(n1, t // n1, torch.complex64, u.device)
+    K = (F @ K.view(c, n1, -1).to(F.dtype) * T @ G) * t ** 0.5
+    tables, y = [torch.stack([x.real, x.imag]) for x in (K, F, T, G)], torch.empty_like(u)
+    first_kernel[(b * c,)](u, tables[0], y, *tables[1:], c, N1=n1, N2=t // n1)
+    return y
+
+
+# --------------------------------------------------------------------------------------------------- parts of a kernel
 
 
 @triton.jit
@@ -144,27 +195,20 @@ def over(scale):
 
 
 @triton.jit
-def transform(x, xi, F_r, F_i, T_r, T_i, G, COMPLEX: tl.constexpr, PRECISION: tl.constexpr):
-    """((F x) * T) G: (N1, N2), real or complex -> pairs (N1, 2 N2)."""
-    A_r, A_i = tl.dot(F_r, x, input_precision=PRECISION), tl.dot(F_i, x, input_precision=PRECISION)
-    if COMPLEX:
-        A_r -= tl.dot(F_i, xi, input_precision=PRECISION)
-        A_i = tl.dot(F_r, xi, acc=A_i, input_precision=PRECISION)
-    A_r, A_i = A_r.to(x.dtype), A_i.to(x.dtype)
+def transform(x, F_r, F_i, T_r, T_i, G, PRECISION: tl.constexpr):
+    """((F x) * T) G: (N1, N2), real -> pairs (N1, 2 N2)."""
+    A_r = tl.dot(F_r, x, input_precision=PRECISION).to(x.dtype)
+    A_i = tl.dot(F_i, x, input_precision=PRECISION).to(x.dtype)
     A = pairs(A_r * T_r - A_i * T_i, A_r * T_i + A_i * T_r)
     return tl.dot(A, G, input_precision=PRECISION)
 
 
 @triton.jit
-def transform_back(V, F_r, F_i, T_r, T_i, G_conj, COMPLEX: tl.constexpr, PRECISION: tl.constexpr):
-    """F* ((V G*) * T*): pairs (N1, 2 N2) -> the real part, (N1, N2), and, if COMPLEX, the imaginary one."""
+def transform_back(V, F_r, F_i, T_r, T_i, G_conj, PRECISION: tl.constexpr):
+    """The real part of F* ((V G*) * T*): pairs (N1, 2 N2) -> (N1, N2)."""
     B_r, B_i = parts(tl.dot(V, G_conj, input_precision=PRECISION).to(V.dtype))
     B_r, B_i = B_r * T_r + B_i * T_i, B_i * T_r - B_r * T_i
-    y = tl.dot(F_i, B_i, acc=tl.dot(F_r, B_r, input_precision=PRECISION), input_precision=PRECISION)
-    yi = y
-    if COMPLEX:
-        yi = tl.dot(F_r, B_i, input_precision=PRECISION) - tl.dot(F_i, B_r, input_precision=PRECISION)
-    return y, yi
+    return tl.dot(F_i, B_i, acc=tl.dot(F_r, B_r, input_precision=PRECISION), input_precision=PRECISION)
 
 
 @triton.jit
@@ -177,75 +221,81 @@ def read(x, gate, x_at, gate_at, at, inside):
 
 
 @triton.jit
-def block_of(x, gate, scales, b, row, n, T, x_b, gate_b, F, N1: tl.constexpr, N2: tl.constexpr):
-    """Block n of a sequence as a tile (N1, N2), scaled, and its scale. Or, where there are scales already, a piece that
-    `split` made: real and imaginary part."""
-    at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    if scales is None:
-        at += n * N1 * N2
-        x_t, scale = unit(read(x, gate, b * x_b + row * T, b * gate_b + row * T, at, at < T))
-        x_t = x_t.to(F.dtype.element_ty)
-        xi_t = x_t
-    else:
-        x += b * x_b + row * (2 * N1 * N2)
-        x_t, xi_t = tl.load(x + at), tl.load(x + N1 * N2 + at)
-        scale = tl.load(scales + b * (tl.num_programs(0) // PIECES) + row // PIECES)
-    return x_t, xi_t, scale
+def block_of(x, gate, b, row, n, T, x_b, gate_b, F, N1: tl.constexpr, N2: tl.constexpr):
+    """Block n of a sequence as a tile (N1, N2), scaled, and its scale."""
+    at = n * N1 * N2 + tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    x_t, scale = unit(read(x, gate, b * x_b + row * T, b * gate_b + row * T, at, at < T))
+    return x_t.to(F.dtype.element_ty), scale
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
-def spectrum_kernel(K, scales, out, out_scale, F, T, G, taps, root, most, N1: tl.constexpr, N2: tl.constexpr,
+def spectrum_kernel(K, out, out_scale, F, T, G, taps, root, N1: tl.constexpr, N2: tl.constexpr,
                     PRECISION: tl.constexpr):
-    """The transform of a filter / (most * its largest number), times root."""
-    row = tl.program_id(0).to(tl.int64)
-    COMPLEX: tl.constexpr = scales is not None
+    """L_m, the transform of a filter's block m, and -i times that of the block before; its norm made `root`."""
+    row, m, filters = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
     T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
-    x, xi, scale = block_of(K, None, scales, 0, row, 0, taps, 0, 0, F, N1, N2)
-    U = transform(x, xi, F_r, F_i, T_r, T_i, G_, COMPLEX, PRECISION)
+    x, scale = block_of(K, None, 0, row, m, taps, 0, 0, F, N1, N2)
+    L = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION) * scale
+    if m > 0:
+        x, scale = block_of(K, None, 0, row, m - 1, taps, 0, 0, F, N1, N2)
+        L -= turned(transform(x, F_r, F_i, T_r, T_i, G_, PRECISION) * scale)
+    L, scale = unit(L)                                           # so that no square is too large or too small
+    norm = tl.sqrt(tl.sum(tl.sum(L * L, axis=1), axis=0))
     at = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
-    tl.store(out + row * (2 * N1 * N2) + at, (U * (root / most)).to(out.dtype.element_ty))
-    tl.store(out_scale + (row // PIECES if COMPLEX else row), scale * most)
+    tl.store(out + (row * filters + m) * (2 * N1 * N2) + at, (L * (root * over(norm))).to(out.dtype.element_ty))
+    tl.store(out_scale + row * filters + m, scale * norm)
 
 
 @triton.jit
-def conv_kernel(u, pre, scales, K, K_scale, y, post, y2, post2, F, T, G, batches, steps, blocks, u_b, pre_b, y_b,
-                post_b, post2_b, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr, MANY: tl.constexpr,
+def sum_of_products(L, L_scale, U, U_scale, i, terms, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr):
+    """sum_m L_m U_{i-m}; CONJ: of conj(L_m). The last U are kept, each in the place of one that no term needs."""
+    at = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
+    V = tl.zeros((N1, 2 * N2), tl.float32)
+    for m in range(tl.minimum(terms, i + 1)):
+        slot = (i - m) % terms
+        L_m, U_m = tl.load(L + m * (2 * N1 * N2) + at), tl.load(U + slot * (2 * N1 * N2) + at)
+        V += times(L_m, U_m, CONJ) * (tl.load(L_scale + m) * tl.load(U_scale + slot))
+    return V
+
+
+@triton.jit
+def conv_kernel(u, pre, L, L_scale, past, past_scale, y, post, y2, post2, F, T, G, batches, steps, blocks, terms,
+                u_b, pre_b, y_b, post_b, post2_b, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr,
                 PRECISION: tl.constexpr):
-    """y = post (K * (pre u)), and y2 = post2 (K * (pre u)), or with CONJ the transposed convolution; for one channel,
-    or one piece of it, of every num_programs(1)-th sequence. K: from spectrum_kernel."""
+    """y = post (K * (pre u)), and y2 = post2 (K * (pre u)), or with CONJ the transposed convolution; for one channel of
+    every num_programs(1)-th sequence. L: from spectrum_kernel. past, past_scale: room for as many transforms
+    of a sequence's blocks as the sum has terms, if there are several."""
     row = tl.program_id(0).to(tl.int64)
-    COMPLEX: tl.constexpr = scales is not None
     tile = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    both = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
     F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
     T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
     G_conj = table(G + 4 * N2 * N2, 2 * N2, 2 * N2)
-    K_hat, before = table(K + row * (2 * N1 * N2), N1, 2 * N2), tl.zeros((N1, 2 * N2), tl.float32)
+    L, L_scale = L + row * terms * (2 * N1 * N2), L_scale + row * terms
+    if past is None:
+        K_hat, K_scale = tl.load(L + both), tl.load(L_scale)
+    else:
+        program = row * tl.num_programs(1) + tl.program_id(1)
+        past, past_scale = past + program * terms * (2 * N1 * N2), past_scale + program * terms
     count = tl.cdiv(batches - tl.program_id(1), tl.num_programs(1)) * blocks
-    for i in range(count):
-        b = (tl.program_id(1) + i // blocks * tl.num_programs(1)).to(tl.int64)
-        n = blocks - 1 - i % blocks if CONJ else i % blocks
-        x, xi, scale = block_of(u, pre, scales, b, row, n, steps, u_b, pre_b, F, N1, N2)
-        U = transform(x, xi, F_r, F_i, T_r, T_i, G_, COMPLEX, PRECISION)
-        if MANY:                                                 # what the block before (behind) it left over
-            U *= scale
-            before = tl.where(i % blocks == 0, 0.0, before)
-            both = U + turned(before) if CONJ else U - turned(before)
-            before = U
-            V, scale = unit(times(K_hat, both, CONJ))
+    for j in range(count):
+        b, i = (tl.program_id(1) + j // blocks * tl.num_programs(1)).to(tl.int64), j % blocks
+        n = blocks - 1 - i if CONJ else i
+        x, scale = block_of(u, pre, b, row, n, steps, u_b, pre_b, F, N1, N2)
+        U = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION).to(x.dtype)
+        if past is None:
+            V, scale = times(K_hat, U, CONJ), scale * K_scale
         else:
-            V = times(K_hat, U.to(x.dtype), CONJ)
-        y_t, yi_t = transform_back(V.to(x.dtype), F_r, F_i, T_r, T_i, G_conj, COMPLEX, PRECISION)
-        if COMPLEX:
-            at = y + b * y_b + row * (2 * N1 * N2)
-            tl.store(at + tile, y_t.to(y.dtype.element_ty))
-            tl.store(at + N1 * N2 + tile, yi_t.to(y.dtype.element_ty))
-        else:
-            y_t *= scale * tl.load(K_scale + row)
-            write(y_t, row * steps, n * N1 * N2 + tile, steps, b, y, post, y2, post2, y_b, post_b, post2_b)
+            tl.store(past + i % terms * (2 * N1 * N2) + both, U)
+            tl.store(past_scale + i % terms, scale)
+            tl.debug_barrier()                                   # written by one thread, read by another
+            V, scale = unit(sum_of_products(L, L_scale, past, past_scale, i, terms, N1, N2, CONJ))
+        y_t = transform_back(V.to(x.dtype), F_r, F_i, T_r, T_i, G_conj, PRECISION) * scale
+        write(y_t, row * steps, n * N1 * N2 + tile, steps, b, y, post, y2, post2, y_b, post_b, post2_b)
 
 
 @triton.jit
@@ -261,77 +311,33 @@ def write(y_t, start, at, steps, b, y, post, y2, post2, y_b, post_b, post2_b):
 
 
 @triton.jit
-def filter_kernel(u, pre, u_scales, dy, post, dy_scales, out, out_scale, F, T, G, batches, steps, blocks, root,
-                  most, u_b, pre_b, dy_b, post_b, N1: tl.constexpr, N2: tl.constexpr, MANY: tl.constexpr,
-                  PRECISION: tl.constexpr):
-    """Of dK_l = sum over sequences and t of (post dy)_t (pre u)_{t-l} the transform, as conv_kernel takes a filter's,
-    and the scale."""
-    row = tl.program_id(0).to(tl.int64)
-    COMPLEX: tl.constexpr = u_scales is not None
+def filter_kernel(u, pre, dy, post, dK, F, T, G, batches, steps, blocks, taps, root, u_b, pre_b, dy_b, post_b,
+                  N1: tl.constexpr, N2: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr):
+    """dK_l = sum over sequences and t of (post dy)_t (pre u)_{t-l}, for a block of l: u's blocks times dy's that lie so
+    far behind them."""
+    row, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
     F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
     T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
-    dK_hat, behind, total = tl.zeros((N1, 2 * N2), tl.float32), tl.zeros((N1, 2 * N2), tl.float32), 0.0
-    for i in range(batches * blocks):
-        b, n = (i // blocks).to(tl.int64), blocks - 1 - i % blocks
-        x, xi, scale = block_of(u, pre, u_scales, b, row, n, steps, u_b, pre_b, F, N1, N2)
-        U = transform(x, xi, F_r, F_i, T_r, T_i, G_, COMPLEX, PRECISION).to(x.dtype)
-        x, xi, dy_scale = block_of(dy, post, dy_scales, b, row, n, steps, dy_b, post_b, F, N1, N2)
-        D = transform(x, xi, F_r, F_i, T_r, T_i, G_, COMPLEX, PRECISION)
+    dK_hat, behind = tl.zeros((N1, 2 * N2), tl.float32), tl.zeros((N1, 2 * N2), tl.float32)
+    for j in range(batches * (blocks - m)):
+        b, i = (j // (blocks - m)).to(tl.int64), j % (blocks - m)
+        n = blocks - 1 - i
+        x, scale = block_of(u, pre, b, row, n - m, steps, u_b, pre_b, F, N1, N2)
+        U = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION).to(x.dtype)
+        x, dy_scale = block_of(dy, post, b, row, n, steps, dy_b, post_b, F, N1, N2)
+        D = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION)
         if MANY:
             D *= dy_scale
-            behind = tl.where(i % blocks == 0, 0.0, behind)
+            behind = tl.where(i == 0, 0.0, behind)
             dK_hat += times(U, D + turned(behind), True) * scale
             behind = D
         else:
             dK_hat += times(U, D.to(x.dtype), True) * (scale * dy_scale)
-        total += scale * dy_scale
-    if COMPLEX:                                                  # one scale for all pieces
-        total *= most                                            # no number of dK_hat / total is above N / most
-    else:
-        total = tl.max(tl.max(tl.abs(dK_hat), axis=1), axis=0)
-    at = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
-    tl.store(out + row * (2 * N1 * N2) + at, dK_hat * (root * over(total)))
-    tl.store(out_scale + (row // PIECES if COMPLEX else row), total * root)
-
-
-@triton.jit
-def split_kernel(u, pre, out, scales, F, T, C, steps, u_b, pre_b, M: tl.constexpr, BLOCK: tl.constexpr,
-                 PRECISION: tl.constexpr):
-    """The transform of the 16 pieces of a sequence, (16, M): a complex piece for each frequency, (16, 2, M), and the
-    sequence's scale."""
-    b, row = (tl.program_id(0) // C).to(tl.int64), (tl.program_id(0) % C).to(tl.int64)
-    i, j, top = tl.arange(0, PIECES), tl.arange(0, BLOCK), 0.0
-    for m in range(0, M, BLOCK):
-        at = i[:, None] * M + m + j[None, :]
-        x = read(u, pre, b * u_b + row * steps, b * pre_b + row * steps, at, at < steps)
-        top = tl.maximum(top, tl.max(tl.max(tl.abs(x), axis=1), axis=0))
-    tl.store(scales + tl.program_id(0), top)
-    F_r, F_i = table(F, PIECES, PIECES), table(F + PIECES * PIECES, PIECES, PIECES)
-    for m in range(0, M, BLOCK):
-        at = i[:, None] * M + m + j[None, :]
-        x = read(u, pre, b * u_b + row * steps, b * pre_b + row * steps, at, at < steps)
-        x = (x * over(top)).to(F.dtype.element_ty)
-        A_r, A_i = tl.dot(F_r, x, input_precision=PRECISION), tl.dot(F_i, x, input_precision=PRECISION)
-        T_r, T_i = tl.load(T + at), tl.load(T + PIECES * M + at)
-        to = out + tl.program_id(0).to(tl.int64) * (2 * PIECES * M) + i[:, None] * (2 * M) + m + j[None, :]
-        tl.store(to, (A_r * T_r - A_i * T_i).to(out.dtype.element_ty))
-        tl.store(to + M, (A_r * T_i + A_i * T_r).to(out.dtype.element_ty))
-
-
-@triton.jit
-def join_kernel(x, scales, K_scale, y, post, y2, post2, F, T, C, steps, y_b, post_b, post2_b, M: tl.constexpr,
-                BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """Back from the pieces (16, 2, M) to a sequence; its first `steps` numbers."""
-    b, row = (tl.program_id(0) // C).to(tl.int64), (tl.program_id(0) % C).to(tl.int64)
-    at = tl.arange(0, PIECES)[:, None] * M + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    source = x + tl.program_id(0).to(tl.int64) * (2 * PIECES * M) + at + tl.arange(0, PIECES)[:, None] * M
-    x_r, x_i, T_r, T_i = tl.load(source), tl.load(source + M), tl.load(T + at), tl.load(T + PIECES * M + at)
-    B_r = (x_r * T_r.to(tl.float32) + x_i * T_i.to(tl.float32)).to(x.dtype.element_ty)
-    B_i = (x_i * T_r.to(tl.float32) - x_r * T_i.to(tl.float32)).to(x.dtype.element_ty)
-    F_r, F_i = table(F, PIECES, PIECES), table(F + PIECES * PIECES, PIECES, PIECES)
-    y_t = tl.dot(F_i, B_i, acc=tl.dot(F_r, B_r, input_precision=PRECISION), input_precision=PRECISION)
-    y_t *= tl.load(scales + tl.program_id(0)) * tl.load(K_scale + row)
-    write(y_t, row * steps, at, steps, b, y, post, y2, post2, y_b, post_b, post2_b)
+    V, scale = unit(dK_hat)
+    G_conj = table(G + 4 * N2 * N2, 2 * N2, 2 * N2)
+    y = transform_back(V.to(F.dtype.element_ty), F_r, F_i, T_r, T_i, G_conj, PRECISION) * (scale * root)
+    l = m * N1 * N2 + tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    tl.store(dK + row * taps + l, y, mask=l < taps)
 
 
 # ------------------------------------------------------------------------------------------------------------ launching
@@ -349,94 +355,59 @@ def longest(digits, device):
 
 
 def cut(u, taps):
-    """How long a transform is, and whether it is of 16 pieces: where it is too long for a program on this device. Or
-    None, where it is too long for that, too. ValueError for filters and sequences too long for any device."""
-    t, n = u.shape[-1], max(1024, triton.next_power_of_2(taps))
-    digits = "float32" if u.dtype == torch.float32 else "16 bits"
-    if n <= longest(digits, u.device):
-        return n, False
-    most = LONGEST // 4 if digits == "float32" else LONGEST
-    piece = max(16 * 256, triton.next_power_of_2(t)) // 16
-    if n > most and piece > most:
-        raise ValueError(f"a convolution of {t} steps with {taps} taps in {u.dtype}: up to {16 * most} steps, or "
-                         f"{most} taps of a filter")
-    asked = MEMORY[digits][max(1024, piece) if piece <= most else n]
-    what = f"a convolution of up to {16 * piece} steps with up to {n} taps in {digits}"
-    return None if no_room(what, asked, u.device) else (16 * piece, True)
+    """How long a transform is: as long as the filter, or the longest for which this device has the memory. Or None,
+    where a filter is too long for that, too. ValueError for filters too long for any device."""
+    n, digits = max(1024, triton.next_power_of_2(taps)), "float32" if u.dtype == torch.float32 else "16 bits"
+    here = longest(digits, u.device)
+    if n <= here * BLOCKS:
+        return min(n, here)
+    most = max(MEMORY[digits])
+    if taps > most * BLOCKS:
+        raise ValueError(f"a filter of {taps} taps for {u.dtype}: up to {most * BLOCKS}")
+    what = f"a convolution with {n // 2} to {n} taps in {digits}"
+    return None if no_room(what, MEMORY[digits][n // BLOCKS], u.device) else n // BLOCKS
 
 
 class Plan:
-    """How a convolution of t steps and so many taps is done: N = n1 n2 in one program, over `blocks` of it, or 16
-    pieces of N."""
+    """How a convolution of t steps and so many taps is done: over `blocks` of N = n1 n2 of the sequence, and `filters`
+    blocks of the filter."""
     programs = 528               # at least, if there are as many sequences: four for each multiprocessor of an H100
 
     def __init__(self, u, taps):
-        t, exact, (n, self.pieces) = u.shape[-1], u.dtype == torch.float32, cut(u, taps)
-        self.root, n = n ** 0.5, n // 16 if self.pieces else n
-        self.n, self.blocks = n, 1 if self.pieces else triton.cdiv(t, n)
+        n, exact = cut(u, taps), u.dtype == torch.float32
         n1, warps, self.filter_warps = options(n)
+        self.n, self.blocks, self.filters = n, triton.cdiv(u.shape[-1], n), triton.cdiv(taps, n)
         self.dtype, precision = (torch.float32, "tf32x3") if exact else (torch.float16, "tf32")
-        self.tables = tables(n1, n // n1, not self.pieces, self.dtype, u.device)
+        self.tables = tables(n1, n // n1, self.dtype, u.device)
         self.sizes = {"N1": n1, "N2": n // n1, "PRECISION": precision, "num_warps": warps, "num_stages": 1}
-        if self.pieces:
-            self.outer = tables(16, n, True, self.dtype, u.device)[:2]
-            self.outer_sizes = {"M": n, "BLOCK": 128, "PRECISION": precision, "num_warps": 4}
-
-    def split(self, x, gate):
-        """x, gate -> what the kernels take as (tensor, gate, scales)."""
-        if not self.pieces:
-            return x, gate, None
-        b, c, t = x.shape
-        out = x.new_empty(b, c, 16, 2, self.n, dtype=self.dtype)
-        scales = x.new_empty(b, c, dtype=torch.float32)
-        split_kernel[(b * c,)](x, gate, out, scales, *self.outer, c, t, stride(x), stride(gate), **self.outer_sizes)
-        return out, None, scales
 
     def spectrum(self, K):
-        """The filter's transform, and its scale. Its norm is then at most 1, or 1/8 for pieces, of which more are
-        added up: so a product with it fits float16."""
-        (c, taps), rows = K.shape, len(K) * (16 if self.pieces else 1)
-        most = taps ** 0.5 * (8 if self.pieces else 1)
-        out, scale = K.new_empty(rows, 2 * self.n, dtype=self.dtype), K.new_empty(c, dtype=torch.float32)
-        K, _, scales = self.split(K[None], None)
-        spectrum_kernel[(rows,)](K, scales, out, scale, *self.tables, taps, self.root, most, **self.sizes)
-        return out, scale
+        """L_m: (c, m, 2 N), as many as a sum has, and their scales."""
+        (c, taps), terms = K.shape, min(self.filters + 1, self.blocks)
+        L, scale = K.new_empty(c, terms, 2 * self.n, dtype=self.dtype), K.new_empty(c, terms, dtype=torch.float32)
+        run(spectrum_kernel, (c, terms), K, L, scale, *self.tables, taps, self.n ** 0.5, **self.sizes)
+        return L, scale
 
-    def convolve(self, u, gate, K, outputs, conj=False, blocks=None):
-        """[post (K * (gate u)) for post in outputs], one or two; K: from spectrum."""
-        blocks = blocks or self.blocks
-        (b, c, t), (K, K_scale) = u.shape, K
-        y = [torch.empty(b, c, t, device=u.device, dtype=u.dtype) for _ in outputs] + [None] * (2 - len(outputs))
-        post = [*outputs, None][:2]
-        x, gate, scales = self.split(u, gate)
-        rows = len(K)
-        out = torch.empty_like(x) if self.pieces else y[0]
-        parts = min(b, triton.cdiv(self.programs, rows))
-        inner = (None, None, None) if self.pieces else (post[0], y[1], post[1])
-        conv_kernel[(rows, parts)](
-            x, gate, scales, K, K_scale, out, *inner, *self.tables, b, t, blocks, stride(x), stride(gate),
-            stride(out), stride(post[0]), stride(post[1]), CONJ=conj, MANY=blocks > 1, **self.sizes)
-        if self.pieces:
-            self.join(out, scales, K_scale, y, post)
+    def convolve(self, u, gate, L, outputs, conj=False):
+        """[post (K * (gate u)) for post in outputs], one or two; L: from spectrum."""
+        (b, c, t), y, post = u.shape, [torch.empty_like(u) for _ in outputs] + [None], [*outputs, None]
+        parts, terms, past = min(b, triton.cdiv(self.programs, c)), L[0].shape[1], (None, None)
+        if terms > 1:
+            past = (u.new_empty(c, parts, terms, 2 * self.n, dtype=self.dtype),
+                    u.new_empty(c, parts, terms, dtype=torch.float32))
+        run(conv_kernel, (c, parts), u, gate, *L, *past, y[0], post[0], y[1], post[1], *self.tables, b, t, self.blocks,
+            terms, stride(u), stride(gate), stride(y[0]), stride(post[0]), stride(post[1]), CONJ=conj,
+            **self.sizes)
         return y[:len(outputs)]
 
-    def join(self, x, scales, K_scale, y, post):
-        b, c, t = y[0].shape
-        join_kernel[(b * c, self.n // 128)](x, scales, K_scale, y[0], post[0], y[1], post[1], *self.outer, c, t,
-                                            stride(y[0]), stride(post[0]), stride(post[1]), **self.outer_sizes)
-
     def filter_gradient(self, u, pre, dy, post, taps):
-        """dK: (c, taps), float32; from its transform by a convolution with 1, 0, 0, ..."""
+        """dK: (c, taps), float32."""
         b, c, t = u.shape
-        rows, impulse = c * (16 if self.pieces else 1), u.new_zeros(1, c, taps, dtype=torch.float32)
-        impulse[..., 0] = 1
-        u, pre, u_scales = self.split(u, pre)
-        dy, post, dy_scales = self.split(dy, post)
-        dK_hat, scales = impulse.new_empty(rows, 2 * self.n), impulse.new_empty(c)
-        filter_kernel[(rows,)](u, pre, u_scales, dy, post, dy_scales, dK_hat, scales, *self.tables, b, t, self.blocks,
-                               self.root, 8 if self.pieces else 1, stride(u), stride(pre), stride(dy), stride(post),
-                               MANY=self.blocks > 1, **self.sizes | {"num_warps": self.filter_warps})
-        return self.convolve(impulse, None, (dK_hat, scales), [None], blocks=1)[0][0]
+        dK = u.new_empty(c, taps, dtype=torch.float32)
+        run(filter_kernel, (c, self.filters), u, pre, dy, post, dK, *self.tables, b, t, self.blocks, taps,
+            self.n ** 0.5, stride(u), stride(pre), stride(dy), stride(post), MANY=self.blocks > 1,
+            **self.sizes | {"num_warps": self.filter_warps})
+        return dK
 
 
 def stride(x):
@@ -523,9 +494,9 @@ def main():
     def row(name, tensors, passes=2, t=None):
         """t: of the tensor cores' FLOPs."""
         others = {"torch.fft": by_torch_fft} | ({"twin": reference} if t == 8192 else {})
-        n1 = 128 if t and (t if t <= LONGEST else t // 16) == 8192 else 64
-        inner = t and (t if t <= LONGEST else t // 16)
-        flops = 2 * tensors[0].numel() * (4 * n1 + 8 * inner // n1) if t else 0
+        n = min(t or 0, 8192)
+        n1 = options(n)[0]
+        flops = 2 * tensors[0].numel() * (4 * n1 + 8 * n // n1)
         rows.append((name, {"kernel": fft_conv} | others, tensors, passes * tensors[0].nbytes, flops))
     for t in (1024, 2048, 4096, 8192, 16384, 32768):
         row(f"b {32768 // t} c 1024 t {t}", inputs(t, 32768 // t, 1024), t=t)
