@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 ROOM = 232448                    # bytes of shared memory for a program where there is no GPU: as on an H100
 SAID = set()
@@ -45,7 +46,7 @@ def run(kernel, grid, *args, **sizes):
     divisible by 16, which numbers they are). Here that is a key, under which the compiled kernel is found again."""
     if torch.compiler.is_compiling() or not isinstance(kernel, triton.JITFunction):          # or it is interpreted
         return kernel[grid](*args, **sizes)
-    key = (kernel, torch.cuda.current_device(), *sizes, *sizes.values(), *[
+    key = (kernel, driver.active.get_current_device(), *sizes, *sizes.values(), *[
         (x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in args])
     compiled, constants = LAUNCHED.get(key, (None, None))
     if compiled is None:

@@ -3,6 +3,7 @@ compiled."""
 import importlib
 import pkgutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,7 +241,8 @@ class Launches:
 def test_a_compiled_kernel_is_found_again(monkeypatch):
     """By all that it depends on: dtypes, what is None, addresses not divisible by 16, numbers, sizes, the device."""
     monkeypatch.setattr(triton, "JITFunction", Launches)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    device = [0]
+    monkeypatch.setattr(tiles, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: device[0])))
     kernel, x = Launches(), torch.zeros(64)
     assert x.data_ptr() % 16 == 0
     different = [(x, x, 1, 16), (x, None, 1, 16), (x, x.half(), 1, 16), (x[1:], x, 1, 16), (x, x, 2, 16), (x, x, 1, 32)]
@@ -251,7 +253,7 @@ def test_a_compiled_kernel_is_found_again(monkeypatch):
         grid, given = kernel.given[-1]
         assert grid[:3] == (4, 1, 1) and len(kernel.given) == 2 * (i + 1)
         assert all(a is b for a, b in zip(given, (*args, size), strict=True))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    device[0] = 1
     tiles.run(kernel, (4,), x, x, 1, BLOCK=16)
     assert kernel.found == len(different) + 1
 
