@@ -1,10 +1,10 @@
-"""What the kernels' own tables share: the device's limits, errors beside a rival's, timings in turns. Run on a GPU.
+"""How kernels are checked and timed; on what, kernels/tables.py says. Run on a GPU.
 
 Timings are medians of triton.testing.do_bench_cudagraph, the candidates in turns in one process, on random inputs.
-Recorded as CUDA graphs, they are the GPU's time, without what Python spends on launches (0.2 to 0.8 ms for a forward
-and a backward pass: a model hides it by running ahead, by torch.compile, or by a graph of its own). `limit` is the time
-that the device would need at least, for the bytes at its copy bandwidth or the FLOPs at its matmul rate, whichever is
-longer.
+Recorded as CUDA graphs, they are the GPU's time. `called` is what a forward and a backward pass take as called from
+Python, one after the other: the longer of the GPU's time and of what Python spends on launches, which a model hides by
+running ahead, by torch.compile, or by a graph of its own. `limit` is the time that the device would need at least, for
+the bytes at its copy bandwidth or the FLOPs at its matmul rate, whichever is longer.
 """
 import platform
 import statistics
@@ -100,6 +100,19 @@ def timed(candidates, rounds=3, ms=30):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def called(f, times=40):
+    """Milliseconds of a call from Python, of many one after the other: the median of five rounds."""
+    rounds = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            f()
+        torch.cuda.synchronize()
+        rounds.append(1e3 * (time.perf_counter() - start) / times)
+    return statistics.median(rounds[1:])
+
+
 def forward_and_backward(f, tensors):
     """Two functions to time: f without gradients, and f with those of all tensors that it takes."""
     leaves = [x.detach().requires_grad_() for x in tensors]
@@ -144,19 +157,24 @@ def agree(name, candidates, tensors):
         assert max(gaps) < 0.02, f"{other} computes something else"
 
 
+def line_of(times):
+    """The times of candidates, those of the others also as multiples of the first one's."""
+    mine = next(iter(times.values()))
+    return "  ".join(f"{name} {t:.3f}" + (f" ({t / mine:.2f}x)" if t != mine else "") for name, t in times.items())
+
+
 def compare(rows, rates, gradients=True):
     """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of
     the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the others'
-    times as multiples of it."""
-    print(f"{'':38}{'limit':>8}{'share':>7}   forward, ms" + " " * 45 + ("forward + backward, ms" if gradients else ""))
+    times as multiples of it. The last column is of those that take less than 20 ms."""
+    titles = ("forward, ms", "forward + backward, ms", "the same, called from Python, ms")[:3 if gradients else 1]
+    print(f"{'':38}{'limit':>8}{'share':>7}   " + "".join(f"{title:56}" for title in titles).rstrip())
     for name, candidates, tensors, n_bytes, flops in rows:
         pairs = {c: forward_and_backward(f, tensors) for c, f in candidates.items()}
-        limit, line = 1e3 * max(n_bytes / rates[0], flops / rates[1]), ""
-        for i in range(2 if gradients else 1):
-            times = timed({c: pair[i] for c, pair in pairs.items()})
-            mine = next(iter(times.values()))
-            if i == 0:
-                line = f"{name:38}{limit:8.3f}{limit / mine:7.0%}   "
-            parts = (f"{c} {t:.3f}" + (f" ({t / mine:.2f}x)" if t != mine else "") for c, t in times.items())
-            line += f"{'  '.join(parts):56}"
-        print(line.rstrip(), flush=True)
+        limit, forward = 1e3 * max(n_bytes / rates[0], flops / rates[1]), timed({c: f for c, (f, _) in pairs.items()})
+        columns = [line_of(forward)]
+        if gradients:
+            both = timed({c: f for c, (_, f) in pairs.items()})
+            columns += [line_of(both), line_of({c: called(pairs[c][1]) for c, ms in both.items() if ms < 20})]
+        print(f"{name:38}{limit:8.3f}{limit / next(iter(forward.values())):7.0%}   "
+              + "".join(f"{column:56}" for column in columns).rstrip(), flush=True)

@@ -472,40 +472,6 @@ def by_torch_fft(u, K, pre=None, post=None):
     return (y if post is None else post * y).to(u.dtype)
 
 
-def main():
-    from kernels import bench
-    rates = bench.print_machine()
-
-    def inputs(t, b=2, c=16, dtype=torch.bfloat16, taps=None, gates=0):
-        tensors = bench.random(*[(b, c, 1, t)] * (1 + gates), dtype=torch.float32)
-        u, *gates = (x[:, :, 0].contiguous().to(dtype) for x in tensors)
-        K, l = bench.random((1, 1, c, taps or t), dtype=torch.float32, seed=3)[0][0, 0], taps or t
-        return [u, K * torch.exp(-torch.arange(l, device="cuda") * 8 / l), *gates]
-
-    def check(what, shapes, names, lengths, **more):
-        print(what)
-        bench.check(fft_conv, reference, ("torch.fft", by_torch_fft), shapes, names, lengths, **more)
-    check("no gates", inputs, "uK", (1, 17, 1000, 2048, 8192, 20000, 32768))
-    check("exact", lambda t: inputs(t, dtype=torch.float32), "uK", (1, 17, 1000, 2048, 8192, 32768), floor=2e-6)
-    check("two gates", lambda t: inputs(t, gates=2), ("u", "K", "pre", "post"), (1000, 8192, 20000))
-    check("a filter of 1000 taps", lambda t: inputs(t, taps=1000), "uK", (3000, 20000))
-    rows = []
-
-    def row(name, tensors, passes=2, t=None):
-        """t: of the tensor cores' FLOPs."""
-        others = {"torch.fft": by_torch_fft} | ({"twin": reference} if t == 8192 else {})
-        n = min(t or 0, 8192)
-        n1 = options(n)[0]
-        flops = 2 * tensors[0].numel() * (4 * n1 + 8 * n // n1)
-        rows.append((name, {"kernel": fft_conv} | others, tensors, passes * tensors[0].nbytes, flops))
-    for t in (1024, 2048, 4096, 8192, 16384, 32768):
-        row(f"b {32768 // t} c 1024 t {t}", inputs(t, 32768 // t, 1024), t=t)
-    for t in (2048, 8192):
-        row(f"two gates, t {t}", inputs(t, 32768 // t, 1024, gates=2), passes=4)
-    row("2048 taps, b 1 t 32768", inputs(32768, 1, 1024, taps=2048))
-    row("float32, b 16 t 2048", inputs(2048, 16, 1024, dtype=torch.float32))
-    bench.compare(rows, rates)
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.fft_conv()

@@ -24,7 +24,6 @@ keeping each 4th, and from there each four, in registers.
     python -m kernels.selective_scan [--peers]      check, then a table; with --peers, beside mamba-ssm's
 """
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -280,33 +279,6 @@ def selective_scan(u, dt, A, B, C, D, h0=None):
                                torch.is_grad_enabled())
 
 
-def main():
-    from kernels import bench
-    rates = bench.print_machine()
-
-    def inputs(t, b=1, c=64, n=16, dtype=torch.bfloat16):
-        u, dt, B, C = (x[:, :, 0] for x in bench.random((b, c, 1, t), (b, c, 1, t), (b, n, 1, t), (b, n, 1, t),
-                                                        dtype=torch.float32))
-        A = -torch.arange(1.0, n + 1, device="cuda").repeat(c, 1)
-        u, dt, B, C = (x.to(dtype).contiguous() for x in (u, F.softplus(dt - 3), B, C))
-        return u, dt, A, B, C, torch.ones(c, device="cuda")
-
-    def mamba_ssm():
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-        return selective_scan_fn
-    kernel, twin = (lambda *x, f=f: f(*x)[0] for f in (selective_scan, reference))
-    for dtype, floor in ((torch.bfloat16, 2 ** -7), (torch.float32, 2e-6)):
-        bench.check(kernel, twin, ("twin", twin), lambda t: inputs(t, dtype=dtype),          # noqa: B023
-                    ("u", "dt", "A", "B", "C", "D"), floor=floor)
-    candidates = {"kernel": kernel} | bench.peers("mamba-ssm", mamba_ssm)
-    for n in (16, 64):
-        bench.agree(f"n {n} t 2048", candidates, inputs(2048, 2, 1024, n))
-    bench.compare(((f"bfloat16, b {b} c 1024 n {n} t {t}", candidates, x, 3 * x[0].nbytes, 0) for n in (16, 64)
-                   for b, t in ((16, 2048), (4, 8192), (1, 32768)) for x in [inputs(t, b, 1024, n)]), rates)
-    for n in (16, 64):
-        print(f"memory, forward + backward, b 4 c 1024 n {n} t 8192: " + ", ".join(
-            f"{name} {bench.memory(f, inputs(8192, 4, 1024, n)) / 2 ** 30:.2f} GiB" for name, f in candidates.items()))
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.selective_scan()

@@ -18,7 +18,6 @@ The states that come in are left as they are. No gradients: training runs the ot
 import functools
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -182,41 +181,6 @@ def based_step(q, k, v, S, q_window, k_window, past_k, past_v, window):
     return o, new, new_k, new_v
 
 
-def main():
-    from kernels import bench
-    rates = bench.print_machine()
-    (b, h, d, e, w), rows = (128, 16, 16, 64, 64), []
-
-    def random(*shape):
-        return torch.randn(shape, device="cuda")
-    S = features(random(b, h, 99, d)).mT @ random(b, h, 99, e + 1).abs()
-    tensors = [random(b, h, d), random(b, h, d), random(b, h, e), S, random(b, h, e),
-               random(b, h, e), random(b, h, w, e), random(b, h, w, e)]
-    exact = based_reference(*(x.double() for x in tensors), w)
-    print("Based: relative errors of o, S, keys, values in float32:",
-          *(f"{bench.error(x, y):.1e}" for x, y in zip(based_step(*tensors, w), exact, strict=True)))
-    rows.append((f"Based, b {b} h {h} f {d} e {e} w {w}", {"kernel": lambda *x: based_step(*x, w)[0],
-                 "PyTorch": lambda *x: based_reference(*x, w)[0]}, tensors, 8 * sum(x.numel() for x in tensors[3:]), 0))
-    for d in (64, 128):
-        tensors = [random(b, h, d), random(b, h, d), random(b, h, d), -random(b, h, 1).abs(), random(b, h, d, d)]
-        exact = reference(*(x.double() for x in tensors))
-        print("linear attention: relative errors of o and S:",
-              *(f"{bench.error(x, y):.1e}" for x, y in zip(linear_step(*tensors), exact, strict=True)))
-        rows.append((f"linear attention, b {b} h {h} d {d}", {"kernel": lambda *x: linear_step(*x)[0],
-                     "PyTorch": lambda *x: reference(*x)[0]}, tensors, 8 * tensors[-1].numel(), 0))
-    for b, h, n in ((128, 16, 2048), (16, 6, 32768), (1, 16, 32768)):
-        q, k, v = (random(b, h, *shape).bfloat16() for shape in ((64,), (n, 64), (n, 64)))
-        real = torch.arange(n, device="cuda").expand(b, n) < 3 * n // 4                      # the rest is room
-        exact = attention_reference(q[:1].double(), k[:1].double(), v[:1].double(), real[:1])
-        print(f"attention, {n} slots: relative error of o: {bench.error(attention_step(q, k, v, real)[:1], exact):.1e}")
-        rows.append((f"attention, b {b} h {h} d 64, {3 * n // 4} of {n}", {
-            "kernel": lambda q, k, v, real=real: attention_step(q, k, v, real),
-            "SDPA": lambda q, k, v, real=real: F.scaled_dot_product_attention(
-                q[:, :, None], k, v, attn_mask=real[:, None, None]),
-            "PyTorch": lambda q, k, v, real=real: attention_reference(q, k, v, real)},
-            [q, k, v], 3 * n // 4 * b * h * 64 * 4, 0))
-    bench.compare(rows, rates, gradients=False)
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.step()

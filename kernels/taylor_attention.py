@@ -497,49 +497,6 @@ def state_of(k, v, inside=None):
     return StateOf.apply(in_one_piece(k), in_one_piece(v), inside)
 
 
-def main():
-    from kernels import bench
-    rates = bench.print_machine()
-
-    def shapes(t, b=1, h=4, d=16, e=64):
-        return bench.random((b, h, t, d), (b, h, t, d), (b, h, t, e))
-
-    def causal(q, k, v, *_):
-        return taylor_attention(q, k, v)[0]
-
-    def twin(q, k, v, *_):
-        return reference(q, k, v)[0]
-
-    def prefix(q, k, v, k_enc, v_enc, *_):
-        return taylor_attention(q, k, v, state_of(k_enc, v_enc))[0]
-
-    def prefix_twin(q, k, v, k_enc, v_enc):
-        k_enc, v_enc = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (k_enc, v_enc))
-        return reference(q, k, v, features(k_enc).mT @ F.pad(v_enc, (0, 1), value=1.0))[0]
-
-    def sdpa(*x):
-        """Of the last three tensors: heads of 64."""
-        return F.scaled_dot_product_attention(*x[-3:], is_causal=True)
-    for d in (8, 16, 24):
-        print(f"d = {d}")
-        bench.check(causal, twin, ("twin", twin), lambda t: shapes(t, d=d), "qkv")           # noqa: B023
-    print("with a prefix of the whole length")
-    bench.check(prefix, prefix_twin, ("twin", prefix_twin), lambda t: [*shapes(t), *shapes(t)[1:]],
-                ("q", "k", "v", "k'", "v'"))
-    rows = []
-    for t in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072):
-        n = max(32768, t)
-        q, k, v = shapes(t, n // t, 16)
-        heads = [torch.randn_like(v) for _ in range(3)]
-        others = {"SDPA": sdpa} | ({"twin": twin} if t == 8192 else {})
-        tokens, flops = 16 * n, 2 * 16 * n * (CHUNK * (16 + 64) + 2 * 192 * 64 + 4 * 192 * 16)
-        rows.append((f"b {n // t} h 16 t {t} d 16 e 64", {"kernel": causal} | others, (q, k, v, *heads), tokens * 320,
-                     flops))
-        if t in (8192, 32768):
-            rows.append((f"prefix of all, t {t}", {"kernel": prefix, "SDPA": sdpa}, (q, k, v, k, v, *heads),
-                         tokens * 480, 1.5 * flops))
-    bench.compare(rows, rates)
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.taylor_attention()
