@@ -43,7 +43,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.tiles import check_dtypes, differentiable_gradients, no_room, run, shared_memory
+from kernels.tiles import cdiv, check_dtypes, differentiable_gradients, next_power_of_2, no_room, run, shared_memory
 
 MEMORY = {"16 bits": {1024: 32768, 2048: 57344, 4096: 114688, 8192: 196608},     # bytes of shared memory, at most, for
           "float32": {1024: 90112, 2048: 147456}}                                # which a program of so many steps asks
@@ -357,7 +357,7 @@ def longest(digits, device):
 def cut(u, taps):
     """How long a transform is: as long as the filter, or the longest for which this device has the memory. Or None,
     where a filter is too long for that, too. ValueError for filters too long for any device."""
-    n, digits = max(1024, triton.next_power_of_2(taps)), "float32" if u.dtype == torch.float32 else "16 bits"
+    n, digits = max(1024, next_power_of_2(taps)), "float32" if u.dtype == torch.float32 else "16 bits"
     here = longest(digits, u.device)
     if n <= here * BLOCKS:
         return min(n, here)
@@ -376,7 +376,7 @@ class Plan:
     def __init__(self, u, taps):
         n, exact = cut(u, taps), u.dtype == torch.float32
         n1, warps, self.filter_warps = options(n)
-        self.n, self.blocks, self.filters = n, triton.cdiv(u.shape[-1], n), triton.cdiv(taps, n)
+        self.n, self.blocks, self.filters = n, cdiv(u.shape[-1], n), cdiv(taps, n)
         self.dtype, precision = (torch.float32, "tf32x3") if exact else (torch.float16, "tf32")
         self.tables = tables(n1, n // n1, self.dtype, u.device)
         self.sizes = {"N1": n1, "N2": n // n1, "PRECISION": precision, "num_warps": warps, "num_stages": 1}
@@ -391,7 +391,7 @@ class Plan:
     def convolve(self, u, gate, L, outputs, conj=False):
         """[post (K * (gate u)) for post in outputs], one or two; L: from spectrum."""
         (b, c, t), y, post = u.shape, [torch.empty_like(u) for _ in outputs] + [None], [*outputs, None]
-        parts, terms, past = min(b, triton.cdiv(self.programs, c)), L[0].shape[1], (None, None)
+        parts, terms, past = min(b, cdiv(self.programs, c)), L[0].shape[1], (None, None)
         if terms > 1:
             past = (u.new_empty(c, parts, terms, 2 * self.n, dtype=self.dtype),
                     u.new_empty(c, parts, terms, dtype=torch.float32))

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.tiles import check_dtypes, differentiable_gradients, run
+from kernels.tiles import cdiv, check_dtypes, differentiable_gradients, next_power_of_2, run
 
 KEPT = 64                                        # of so many states one is in memory
 PROGRAMS = 1024                                  # that fill an H100: two warps for each of its schedulers
@@ -201,14 +201,14 @@ def settings(u, A, back):
     """The grid, sizes, and block sizes and launch options: the fastest on an H100. All kernels of a pass have the same
     segments. Fewer states in a program are more programs, more states have the same B and C to read."""
     (b, c, t), n = u.shape, A.shape[1]
-    BN = triton.next_power_of_2(n)
+    BN = next_power_of_2(n)
     states, BT = BACK if back else ((16 if b * c >= 16 * PROGRAMS else 32) * min(BN, 64), 16 if BN <= 16 else 8)
-    BC = max(1, min(32, states // BN, triton.next_power_of_2(c)))
-    segments = max(1, min(PROGRAMS // (b * triton.cdiv(c, BC)), t // 256))
-    length = triton.cdiv(triton.cdiv(t, segments), KEPT) * KEPT
-    segments = triton.cdiv(t, length)
+    BC = max(1, min(32, states // BN, next_power_of_2(c)))
+    segments = max(1, min(PROGRAMS // (b * cdiv(c, BC)), t // 256))
+    length = cdiv(cdiv(t, segments), KEPT) * KEPT
+    segments = cdiv(t, length)
     sizes = {"BC": BC, "BT": BT, "BN": BN, "num_warps": 1}
-    return (triton.cdiv(c, BC), segments, b), (c, t, n, length, segments), sizes
+    return (cdiv(c, BC), segments, b), (c, t, n, length, segments), sizes
 
 
 def segment_ends(x, dt, A, B, shape, reverse):
@@ -229,7 +229,7 @@ class SelectiveScan(torch.autograd.Function):
         grid, shape, sizes = settings(u, A, back=False)
         ends, sums = segment_ends(u, dt, A, B, shape, False)
         y, h_T = torch.empty_like(u), A.new_empty(u.shape[0], *A.shape)
-        kept = A.new_empty(u.shape[0], triton.cdiv(u.shape[2], KEPT), *A.shape) if keep else None
+        kept = A.new_empty(u.shape[0], cdiv(u.shape[2], KEPT), *A.shape) if keep else None
         run(forward_kernel, grid, u, dt, A, B, C, D, h0, ends, sums, y, kept, h_T, *shape, KEPT=KEPT, **sizes)
         ctx.save_for_backward(u, dt, A, B, C, D, h0, kept)
         ctx.set_materialize_grads(False)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from kernels.taylor_attention import feature_table, features
-from kernels.tiles import run
+from kernels.tiles import cdiv, next_power_of_2, run
 
 
 def reference(q, k, v, g, state):
@@ -134,12 +134,12 @@ def attention_step(q, k, v, real, parts=None):
     (b, h, d), (g, n, e) = q.shape, v.shape[1:]
     q, k, v, real = q.contiguous(), k.contiguous(), v.contiguous(), real.contiguous()
     BN = 64
-    parts = min(triton.cdiv(n, 4 * BN), max(1, 1024 // (b * h))) if parts is None else parts
-    size = BN * triton.cdiv(n, parts * BN)
+    parts = min(cdiv(n, 4 * BN), max(1, 1024 // (b * h))) if parts is None else parts
+    size = BN * cdiv(n, parts * BN)
     o = torch.empty(b, h, parts, e, dtype=torch.float32 if parts > 1 else v.dtype, device=v.device)
     logsum = torch.empty(b, h, 1, parts, device=v.device)
     run(cache_kernel, (b * h, parts), q, k, v, real, o, logsum, n, size, h, HEADS_OF_A_KEY=h // g, D=d, E=e,
-        BD=triton.next_power_of_2(d), BE=triton.next_power_of_2(e), BN=BN, num_warps=4)
+        BD=next_power_of_2(d), BE=next_power_of_2(e), BN=BN, num_warps=4)
     return o[:, :, 0] if parts == 1 else (logsum.softmax(dim=-1) @ o)[:, :, 0].to(v.dtype)
 
 
@@ -149,9 +149,9 @@ def linear_step(q, k, v, g, state):
     (b, h, d), e = q.shape, v.shape[-1]
     q, k, v, state = q.contiguous(), k.contiguous(), v.contiguous(), state.contiguous()
     g = None if g is None else g.expand(b, h, -1).contiguous()
-    o, new, BD = torch.empty_like(v), torch.empty_like(state), triton.next_power_of_2(d)
-    BE = min(triton.next_power_of_2(e), max(16, 4096 // BD))
-    run(linear_kernel, (b * h, triton.cdiv(e, BE)), q, k, v, g, state, o, new, D=d, E=e,
+    o, new, BD = torch.empty_like(v), torch.empty_like(state), next_power_of_2(d)
+    BE = min(next_power_of_2(e), max(16, 4096 // BD))
+    run(linear_kernel, (b * h, cdiv(e, BE)), q, k, v, g, state, o, new, D=d, E=e,
         GD=1 if g is None else g.shape[-1], BD=BD, BE=BE, num_warps=4)
     return o, new
 
@@ -176,8 +176,8 @@ def based_step(q, k, v, S, q_window, k_window, past_k, past_v, window):
     new_k, new_v = (x.new_empty(b, h, kept, x.shape[-1]) for x in (past_k, past_v))
     run(based_kernel, (b * h,),
         q, k, v, S, q_window, k_window, past_k, past_v, first, second, weights, o, new, new_k, new_v, n, kept, D=d, E=e,
-        DW=q_window.shape[-1], FEATURES=n_features, BE=triton.next_power_of_2(e),
-        BDW=triton.next_power_of_2(q_window.shape[-1]), BW=triton.next_power_of_2(window), ROWS=32, num_warps=4)
+        DW=q_window.shape[-1], FEATURES=n_features, BE=next_power_of_2(e),
+        BDW=next_power_of_2(q_window.shape[-1]), BW=next_power_of_2(window), ROWS=32, num_warps=4)
     return o, new, new_k, new_v
 
 

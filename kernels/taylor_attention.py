@@ -31,7 +31,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import differentiable_gradients, in_one_piece, load, no_room, place, run, store
+from kernels.tiles import (
+    cdiv,
+    differentiable_gradients,
+    in_one_piece,
+    load,
+    next_power_of_2,
+    no_room,
+    place,
+    run,
+    store,
+)
 
 CHUNK = 64                       # tokens
 TILE = tl.constexpr(64)          # features in a tile
@@ -46,7 +56,7 @@ def feature_table(d, dtype, device):
         return TABLES[d, dtype, device]
     i, j = torch.triu_indices(d, d)
     n = 1 + d + len(i)
-    E = torch.zeros(2, max(16, triton.next_power_of_2(d)), triton.cdiv(n, 64) * 64)
+    E = torch.zeros(2, max(16, next_power_of_2(d)), cdiv(n, 64) * 64)
     E[0, torch.cat([torch.arange(d), i]), torch.arange(1, n)] = 1
     E[1, j, torch.arange(1 + d, n)] = 1
     half = torch.where(i == j, 0.5, 1.0).double()
@@ -116,7 +126,7 @@ def first_taylor_attention(q, k, v):
     """As taylor_attention, without the state. q, k: (b, h, t, 16), v: (b, h, t, e), in one piece, float32; t a multiple
     of 64. On a GPU the products are of TF32: right to a thousandth."""
     b, h, t, e = v.shape
-    E = max(16, triton.next_power_of_2(e + 1))
+    E = max(16, next_power_of_2(e + 1))
     v = F.pad(v, (0, E - e), value=1.0)                          # columns of ones: there the weights are added up
     o = torch.empty_like(v)
     first_kernel[(b * h,)](q, k, v, o, t, D=q.shape[-1], E=E, num_warps=8)
@@ -350,14 +360,14 @@ def settings(q, v, stages=3):
     """Tables, sizes and segments, and the launch options that were fastest on an H100."""
     b, t, h, d, e = *q.shape, v.shape[-1]
     E, weights, features = feature_table(d, q.dtype, q.device)
-    sizes = {"D": d, "VALUES": e, "BD": E.shape[1], "BE": max(16, triton.next_power_of_2(e)), "C": CHUNK,
+    sizes = {"D": d, "VALUES": e, "BD": E.shape[1], "BE": max(16, next_power_of_2(e)), "C": CHUNK,
              "FEATURES": features, "TILES": E.shape[2] // 64, "PRECISION": "tf32", "num_warps": 4 if d <= 16 else 8,
              "num_stages": stages if d <= 16 else 2}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         sizes |= {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
     segments = max(1, min(256 // (b * h), t // 1024))
-    segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
-    return (E, weights), sizes, (t, h, segment), (b * h, triton.cdiv(t, segment))
+    segment = cdiv(cdiv(t, segments), CHUNK) * CHUNK
+    return (E, weights), sizes, (t, h, segment), (b * h, cdiv(t, segment))
 
 
 def segment_states(k, v, w):
@@ -420,8 +430,8 @@ class TaylorAttention(torch.autograd.Function):
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS = None if dS is None else dS.contiguous()
         dN, da, e = torch.empty_like(v), torch.empty_like(z), v.shape[-1]
-        run(normaliser_kernel, (triton.cdiv(z.numel(), 64),), do, o, z, dN, da, z.numel(), VALUES=e,
-            BE=triton.next_power_of_2(e), ROWS=64)
+        run(normaliser_kernel, (cdiv(z.numel(), 64),), do, o, z, dN, da, z.numel(), VALUES=e,
+            BE=next_power_of_2(e), ROWS=64)
         dstates = None if states is None else segment_states(q, dN, da)
         dS0 = None if S0 is None else torch.empty_like(S0)
         dq = differentiate_with(q, k, dN, v, da, None, S0, states)

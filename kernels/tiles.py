@@ -40,6 +40,16 @@ def place(head, H, HEADS, T, WIDTH: tl.constexpr):
     return (head // H).to(tl.int64) * T * HEADS * WIDTH + head % H // (H // HEADS) * WIDTH
 
 
+def cdiv(a, b):
+    """a / b, rounded up. (triton.cdiv and triton.next_power_of_2 are made for kernels; on the host a call takes 10
+    microseconds, as long as a launch.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    return 1 << (n - 1).bit_length()
+
+
 def run(kernel, grid, *args, **sizes):
     """kernel[grid](*args, **sizes). A GPU does in microseconds what Triton takes 20 to 60 to launch: at each call it
     looks through all arguments for what the compiled kernel may depend on (which are None, of what dtype, at addresses
@@ -137,9 +147,9 @@ def decay_gradient(q, dq, k, dk, last, vector):
     as well or of one head, in one piece; last: (b, h, d), or (b, h, 1) without `vector`, or None. Returns (b, t, h, d)
     or (b, t, h, 1)."""
     (b, t, h, d), C = dq.shape, 64
-    blocks, width = triton.cdiv(t, C), d if vector else 1
+    blocks, width = cdiv(t, C), d if vector else 1
     dg, totals = (torch.empty(b, n, h, width, device=q.device) for n in (blocks * C, blocks))
-    run(decay_kernel, (b * h, blocks), q, dq, k, dk, dg, totals, t, h, q.shape[2], D=d, BD=triton.next_power_of_2(d),
+    run(decay_kernel, (b * h, blocks), q, dq, k, dk, dg, totals, t, h, q.shape[2], D=d, BD=next_power_of_2(d),
         C=C, VECTOR=vector)
     behind = F.pad(totals[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(dim=1).flip(1)
     behind = behind if last is None else behind + last[:, None]
