@@ -232,22 +232,23 @@ def block_of(x, gate, b, row, n, T, x_b, gate_b, F, N1: tl.constexpr, N2: tl.con
 
 
 @triton.jit
-def spectrum_kernel(K, out, out_scale, F, T, G, taps, root, N1: tl.constexpr, N2: tl.constexpr,
+def spectrum_kernel(K, out, out_scale, F, T, G, taps, root, N1: tl.constexpr, N2: tl.constexpr, MANY: tl.constexpr,
                     PRECISION: tl.constexpr):
     """L_m, the transform of a filter's block m, and -i times that of the block before; its norm made `root`."""
-    row, m, filters = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row, m, terms = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
     T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
     x, scale = block_of(K, None, 0, row, m, taps, 0, 0, F, N1, N2)
     L = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION) * scale
-    if m > 0:
-        x, scale = block_of(K, None, 0, row, m - 1, taps, 0, 0, F, N1, N2)
+    if MANY:
+        before = tl.where(m > 0, m - 1, terms)                   # of the first one: a block behind the end, zeros
+        x, scale = block_of(K, None, 0, row, before, taps, 0, 0, F, N1, N2)
         L -= turned(transform(x, F_r, F_i, T_r, T_i, G_, PRECISION) * scale)
     L, scale = unit(L)                                           # so that no square is too large or too small
     norm = tl.sqrt(tl.sum(tl.sum(L * L, axis=1), axis=0))
     at = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
-    tl.store(out + (row * filters + m) * (2 * N1 * N2) + at, (L * (root * over(norm))).to(out.dtype.element_ty))
-    tl.store(out_scale + row * filters + m, scale * norm)
+    tl.store(out + (row * terms + m) * (2 * N1 * N2) + at, (L * (root * over(norm))).to(out.dtype.element_ty))
+    tl.store(out_scale + row * terms + m, scale * norm)
 
 
 @triton.jit
@@ -385,7 +386,7 @@ class Plan:
         """L_m: (c, m, 2 N), as many as a sum has, and their scales."""
         (c, taps), terms = K.shape, min(self.filters + 1, self.blocks)
         L, scale = K.new_empty(c, terms, 2 * self.n, dtype=self.dtype), K.new_empty(c, terms, dtype=torch.float32)
-        run(spectrum_kernel, (c, terms), K, L, scale, *self.tables, taps, self.n ** 0.5, **self.sizes)
+        run(spectrum_kernel, (c, terms), K, L, scale, *self.tables, taps, self.n ** 0.5, MANY=terms > 1, **self.sizes)
         return L, scale
 
     def convolve(self, u, gate, L, outputs, conj=False):

@@ -291,7 +291,7 @@ def enter(S0, states, head, segment, N, e, weights, FEATURES: tl.constexpr, VALU
     return S, Z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def segment_kernel(k, v, w, E_ij, all_weights, states, T, H, segment, D: tl.constexpr, VALUES: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, FEATURES: tl.constexpr, TILES: tl.constexpr,
                    PRECISION: tl.constexpr):
@@ -311,7 +311,7 @@ def segment_kernel(k, v, w, E_ij, all_weights, states, T, H, segment, D: tl.cons
     store_state(S, Z, states + (b_h * N + n) * FEATURES * (VALUES + 1), e, weights, FEATURES, VALUES, TILES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def attend_kernel(q, k, v, S0, states, E_ij, all_weights, o, z, S_T, T, H, segment, D: tl.constexpr,
                   VALUES: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, FEATURES: tl.constexpr,
                   TILES: tl.constexpr, REVERSE: tl.constexpr, CAUSAL: tl.constexpr, DIVIDE: tl.constexpr,
@@ -327,7 +327,7 @@ def attend_kernel(q, k, v, S0, states, E_ij, all_weights, o, z, S_T, T, H, segme
             store_state(S, Z, S_T + b_h * FEATURES * (VALUES + 1), e, weights, FEATURES, VALUES, TILES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def differentiate_kernel(q, k, do, v, a, w, S0, states, E_ij, all_weights, dq, S_T, T, H, segment, D: tl.constexpr,
                          VALUES: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr,
                          FEATURES: tl.constexpr, TILES: tl.constexpr, REVERSE: tl.constexpr, CAUSAL: tl.constexpr,

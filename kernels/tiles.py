@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROOM = 232448                    # bytes of shared memory for a program where there is no GPU: as on an H100
 SAID = set()
@@ -52,18 +53,26 @@ def next_power_of_2(n):
 
 def run(kernel, grid, *args, **sizes):
     """kernel[grid](*args, **sizes). A GPU does in microseconds what Triton takes 20 to 60 to launch: at each call it
-    looks through all arguments for what the compiled kernel may depend on (which are None, of what dtype, at addresses
-    divisible by 16, which numbers they are). Here that is a key, under which the compiled kernel is found again."""
+    looks through all arguments for what the compiled kernel may depend on. Here that is a key, under which the compiled
+    kernel is found again."""
     if torch.compiler.is_compiling() or not isinstance(kernel, triton.JITFunction):          # or it is interpreted
         return kernel[grid](*args, **sizes)
-    key = (kernel, driver.active.get_current_device(), *sizes, *sizes.values(), *[
-        (x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in args])
+    key = kernel, driver.active.get_current_device(), *sizes, *sizes.values(), *[kind(x) for x in args]
     compiled, constants = LAUNCHED.get(key, (None, None))
     if compiled is None:
         constants = [sizes[name] for name in kernel.arg_names[len(args):]]
         LAUNCHED[key] = kernel[grid](*args, **sizes), constants
     else:
         compiled[(*grid, 1, 1)](*args, *constants)
+
+
+def kind(x):
+    """What a compiled kernel may depend on in an argument: of numbers, whether they are 1, and divisible by 16."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.data_ptr() % 16
+    if isinstance(x, TensorDescriptor):
+        return x.base.dtype, *x.block_shape
+    return x
 
 
 def check_dtypes(**tensors):
@@ -123,7 +132,7 @@ def differentiable_gradients(twin, tensors, gradients):
         return tuple(next(found) if x is not None and x.requires_grad else None for x in own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])                        # it is no row's length: one kernel serves all
 def decay_kernel(q, dq, k, dk, dg, totals, T, H, HK, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
                  VECTOR: tl.constexpr):
     n, b_h, d = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.arange(0, BD)
