@@ -159,7 +159,7 @@ def agree(name, candidates, tensors):
 
 def line_of(times):
     """The times of candidates, those of the others also as multiples of the first one's."""
-    mine = next(iter(times.values()))
+    mine = next(iter(times.values()), None)
     return "  ".join(f"{name} {t:.3f}" + (f" ({t / mine:.2f}x)" if t != mine else "") for name, t in times.items())
 
 
@@ -167,14 +167,12 @@ def compare(rows, rates, gradients=True):
     """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of
     the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the others'
     times as multiples of it. The last column is of those that take less than 20 ms."""
-    titles = ("forward, ms", "forward + backward, ms", "the same, called from Python, ms")[:3 if gradients else 1]
-    print(f"{'':38}{'limit':>8}{'share':>7}   " + "".join(f"{title:56}" for title in titles).rstrip())
+    titles = "forward, ms", *(["forward + backward, ms"] if gradients else []), "the same, called from Python, ms"
+    print(f"{'':38}{'limit':>8}{'share':>7} | " + " | ".join(f"{title:55}" for title in titles).rstrip())
     for name, candidates, tensors, n_bytes, flops in rows:
         pairs = {c: forward_and_backward(f, tensors) for c, f in candidates.items()}
-        limit, forward = 1e3 * max(n_bytes / rates[0], flops / rates[1]), timed({c: f for c, (f, _) in pairs.items()})
-        columns = [line_of(forward)]
-        if gradients:
-            both = timed({c: f for c, (_, f) in pairs.items()})
-            columns += [line_of(both), line_of({c: called(pairs[c][1]) for c, ms in both.items() if ms < 20})]
-        print(f"{name:38}{limit:8.3f}{limit / next(iter(forward.values())):7.0%}   "
-              + "".join(f"{column:56}" for column in columns).rstrip(), flush=True)
+        columns = [timed({c: pair[i] for c, pair in pairs.items()}) for i in range(len(titles) - 1)]
+        columns.append({c: called(pairs[c][len(titles) - 2]) for c, ms in columns[-1].items() if ms < 20})
+        limit = 1e3 * max(n_bytes / rates[0], flops / rates[1])
+        print(f"{name:38}{limit:8.3f}{limit / next(iter(columns[0].values())):7.0%} | "
+              + " | ".join(f"{line_of(times):55}" for times in columns).rstrip(), flush=True)
