@@ -32,7 +32,8 @@ what does not wrap around belongs to block m + j; what does, to the next one, an
 
     V_n = sum_m L_m U_{n-m},   L_m = K^_m - i K^_{m-1}
 
-Each block is transformed once, there and back; only this sum takes each block of the one with each of the other.
+Each block is transformed once, there and back; only this sum takes each block of the one with each of the other. For a
+filter of one block (partial convolution) it is V_n = K^ (U_n - i U_{n-1}).
 
     python -m kernels.fft_conv      check, then a table
 """
@@ -232,53 +233,65 @@ def block_of(x, gate, b, row, n, T, x_b, gate_b, F, N1: tl.constexpr, N2: tl.con
 
 
 @triton.jit
-def spectrum_kernel(K, out, out_scale, F, T, G, taps, root, N1: tl.constexpr, N2: tl.constexpr, MANY: tl.constexpr,
+def planes(x, N1: tl.constexpr, N2: tl.constexpr):
+    """A tile's real and imaginary part from memory, (2, N1, N2): there one is behind the other."""
+    return table(x, N1, N2), table(x + N1 * N2, N1, N2)
+
+
+@triton.jit
+def store_planes(x, x_r, x_i, N1: tl.constexpr, N2: tl.constexpr):
+    at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    tl.store(x + at, x_r.to(x.dtype.element_ty))
+    tl.store(x + N1 * N2 + at, x_i.to(x.dtype.element_ty))
+
+
+@triton.jit
+def spectrum_kernel(K, out, out_scale, F, T, G, taps, root, terms, N1: tl.constexpr, N2: tl.constexpr,
                     PRECISION: tl.constexpr):
-    """L_m, the transform of a filter's block m, and -i times that of the block before; its norm made `root`."""
-    row, m, terms = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    """L_m of a filter, their norms made `root`, and the scales."""
+    row, before = tl.program_id(0).to(tl.int64), tl.zeros((N1, 2 * N2), tl.float32)
     F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
     T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
-    x, scale = block_of(K, None, 0, row, m, taps, 0, 0, F, N1, N2)
-    L = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION) * scale
-    if MANY:
-        before = tl.where(m > 0, m - 1, terms)                   # of the first one: a block behind the end, zeros
-        x, scale = block_of(K, None, 0, row, before, taps, 0, 0, F, N1, N2)
-        L -= turned(transform(x, F_r, F_i, T_r, T_i, G_, PRECISION) * scale)
-    L, scale = unit(L)                                           # so that no square is too large or too small
-    norm = tl.sqrt(tl.sum(tl.sum(L * L, axis=1), axis=0))
-    at = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
-    tl.store(out + (row * terms + m) * (2 * N1 * N2) + at, (L * (root * over(norm))).to(out.dtype.element_ty))
-    tl.store(out_scale + row * terms + m, scale * norm)
+    for m in range(terms):
+        x, scale = block_of(K, None, 0, row, m, taps, 0, 0, F, N1, N2)
+        U = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION) * scale
+        L, scale = unit(U - turned(before))                      # so that no square is too large or too small
+        before, norm = U, tl.sqrt(tl.sum(tl.sum(L * L, axis=1), axis=0))
+        L_r, L_i = parts(L * (root * over(norm)))
+        store_planes(out + (row * terms + m) * (2 * N1 * N2), L_r, L_i, N1, N2)
+        tl.store(out_scale + row * terms + m, scale * norm)
 
 
 @triton.jit
-def sum_of_products(L, L_scale, U, U_scale, i, terms, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr):
+def sum_of_terms(L, L_scale, U, U_scale, i, terms, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr):
     """sum_m L_m U_{i-m}; CONJ: of conj(L_m). The last U are kept, each in the place of one that no term needs."""
-    at = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
-    V = tl.zeros((N1, 2 * N2), tl.float32)
+    V_r, V_i = tl.zeros((N1, N2), tl.float32), tl.zeros((N1, N2), tl.float32)
     for m in range(tl.minimum(terms, i + 1)):
         slot = (i - m) % terms
-        L_m, U_m = tl.load(L + m * (2 * N1 * N2) + at), tl.load(U + slot * (2 * N1 * N2) + at)
-        V += times(L_m, U_m, CONJ) * (tl.load(L_scale + m) * tl.load(U_scale + slot))
-    return V
+        L_r, L_i = planes(L + m * (2 * N1 * N2), N1, N2)
+        U_r, U_i = planes(U + slot * (2 * N1 * N2), N1, N2)
+        scale, L_i = tl.load(L_scale + m) * tl.load(U_scale + slot), -L_i if CONJ else L_i
+        V_r += (L_r.to(tl.float32) * U_r - L_i.to(tl.float32) * U_i) * scale
+        V_i += (L_r.to(tl.float32) * U_i + L_i.to(tl.float32) * U_r) * scale
+    return pairs(V_r, V_i)
 
 
 @triton.jit
-def conv_kernel(u, pre, L, L_scale, past, past_scale, y, post, y2, post2, F, T, G, batches, steps, blocks, terms,
-                u_b, pre_b, y_b, post_b, post2_b, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr,
-                PRECISION: tl.constexpr):
+def conv_kernel(u, pre, L, L_scale, past, past_scale, y, post, y2, post2, F, T, G, batches, steps, blocks, terms, u_b,
+                pre_b, y_b, post_b, post2_b, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr,
+                MANY: tl.constexpr, PRECISION: tl.constexpr):
     """y = post (K * (pre u)), and y2 = post2 (K * (pre u)), or with CONJ the transposed convolution; for one channel of
-    every num_programs(1)-th sequence. L: from spectrum_kernel. past, past_scale: room for as many transforms
-    of a sequence's blocks as the sum has terms, if there are several."""
+    every num_programs(1)-th sequence. L: from spectrum_kernel. MANY: sequences of several blocks. past, past_scale: if
+    the filter has several, too, room for the transforms of as many blocks as the sum has terms."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    both = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
     F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
     T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
     G_conj = table(G + 4 * N2 * N2, 2 * N2, 2 * N2)
     L, L_scale = L + row * terms * (2 * N1 * N2), L_scale + row * terms
     if past is None:
-        K_hat, K_scale = tl.load(L + both), tl.load(L_scale)
+        K_r, K_i = planes(L, N1, N2)
+        K, K_scale, before = pairs(K_r, K_i), tl.load(L_scale), tl.zeros((N1, 2 * N2), tl.float32)
     else:
         program = row * tl.num_programs(1) + tl.program_id(1)
         past, past_scale = past + program * terms * (2 * N1 * N2), past_scale + program * terms
@@ -287,14 +300,21 @@ def conv_kernel(u, pre, L, L_scale, past, past_scale, y, post, y2, post2, F, T, 
         b, i = (tl.program_id(1) + j // blocks * tl.num_programs(1)).to(tl.int64), j % blocks
         n = blocks - 1 - i if CONJ else i
         x, scale = block_of(u, pre, b, row, n, steps, u_b, pre_b, F, N1, N2)
-        U = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION).to(x.dtype)
-        if past is None:
-            V, scale = times(K_hat, U, CONJ), scale * K_scale
-        else:
-            tl.store(past + i % terms * (2 * N1 * N2) + both, U)
+        U = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION)
+        if past is not None:
+            U_r, U_i = parts(U)
+            store_planes(past + i % terms * (2 * N1 * N2), U_r, U_i, N1, N2)
             tl.store(past_scale + i % terms, scale)
             tl.debug_barrier()                                   # written by one thread, read by another
-            V, scale = unit(sum_of_products(L, L_scale, past, past_scale, i, terms, N1, N2, CONJ))
+            V, scale = unit(sum_of_terms(L, L_scale, past, past_scale, i, terms, N1, N2, CONJ))
+        elif MANY:
+            U *= scale
+            before = tl.where(i == 0, 0.0, before)               # what the block before (behind) it left over
+            both, before = U + turned(before) if CONJ else U - turned(before), U
+            V, scale = unit(times(K, both, CONJ))
+            scale *= K_scale
+        else:
+            V, scale = times(K, U.to(x.dtype), CONJ), scale * K_scale
         y_t = transform_back(V.to(x.dtype), F_r, F_i, T_r, T_i, G_conj, PRECISION) * scale
         write(y_t, row * steps, n * N1 * N2 + tile, steps, b, y, post, y2, post2, y_b, post_b, post2_b)
 
@@ -378,27 +398,28 @@ class Plan:
         n, exact = cut(u, taps), u.dtype == torch.float32
         n1, warps, self.filter_warps = options(n)
         self.n, self.blocks, self.filters = n, cdiv(u.shape[-1], n), cdiv(taps, n)
+        self.terms = 1 if self.filters == 1 else min(self.filters + 1, self.blocks)
         self.dtype, precision = (torch.float32, "tf32x3") if exact else (torch.float16, "tf32")
         self.tables = tables(n1, n // n1, self.dtype, u.device)
         self.sizes = {"N1": n1, "N2": n // n1, "PRECISION": precision, "num_warps": warps, "num_stages": 1}
 
     def spectrum(self, K):
-        """L_m: (c, m, 2 N), as many as a sum has, and their scales."""
-        (c, taps), terms = K.shape, min(self.filters + 1, self.blocks)
-        L, scale = K.new_empty(c, terms, 2 * self.n, dtype=self.dtype), K.new_empty(c, terms, dtype=torch.float32)
-        run(spectrum_kernel, (c, terms), K, L, scale, *self.tables, taps, self.n ** 0.5, MANY=terms > 1, **self.sizes)
+        """L_m, (c, terms, 2, N), and their scales: (c, terms)."""
+        (c, taps), terms = K.shape, self.terms
+        L, scale = K.new_empty(c, terms, 2, self.n, dtype=self.dtype), K.new_empty(c, terms, dtype=torch.float32)
+        run(spectrum_kernel, (c,), K, L, scale, *self.tables, taps, self.n ** 0.5, terms, **self.sizes)
         return L, scale
 
     def convolve(self, u, gate, L, outputs, conj=False):
         """[post (K * (gate u)) for post in outputs], one or two; L: from spectrum."""
         (b, c, t), y, post = u.shape, [torch.empty_like(u) for _ in outputs] + [None], [*outputs, None]
-        parts, terms, past = min(b, cdiv(self.programs, c)), L[0].shape[1], (None, None)
-        if terms > 1:
-            past = (u.new_empty(c, parts, terms, 2 * self.n, dtype=self.dtype),
-                    u.new_empty(c, parts, terms, dtype=torch.float32))
+        parts, past = min(b, cdiv(self.programs, c)), (None, None)
+        if self.terms > 1:
+            past = (u.new_empty(c, parts, self.terms, 2, self.n, dtype=self.dtype),
+                    u.new_empty(c, parts, self.terms, dtype=torch.float32))
         run(conv_kernel, (c, parts), u, gate, *L, *past, y[0], post[0], y[1], post[1], *self.tables, b, t, self.blocks,
-            terms, stride(u), stride(gate), stride(y[0]), stride(post[0]), stride(post[1]), CONJ=conj,
-            **self.sizes)
+            self.terms, stride(u), stride(gate), stride(y[0]), stride(post[0]), stride(post[1]), CONJ=conj,
+            MANY=self.blocks > 1, **self.sizes)
         return y[:len(outputs)]
 
     def filter_gradient(self, u, pre, dy, post, taps):
