@@ -18,8 +18,8 @@ class Decoder:
     """model.step for n_tokens tokens, with the states kept here; caches that would grow get room for them at once
     (mixer.reserve), unless they are too many for the mixer: then it stops after its last. On a GPU, where the launches
     of a step's kernels take longer than their work, it becomes a CUDA graph as soon as a step has left every size as it
-    was. Called with ids_t: (b,), returns the logits: (b, v), which the next call may overwrite. ValueError after
-    n_tokens."""
+    was and there is room for another. Called with ids_t: (b,), returns the logits: (b, v), which the next call may
+    overwrite. ValueError after n_tokens."""
 
     def __init__(self, model, states, n_tokens):
         self.model, self.graph, self.tried, self.n_tokens, self.left = model, None, False, n_tokens, n_tokens
@@ -39,7 +39,7 @@ class Decoder:
         before, structure = tree_flatten(self.states)
         logits, self.states = self.model.step(ids_t, self.states)
         leaves, after = tree_flatten(self.states)
-        if ids_t.is_cuda and not self.tried and structure == after and all(
+        if ids_t.is_cuda and self.left and not self.tried and structure == after and all(
                 not torch.is_tensor(x) or x.is_cuda and x.shape == y.shape
                 for x, y in zip(leaves, before, strict=True)):
             self.record(ids_t)

@@ -509,6 +509,26 @@ def test_a_decoder_has_room_for_so_many_tokens():
         decoder(ids[:, 2])
 
 
+@pytest.mark.parametrize("n_tokens", [1, 2, 3])
+def test_a_decoder_tries_no_step_that_it_has_no_room_for(monkeypatch, n_tokens):
+    """To record one, a step is done beside those that are asked for."""
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    class Count(torch.nn.Module):
+        blocks = ()
+
+        def step(self, ids_t, states):
+            return ids_t, [states[0] + 1]
+    left = []
+    monkeypatch.setattr(train.Decoder, "record", lambda decoder, ids_t: left.append(decoder.left))
+    decoder, ids = train.Decoder(Count(), [], n_tokens), torch.tensor([1]).as_subclass(OnGPU)
+    decoder.states = [torch.tensor([0]).as_subclass(OnGPU)]
+    for _ in range(n_tokens):
+        decoder(ids)
+    assert left == list(range(n_tokens - 1, 0, -1))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: it records CUDA graphs")
 @pytest.mark.parametrize("mixer", CAUSAL)
 def test_a_recorded_step_of_generation_is_the_step(mixer):
