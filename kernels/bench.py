@@ -1,4 +1,5 @@
-"""How kernels are checked and timed; on what, kernels/tables.py says. Run on a GPU.
+"""How kernels are checked and timed; on what, kernels/tables.py says. Run on a GPU; with --check or --time, only one of
+the two is done.
 
 Timings are medians of triton.testing.do_bench_cudagraph, the candidates in turns in one process, on random inputs.
 Recorded as CUDA graphs, they are the GPU's time. `called` is what a forward and a backward pass take as called from
@@ -61,12 +62,16 @@ def error(x, exact):
     return ((x.double() - exact).norm() / (size if size > 1e-3 else exact.numel() ** 0.5)).item()
 
 
-def check(kernel, twin, rival, shapes, names, lengths=LENGTHS, loose=(), floor=2 ** -7):
+def check(kernel, twin, rival, shapes, names, lengths=LENGTHS, loose=(), floor=2 ** -7, what=""):
     """Print errors in the dtype of the tensors that `shapes` makes, against the twin in float64, of the kernel and of
     a rival (name, function), for outputs and gradients. Raises AssertionError where the kernel's is above 1.5 times
-    the rival's and above `floor`, by default bfloat16's spacing; for the gradients named in `loose`, above 0.05."""
+    the rival's and above `floor`, by default bfloat16's spacing; for the gradients named in `loose`, above 0.05. With
+    --time, nothing is done."""
+    if "--time" in sys.argv:
+        return
     dtype = str(shapes(1)[0].dtype).split(".")[-1]
-    print(f"relative errors in {dtype}, kernel / {rival[0]}: {', '.join(['o', *('d' + name for name in names)])}")
+    print(f"{what}{', ' if what else ''}relative errors in {dtype}, kernel / {rival[0]}: "
+          + ", ".join(["o", *("d" + name for name in names)]))
     for t in lengths:
         tensors = shapes(t)
         exact = values_and_gradients(twin, tensors, torch.float64)
@@ -166,7 +171,9 @@ def line_of(times):
 def compare(rows, rates, gradients=True):
     """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of
     the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the others'
-    times as multiples of it. The last column is of those that take less than 20 ms."""
+    times as multiples of it. The last column is of those that take less than 20 ms. With --check, nothing is done."""
+    if "--check" in sys.argv:
+        return
     titles = "forward, ms", *(["forward + backward, ms"] if gradients else []), "the same, called from Python, ms"
     print(f"{'':38}{'limit':>8}{'share':>7} | " + " | ".join(f"{title:55}" for title in titles).rstrip())
     for name, candidates, tensors, n_bytes, flops in rows:

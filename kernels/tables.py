@@ -34,11 +34,10 @@ def taylor_attention():
         return reference(q, k, v, features(k_enc).mT @ F.pad(v_enc, (0, 1), value=1.0))[0]
 
     for d in (8, 16, 24):
-        print(f"d = {d}")
-        bench.check(causal, output(reference), ("twin", output(reference)), lambda t: shapes(t, d=d), "qkv")  # noqa: B023
-    print("with a prefix of the whole length")
+        bench.check(causal, output(reference), ("twin", output(reference)), lambda t: shapes(t, d=d), "qkv",  # noqa: B023
+                    what=f"d = {d}")
     bench.check(prefix, prefix_twin, ("twin", prefix_twin), lambda t: [*shapes(t), *shapes(t)[1:]],
-                ("q", "k", "v", "k'", "v'"))
+                ("q", "k", "v", "k'", "v'"), what="with a prefix of the whole length")
     rows = []
     for t in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072):
         n = max(32768, t)
@@ -93,8 +92,7 @@ def fft_conv():
         return [u, K * torch.exp(-torch.arange(l, device="cuda") * 8 / l), *gates]
 
     def check(what, shapes, names, lengths, **more):
-        print(what)
-        bench.check(fft_conv, reference, ("torch.fft", by_torch_fft), shapes, names, lengths, **more)
+        bench.check(fft_conv, reference, ("torch.fft", by_torch_fft), shapes, names, lengths, what=what, **more)
     check("no gates", inputs, "uK", (1, 17, 1000, 2048, 8192, 20000, 32768))
     check("exact", lambda t: inputs(t, dtype=torch.float32), "uK", (1, 17, 1000, 2048, 8192, 32768), floor=2e-6)
     check("two gates", lambda t: inputs(t, gates=2), ("u", "K", "pre", "post"), (1000, 8192, 20000))
