@@ -185,13 +185,15 @@ def test_linear_attention_with_shared_queries_and_keys(monkeypatch, kind, segmen
 
 @pytest.mark.parametrize("kind, strength", [("none", STRONG), ("scalar", STRONG), ("vector", STRONG), ("scalar", WEAK),
                                             ("vector", WEAK)])
-def test_linear_attention_in_segments(monkeypatch, kind, strength):
-    """Of two chunks each; what the first one leaves reaches the third where gates are weak."""
-    module = gla if kind == "vector" else linear_attention
-    in_segments(monkeypatch, module, 1 if kind == "vector" else 2)
+def test_linear_attention_over_many_chunks(monkeypatch, kind, strength):
+    """In segments of two where the kernel has them; what the first one leaves reaches the third where gates are
+    weak."""
+    module, kernel = (gla, gla.gla) if kind == "vector" else (linear_attention, linear_attention.linear_attention)
+    if kind != "vector":
+        in_segments(monkeypatch, linear_attention, 2)
     tensors = [*random(*[(1, 2, 260, 16)] * 3), gate(kind, 1, 2, 260, 16, strength=strength),
                *random((1, 2, 16, 16), seed=1)]
-    check_kernel(gla.gla if kind == "vector" else linear_attention.linear_attention, module.reference, tensors, 1e-4)
+    check_kernel(kernel, module.reference, tensors, 1e-4)
 
 
 @pytest.mark.parametrize("kind, d, e", [("none", 300, 16), ("scalar", 16, 300), ("vector", 140, 16),
