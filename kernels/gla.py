@@ -5,7 +5,7 @@
 In chunks of 64 tokens, with G the sum of g from the start of the chunk, up to and including its row, and `whole` that
 of all its rows,
 
-    O = M V + (Q e^G) S      S <- e^{whole} S + (K e^{whole - G})^T V      M_ts = sum_d q_td k_sd e^{G_td - G_sd}, s <= t
+    O = M V + (Q e^G) S      S <- e^{whole} S + (K e^{whole - G})^T V      M_ts = sum_d q_td k_sd e^{G_t - G_s}, s <= t
 
 What a vector gate makes hard is M: q e^{G_t} times k e^{-G_s} would overflow where a channel forgets fast. Halving
 takes care of it: cut the chunk in two; with r the last row before the cut, all pairs (t, s) across it are
@@ -114,6 +114,11 @@ def walk_kernel(states, G, S0, S_T, T, H, D: tl.constexpr, E: tl.constexpr, BD: 
         tl.store(state_at(S_T, b_h, d, e, D, E), S, mask=inside)
 
 
+@triton.constexpr_function
+def levels_of(C):
+    return C.bit_length() - 1
+
+
 @triton.jit
 def at_level(level, q, k, G, G_i, rows, d, T, stride, D: tl.constexpr, C: tl.constexpr):
     """At the cut h = 2^level: Z; the decay from each token to the cut of its block of 2h, or from the cut to it; which
@@ -126,7 +131,7 @@ def at_level(level, q, k, G, G_i, rows, d, T, stride, D: tl.constexpr, C: tl.con
 
 @triton.jit
 def outputs_kernel(q, k, v, G, states, o, T, H, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-                   C: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+                   C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
     """O = M V + (Q e^G) S;  REVERSE: O = M^T V + (K e^{whole - G}) S."""
     n, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
     i, d, e = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BE)
@@ -141,7 +146,7 @@ def outputs_kernel(q, k, v, G, states, o, T, H, D: tl.constexpr, E: tl.constexpr
     S = tl.load(state_at(states, b_h * tl.num_programs(1) + n, d, e, BD, BE))
     o_i = tl.dot(read.to(q_i.dtype), S, input_precision=PRECISION)
     M = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION)                                # its diagonal
-    for level in range(LEVELS):
+    for level in range(levels_of(C)):
         Z, _, _, cut = at_level(level, q_i, k_i, G + key, G_i, rows, d, T, H * D, D, C)
         M = tl.where(cut, tl.dot(Z, tl.trans(Z), input_precision=PRECISION), M)
     M = tl.where(t <= s if REVERSE else t >= s, M, 0.0).to(q_i.dtype)
@@ -151,8 +156,7 @@ def outputs_kernel(q, k, v, G, states, o, T, H, D: tl.constexpr, E: tl.constexpr
 
 @triton.jit
 def gradients_kernel(q, k, v, G, do, states, dstates, dq, dk, dg, T, H, D: tl.constexpr, E: tl.constexpr,
-                     BD: tl.constexpr, BE: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-                     PRECISION: tl.constexpr):
+                     BD: tl.constexpr, BE: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     """dQ = e^G dO S^T,  dK = e^{whole - G} V R^T,  with R the gradient of the state behind the chunk, and what dM gives
     at each level; PART of the channels. g enters as e^{G_t - G_s}, s < t, alone, so
 
@@ -179,7 +183,7 @@ def gradients_kernel(q, k, v, G, do, states, dstates, dq, dk, dg, T, H, D: tl.co
     x = read - written
     dq_i += own * k_i
     dk_i += own * q_i
-    for level in range(LEVELS):
+    for level in range(levels_of(C)):
         Z, decay, target, cut = at_level(level, q_i, k_i, G + key, G_i, rows, d, T, H * D, D, C)
         dZ = tl.dot(tl.where(cut, dM, 0.0).to(Z.dtype), Z, input_precision=PRECISION)
         dq_i += tl.where(target, decay * dZ, 0.0)
@@ -192,21 +196,21 @@ def gradients_kernel(q, k, v, G, do, states, dstates, dq, dk, dg, T, H, D: tl.co
 
 
 def settings(q, v):
-    """Sizes and launch options, shape and grid. A state is always a tile of 64 x 64."""
+    """Sizes, what the products need besides, shape and grid. A state is always a tile of 64 x 64."""
     (b, t, h, d), e = q.shape, v.shape[-1]
-    sizes = {"D": d, "E": e, "BD": 64, "BE": 64, "C": CHUNK, "PRECISION": "tf32", "num_warps": 4, "num_stages": 1}
+    C, products = CHUNK, {"PRECISION": "tf32", "num_warps": 4, "num_stages": 1}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
-        sizes |= {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8}
-    return sizes, sizes["C"].bit_length() - 1, (t, h), (b * h, triton.cdiv(t, sizes["C"]))
+        C, products = CHUNK // 2, products | {"PRECISION": "ieee", "num_warps": 8}
+    return {"D": d, "E": e, "BD": 64, "BE": 64, "C": C}, products, (t, h), (b * h, triton.cdiv(t, C))
 
 
 def states_of(k, v, g, S0, S_T, reverse):
     """G, and the state before each chunk, beginning with S0, in k's dtype; the last one is put in S_T. Reverse: the
     gradient of the state behind each."""
-    sizes, _, shape, grid = settings(k, v)
+    sizes, products, shape, grid = settings(k, v)
     G, states = torch.empty_like(g), k.new_empty(*grid, 64, 64)
-    adds_kernel[grid](k, v, g, G, states, *shape, **sizes, REVERSE=reverse)
-    walk_kernel[grid[0], 8](states, G, S0, S_T, *shape, **sizes | {"num_warps": 2}, ROWS=8, STAGES=4, REVERSE=reverse)
+    adds_kernel[grid](k, v, g, G, states, *shape, **sizes, **products, REVERSE=reverse)
+    walk_kernel[grid[0], 8](states, G, S0, S_T, *shape, **sizes, ROWS=8, STAGES=4, REVERSE=reverse, num_warps=2)
     return G, states
 
 
@@ -221,10 +225,10 @@ class GLA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, g, S0):
-        sizes, levels, shape, grid = settings(q, v)
+        sizes, products, shape, grid = settings(q, v)
         o, S_T = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
         G, states = states_of(k, v, g, S0, S_T, False)
-        outputs_kernel[grid](q, k, v, G, states, o, *shape, **sizes, LEVELS=levels, REVERSE=False)
+        outputs_kernel[grid](q, k, v, G, states, o, *shape, **sizes, **products, REVERSE=False)
         ctx.save_for_backward(q, k, v, g, S0, states)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -236,13 +240,13 @@ class GLA(torch.autograd.Function):
             return differentiable_gradients(twin, (q, k, v, g, S0), (do, dS_T))
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS_T = None if dS_T is None else dS_T.contiguous()
-        sizes, levels, shape, grid = settings(q, v)
+        sizes, products, shape, grid = settings(q, v)
         dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
         dS0 = None if S0 is None else torch.empty_like(S0)
         G, dstates = states_of(q, do, g, dS_T, dS0, True)
-        outputs_kernel[grid](q, k, do, G, dstates, dv, *shape, **sizes, LEVELS=levels, REVERSE=True)
-        gradients_kernel[(*grid, triton.cdiv(q.shape[3], 32))](q, k, v, G, do, states, dstates, dq, dk, dg, *shape, **sizes, PART=32,
-                                     LEVELS=levels)
+        outputs_kernel[grid](q, k, do, G, dstates, dv, *shape, **sizes, **products, REVERSE=True)
+        parts = (*grid, triton.cdiv(q.shape[3], 32))
+        gradients_kernel[parts](q, k, v, G, do, states, dstates, dq, dk, dg, *shape, **sizes, **products, PART=32)
         return dq, dk, dv, dg, dS0
 
 
@@ -287,7 +291,7 @@ def main():
                     "qkvg", floor=floor)
     candidates = {"kernel": kernel} | bench.peers("fla", fla)
     bench.agree("t 2048", candidates, inputs(2048, 2, 16))
-    bench.compare(((f"b {b} h 16 t {t} d 64", candidates, x, 12 * x[0].numel(), x[0].numel() // 64 * 10 * 2 * CHUNK * 64)
+    bench.compare(((f"b {b} h 16 t {t} d 64", candidates, x, 12 * x[0].numel(), 10 * 2 * CHUNK * x[0].numel())
                    for b, t in ((16, 2048), (4, 8192), (1, 32768)) for x in [inputs(t, b, 16)]), rates)
     print("memory, forward + backward, b 4 h 16 t 8192: " + ", ".join(
         f"{name} {bench.memory(f, inputs(8192, 4, 16)) / 2 ** 30:.2f} GiB" for name, f in candidates.items()))
