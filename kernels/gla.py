@@ -18,7 +18,7 @@ masked to the pairs that are cut, is their part of M. Each of the log2(64) = 6 l
 one product. The same tile gives both gradients: with dM_ts = do_t . v_s, symmetrically filled and masked, (dM Z)
 e^{...} is dq in the targets' rows and dk in the sources'.
 
-All chunks are done at once but for the state, which an elementwise walk takes from chunk to chunk: adds_kernel (what
+All chunks are done at once but for the state, which a scan takes from chunk to chunk: adds_kernel (what
 each chunk adds to the state), walk_kernel (the state before each chunk), outputs_kernel. dV is the same backwards in
 time, with K, Q, dO for Q, K, V; gradients_kernel makes dq, dk and dg.
 
@@ -67,15 +67,26 @@ def reference(q, k, v, g, state=None):
 
 
 @triton.jit
-def state_at(S, n, d, e, BD: tl.constexpr, BE: tl.constexpr):
-    """Pointers to rows d and columns e of state n of many, BD x BE each."""
-    return S + n * BD * BE + d[:, None] * BE + e[None, :]
+def sums(W, x, like, PRECISION: tl.constexpr):
+    """W x for a matrix W of zeros and ones; in 16 bits, x is given in two parts, its first digits and the rest."""
+    if like.dtype == tl.float32:
+        y = tl.dot(W.to(tl.float32), x, input_precision=PRECISION)
+    else:
+        first = x.to(like.dtype)
+        y = tl.dot(W.to(like.dtype), (x - first.to(tl.float32)).to(like.dtype), acc=tl.dot(W.to(like.dtype), first))
+    return y
 
 
 @triton.jit
 def last_of(G, n, d, T, stride, D: tl.constexpr, C: tl.constexpr):
-    """The sum of g over chunk n: (len(d),)"""
+    """The sum of g over chunk n, or over each of several."""
     return tl.load(G + (tl.minimum((n + 1) * C, T) - 1) * stride + d, mask=d < D, other=0.0)
+
+
+@triton.jit
+def state_at(states, n, d, e, BD: tl.constexpr, BE: tl.constexpr):
+    """Pointers to rows d and columns e of state n."""
+    return states + n * BD * BE + d[:, None] * BE + e[None, :]
 
 
 @triton.jit
@@ -85,26 +96,28 @@ def adds_kernel(k, v, g, G, adds, T, H, D: tl.constexpr, E: tl.constexpr, BD: tl
     before it, up to their row); and G, of a g in powers of 2. A decay by less than e^-40 is made one by e^-40: nothing,
     too, but it costs the sums that go over it fewer digits."""
     n, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
-    d, e, rows, key = tl.arange(0, BD), tl.arange(0, BE), n * C + tl.arange(0, C), place(b_h, H, H, T, D)
+    i, d, e = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BE)
+    rows, key = n * C + i, place(b_h, H, H, T, D)
     k_i, v_i = load(k + key, rows, d, T, H * D, D), load(v + place(b_h, H, H, T, E), rows, e, T, H * E, E)
     g_i = tl.maximum(load(g + key, rows, d, T, H * D, D), -40.0) * 1.4426950408889634
-    G_i = tl.cumsum(g_i, axis=0)
+    G_i = sums(i[:, None] >= i[None, :], g_i, k_i, PRECISION)
     store(G + key, G_i, rows, d, T, H * D, D)
-    exponent = G_i if REVERSE else tl.minimum(tl.sum(g_i, axis=0)[None, :] - G_i, 0.0)
+    whole = tl.sum(tl.where((i == C - 1)[:, None], G_i, 0.0), axis=0)
+    exponent = G_i if REVERSE else tl.minimum(whole[None, :] - G_i, 0.0)
     added = tl.dot(tl.trans((k_i * tl.exp2(exponent)).to(k_i.dtype)), v_i, input_precision=PRECISION)
     tl.store(state_at(adds, b_h * tl.num_programs(1) + n, d, e, BD, BE), added.to(k_i.dtype))
 
 
 @triton.jit
 def walk_kernel(states, G, S0, S_T, T, H, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-                C: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, REVERSE: tl.constexpr):
+                C: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr):
     """S <- e^{whole} S + what the chunk adds, in whose place the state before the chunk is put (REVERSE: behind)."""
     b_h, chunks = tl.program_id(0).to(tl.int64), tl.cdiv(T, C)
     d, e = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
     inside, S = (d[:, None] < D) & (e[None, :] < E), tl.zeros((ROWS, BE), tl.float32)
     if S0 is not None:
         S += tl.load(state_at(S0, b_h, d, e, D, E), mask=inside, other=0.0)
-    for step in tl.range(0, chunks, num_stages=STAGES):
+    for step in range(chunks):
         n = chunks - 1 - step if REVERSE else step
         at = state_at(states, b_h * chunks + n, d, e, BD, BE)
         added = tl.load(at)
@@ -191,8 +204,7 @@ def gradients_kernel(q, k, v, G, do, states, dstates, dq, dk, dg, T, H, D: tl.co
         x += tl.where(target, Z * dZ, -(Z * dZ))
     store(dq + key, dq_i, rows, d, T, H * D, D)
     store(dk + key, dk_i, rows, d, T, H * D, D)
-    from_here = tl.sum(x, axis=0)[None, :] - tl.cumsum(x, axis=0) + x
-    store(dg + key, from_here + over[None, :], rows, d, T, H * D, D)
+    store(dg + key, sums(t <= s, x, q_i, PRECISION) + over[None, :], rows, d, T, H * D, D)
 
 
 def settings(q, v):
@@ -210,7 +222,7 @@ def states_of(k, v, g, S0, S_T, reverse):
     sizes, products, shape, grid = settings(k, v)
     G, states = torch.empty_like(g), k.new_empty(*grid, 64, 64)
     adds_kernel[grid](k, v, g, G, states, *shape, **sizes, **products, REVERSE=reverse)
-    walk_kernel[grid[0], 8](states, G, S0, S_T, *shape, **sizes, ROWS=8, STAGES=4, REVERSE=reverse, num_warps=2)
+    walk_kernel[grid[0], 8](states, G, S0, S_T, *shape, **sizes, ROWS=8, REVERSE=reverse, num_warps=2, num_stages=1)
     return G, states
 
 
