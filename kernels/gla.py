@@ -18,7 +18,7 @@ masked to the pairs that are cut, is their part of M. Each of the log2(64) = 6 l
 one product. The same tile gives both gradients: with dM_ts = do_t . v_s, symmetrically filled and masked, (dM Z)
 e^{...} is dq in the targets' rows and dk in the sources'.
 
-All chunks are done at once but for the state, which a scan takes from chunk to chunk: adds_kernel (what
+All chunks are done at once but for the state, which an elementwise walk takes from chunk to chunk: adds_kernel (what
 each chunk adds to the state), walk_kernel (the state before each chunk), outputs_kernel. dV is the same backwards in
 time, with K, Q, dO for Q, K, V; gradients_kernel makes dq, dk and dg.
 
@@ -117,7 +117,7 @@ def walk_kernel(states, G, S0, S_T, T, H, D: tl.constexpr, E: tl.constexpr, BD: 
     inside, S = (d[:, None] < D) & (e[None, :] < E), tl.zeros((ROWS, BE), tl.float32)
     if S0 is not None:
         S += tl.load(state_at(S0, b_h, d, e, D, E), mask=inside, other=0.0)
-    for step in range(chunks):
+    for step in tl.range(0, chunks, num_stages=4):
         n = chunks - 1 - step if REVERSE else step
         at = state_at(states, b_h * chunks + n, d, e, BD, BE)
         added = tl.load(at)
@@ -169,9 +169,9 @@ def outputs_kernel(q, k, v, G, states, o, T, H, D: tl.constexpr, E: tl.constexpr
 
 @triton.jit
 def gradients_kernel(q, k, v, G, do, states, dstates, dq, dk, dg, T, H, D: tl.constexpr, E: tl.constexpr,
-                     BD: tl.constexpr, BE: tl.constexpr, PART: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+                     BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     """dQ = e^G dO S^T,  dK = e^{whole - G} V R^T,  with R the gradient of the state behind the chunk, and what dM gives
-    at each level; PART of the channels. g enters as e^{G_t - G_s}, s < t, alone, so
+    at each level. g enters as e^{G_t - G_s}, s < t, alone, so
 
         dg_u = sum_{t >= u} q_t dq_t  of the pairs with s before the chunk  +  sum_{s < u} k_s dk_s  with t behind it
                + e^{whole} S R  with both outside  +  sum_{i >= u} (q_i dq_i - k_i dk_i)  of those inside
@@ -179,7 +179,7 @@ def gradients_kernel(q, k, v, G, do, states, dstates, dq, dk, dg, T, H, D: tl.co
     of which the last cancels where t and s are both at u or later. It does so exactly, whatever is rounded, with both
     sides taken from the rounded Z: Z_i (dM Z)_i."""
     n, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
-    i, d, e = tl.arange(0, C), tl.program_id(2) * PART + tl.arange(0, PART), tl.arange(0, BE)
+    i, d, e = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BE)
     t, s, rows, key, value = i[:, None], i[None, :], n * C + i, place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     do_i, v_i = load(do + value, rows, e, T, H * E, E), load(v + value, rows, e, T, H * E, E)
     dM = tl.dot(do_i, tl.trans(v_i), input_precision=PRECISION)
@@ -208,7 +208,9 @@ def gradients_kernel(q, k, v, G, do, states, dstates, dq, dk, dg, T, H, D: tl.co
 
 
 def settings(q, v):
-    """Sizes, what the products need besides, shape and grid. A state is always a tile of 64 x 64."""
+    """Sizes, what the products need besides, shape and grid. All tiles are 64 wide: for some that were narrower, and
+    lay in shared memory where a wider one had been, ptxas 12.8 (Triton 3.6, 3.7) hands the tensor cores an address that
+    it has never computed."""
     (b, t, h, d), e = q.shape, v.shape[-1]
     C, products = CHUNK, {"PRECISION": "tf32", "num_warps": 4, "num_stages": 1}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
@@ -222,7 +224,7 @@ def states_of(k, v, g, S0, S_T, reverse):
     sizes, products, shape, grid = settings(k, v)
     G, states = torch.empty_like(g), k.new_empty(*grid, 64, 64)
     adds_kernel[grid](k, v, g, G, states, *shape, **sizes, **products, REVERSE=reverse)
-    walk_kernel[grid[0], 8](states, G, S0, S_T, *shape, **sizes, ROWS=8, REVERSE=reverse, num_warps=2, num_stages=1)
+    walk_kernel[grid[0], 8](states, G, S0, S_T, *shape, **sizes, ROWS=8, REVERSE=reverse, num_warps=2)
     return G, states
 
 
@@ -257,8 +259,7 @@ class GLA(torch.autograd.Function):
         dS0 = None if S0 is None else torch.empty_like(S0)
         G, dstates = states_of(q, do, g, dS_T, dS0, True)
         outputs_kernel[grid](q, k, do, G, dstates, dv, *shape, **sizes, **products, REVERSE=True)
-        parts = (*grid, triton.cdiv(q.shape[3], 32))
-        gradients_kernel[parts](q, k, v, G, do, states, dstates, dq, dk, dg, *shape, **sizes, **products, PART=32)
+        gradients_kernel[grid](q, k, v, G, do, states, dstates, dq, dk, dg, *shape, **sizes, **products)
         return dq, dk, dv, dg, dS0
 
 
