@@ -215,7 +215,7 @@ def settings(q, v):
     C, products = CHUNK, {"PRECISION": "tf32", "num_warps": 4, "num_stages": 1}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         C, products = CHUNK // 2, products | {"PRECISION": "ieee", "num_warps": 8}
-    return {"D": d, "E": e, "BD": 64, "BE": 64, "C": C}, products, (t, h), (b * h, triton.cdiv(t, C))
+    return {"D": d, "E": e, "BD": 64, "BE": 64, "C": C}, products, (t, h), (b * h, -(-t // C))
 
 
 def states_of(k, v, g, S0, S_T, reverse):
