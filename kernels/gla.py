@@ -2,55 +2,63 @@
 
     S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t                     forms and names as in lesson 02
 
-A walk over chunks of 64 tokens with the state on chip, as in kernels.linear_attention. What a vector gate makes hard
-is the matrix in a chunk, M_ts = sum_d q_td k_sd e^{g_{s+1,d} + ... + g_t,d}: q e^{G_t} times k e^{-G_s} would
-overflow where a channel forgets fast. Halving takes care of it: cut the chunk in two; with r the cut, all pairs (t,
-s) across it are
+In chunks of 64 tokens, with G the sum of g from the start of the chunk, up to and including its row, and `whole` that
+of all its rows,
 
-    (q_t e^{g_{r+1} + ... + g_t}) . (k_s e^{g_{s+1} + ... + g_r})                     no exponent is above 0
+    O = M V + (Q e^G) S      S <- e^{whole} S + (K e^{whole - G})^T V      M_ts = sum_d q_td k_sd e^{G_t - G_s}, s <= t
 
-one matrix product; then cut each half in two, and so on: 32, 16, ... 1. A token is a target or a source at a cut, so
-each of the log2(64) = 6 levels needs one exponential X a number, and one product of 64 x 64 x d, masked to the pairs
-that it cuts. The exponents are sums of g, found by a product with a matrix of zeros and ones (g in two halves of its
-digits).
+What a vector gate makes hard is M: q e^{G_t} times k e^{-G_s} would overflow where a channel forgets fast. Halving
+takes care of it: cut the chunk in two; with r the last row before the cut, all pairs (t, s) across it are
 
-Memory sees q, k, g, v and o once; tensor cores do some 20 products of 64 x 64 x d for a chunk.
+    (q_t e^{G_t - G_r}) . (k_s e^{G_r - G_s})                                         no exponent is above 0
 
-    python -m kernels.gla      check, then a table
+then cut each half in two, and so on: blocks of 32, 16, ... 1. At a cut a token is either a target or a source, so one
+tile Z has all that is multiplied, q e^{G_t - G_r} in the targets' rows and k e^{G_r - G_s} in the sources', and Z Z^T,
+masked to the pairs that are cut, is their part of M. Each of the log2(64) = 6 levels is one exponential a number and
+one product. The same tile gives both gradients: with dM_ts = do_t . v_s, symmetrically filled and masked, (dM Z)
+e^{...} is dq in the targets' rows and dk in the sources'.
+
+All chunks are done at once but for the state, which an elementwise walk takes from chunk to chunk: adds_kernel (what
+each chunk adds to the state), walk_kernel (the state before each chunk), outputs_kernel. dV is the same backwards in
+time, with K, Q, dO for Q, K, V; gradients_kernel makes dq, dk and dg.
+
+Bytes for a token and head, d = e = 64 in bfloat16: 768 for q, k, v, o and g (float32); with the states, and G in
+between, 2048. FLOPs: 10 products of 64 x 64 x 64 for a chunk.
+
+    python -m kernels.gla [--peers]      check, then a table; with --peers beside flash-linear-attention's
 """
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import decay_gradient, differentiable_gradients, in_one_piece, load, place, store, without_zeros
+from kernels.tiles import differentiable_gradients, in_one_piece, load, place, store, without_zeros
 
 CHUNK = 64
 
 
-def levels(t, device):
-    """For a chunk of t tokens, at each cut h = 1, 2, 4, ...: W, (W g)_i the exponent of token i as a target or a
-    source, and which pairs (t, s) are cut."""
-    i = torch.arange(t, device=device)
-    t, s = i[:, None], i[None, :]
-    h = 1
-    while h < len(i):
-        odd = t // h % 2 == 1
-        yield (t // h == s // h) & torch.where(odd, s <= t, s > t), odd & (t // h == s // h + 1)
+def cuts(n, device):
+    """For n tokens, at each cut h = 1, 2, 4, ...: which tokens are targets: (n, 1), W, with (W g)_i the exponent of
+    token i, as a target or as a source, and which pairs (t, s) are cut."""
+    i = torch.arange(n, device=device)
+    t, s, h = i[:, None], i[None, :], 1
+    while h < n:
+        target = t // h % 2 == 1
+        yield target, (t // h == s // h) & torch.where(target, s <= t, s > t), target & (t // h == s // h + 1)
         h *= 2
 
 
 def reference(q, k, v, g, state=None):
-    """The kernel's loop over chunks. q, k, g: (b, h, t, d), v: (b, h, t, e), state: (b, h, d, e) or None. Returns o:
-    (b, h, t, e) and the state after."""
+    """The kernels' loops over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q, k,
+    g: (b, h, t, d), v: (b, h, t, e), state: (b, h, d, e) or None. Returns o: (b, h, t, e) and the state after."""
     more, o = torch.promote_types(q.dtype, torch.float32), []
     S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=more) if state is None else state
     for i in range(0, q.shape[2], CHUNK):
         q_i, k_i, v_i, g_i = (x[:, :, i:i + CHUNK] for x in (q, k, v, g))
         M = (q_i @ k_i.mT) * torch.eye(q_i.shape[2], device=q.device)
-        for W, cut in levels(q_i.shape[2], q.device):
-            X = (W.to(g.dtype) @ g_i).exp()
-            M = M + ((q_i * X).to(q.dtype) @ (k_i * X).to(k.dtype).mT) * cut
+        for target, W, cut in cuts(q_i.shape[2], q.device):
+            Z = (torch.where(target, q_i, k_i) * (W.to(g.dtype) @ g_i).exp()).to(q.dtype)
+            M = M + (Z @ Z.mT) * cut
         G = g_i.cumsum(dim=2)
         whole = G[:, :, -1:]
         o.append(M.to(v.dtype) @ v_i + (q_i * G.exp()).to(q.dtype) @ S.to(q.dtype))
@@ -59,195 +67,165 @@ def reference(q, k, v, g, state=None):
 
 
 @triton.jit
-def sums(W, g, like, PRECISION: tl.constexpr):
-    """W g for a matrix W of zeros and ones; in 16 bits, g is given in two parts, its first digits and the rest."""
+def sums(W, x, like, PRECISION: tl.constexpr):
+    """W x for a matrix W of zeros and ones; in 16 bits, x is given in two parts, its first digits and the rest."""
     if like.dtype == tl.float32:
-        s = tl.dot(W.to(tl.float32), g, input_precision=PRECISION)
+        y = tl.dot(W.to(tl.float32), x, input_precision=PRECISION)
     else:
-        first = g.to(like.dtype)
-        s = tl.dot(W.to(like.dtype), first)
-        s = tl.dot(W.to(like.dtype), (g - first.to(tl.float32)).to(like.dtype), acc=s)
-    return s
+        first = x.to(like.dtype)
+        y = tl.dot(W.to(like.dtype), (x - first.to(tl.float32)).to(like.dtype), acc=tl.dot(W.to(like.dtype), first))
+    return y
 
 
 @triton.jit
-def cut(level, C: tl.constexpr):
-    """W and the pairs of the cut h = 2^level, as levels() yields them: t and s are cut where that is their first bit
-    that differs."""
-    t, s, h = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], 1 << level
-    W = ((t ^ s) < h) & (((t & h) != 0) == (s <= t))
-    return W, (t > s) & ((t ^ s) >= h) & ((t ^ s) < 2 * h)
+def last_of(G, n, d, T, stride, D: tl.constexpr, C: tl.constexpr):
+    """The sum of g over chunk n, or over each of several."""
+    return tl.load(G + (tl.minimum((n + 1) * C, T) - 1) * stride + d, mask=d < D, other=0.0)
 
 
 @triton.jit
-def matrix(q, k, g, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """M: (t, s)"""
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    M = tl.where(t == s, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
-    for level in range(LEVELS):
-        W, pairs = cut(level, C)
-        X = tl.exp(sums(W, g, q, PRECISION))
-        M += tl.where(pairs, tl.dot((q * X).to(q.dtype), tl.trans((k * X).to(k.dtype)), input_precision=PRECISION), 0.0)
-    return M
+def state_at(states, n, d, e, BD: tl.constexpr, BE: tl.constexpr):
+    """Pointers to rows d and columns e of state n."""
+    return states + n * BD * BE + d[:, None] * BE + e[None, :]
 
 
 @triton.jit
-def upto(g, like, C: tl.constexpr, AFTER: tl.constexpr, PRECISION: tl.constexpr):
-    """g_1 + ... + g_t for each row of a chunk, its own included; or what comes after it."""
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    return sums(s > t if AFTER else s <= t, g, like, PRECISION)
-
-
-@triton.jit
-def absorb(S, k, v, g, C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
-    """The state behind a chunk: decayed by all of g, and with k v^T decayed since their row (REVERSE: up to it)."""
-    k = (k * tl.exp(upto(g, k, C, not REVERSE, PRECISION))).to(k.dtype)
-    return tl.dot(tl.trans(k), v, acc=S * tl.exp(tl.sum(g, axis=0))[:, None], input_precision=PRECISION)
-
-
-@triton.jit
-def enter(S0, states, decays, d, e, n, head, N, D: tl.constexpr, E: tl.constexpr, REVERSE: tl.constexpr):
-    """The state in which segment n of N begins: S0, then what each segment before it (behind it) adds."""
-    inside = (d[:, None] < D) & (e[None, :] < E)
-    at = d[:, None] * E + e[None, :]
-    S = tl.zeros((d.shape[0], e.shape[0]), tl.float32)
-    if S0 is not None:
-        S += tl.load(S0 + head * D * E + at, mask=inside, other=0.0)
-    if states is not None:
-        for j in range(N - 1 - n if REVERSE else n):
-            segment = head * N + (N - 1 - j if REVERSE else j)
-            S *= tl.exp(tl.load(decays + segment * D + d, mask=d < D, other=0.0))[:, None]
-            S += tl.load(states + segment * D * E + at, mask=inside, other=0.0)
-    return S
-
-
-@triton.jit
-def segment_kernel(k, v, g, states, decays, T, H, segment, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
-                   BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, REVERSE: tl.constexpr,
-                   PRECISION: tl.constexpr):
-    """What each segment adds to the state, and the sum of its g."""
+def adds_kernel(k, v, g, G, adds, T, H, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+                C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+    """What each chunk adds to the state behind it: k v^T, decayed since their row (REVERSE: to the state's gradient
+    before it, up to their row); and G, of a g in powers of 2. A decay by less than e^-40 is made one by e^-40: nothing,
+    too, but it costs the sums that go over it fewer digits."""
     n, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
-    d, e, end = tl.arange(0, BD), tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
-    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
-    S, total = tl.zeros((BD, BE), tl.float32), tl.zeros((BD,), tl.float32)
-    chunks = tl.cdiv(end - n * segment, C)
-    for step in range(chunks):
-        rows = n * segment + (chunks - 1 - step if REVERSE else step) * C + tl.arange(0, C)
-        g_i = load(g + key, rows, d, end, H * D, D)
-        S = absorb(S, load(k + key, rows, d, end, H * D, D), load(v + value, rows, e, end, H * E, E), g_i, C, REVERSE,
-                   PRECISION)
-        total += tl.sum(g_i, axis=0)
+    i, d, e = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BE)
+    rows, key = n * C + i, place(b_h, H, H, T, D)
+    k_i, v_i = load(k + key, rows, d, T, H * D, D), load(v + place(b_h, H, H, T, E), rows, e, T, H * E, E)
+    g_i = tl.maximum(load(g + key, rows, d, T, H * D, D), -40.0) * 1.4426950408889634
+    G_i = sums(i[:, None] >= i[None, :], g_i, k_i, PRECISION)
+    store(G + key, G_i, rows, d, T, H * D, D)
+    whole = tl.sum(tl.where((i == C - 1)[:, None], G_i, 0.0), axis=0)
+    exponent = G_i if REVERSE else tl.minimum(whole[None, :] - G_i, 0.0)
+    added = tl.dot(tl.trans((k_i * tl.exp2(exponent)).to(k_i.dtype)), v_i, input_precision=PRECISION)
+    tl.store(state_at(adds, b_h * tl.num_programs(1) + n, d, e, BD, BE), added.to(k_i.dtype))
+
+
+@triton.jit
+def walk_kernel(states, G, S0, S_T, T, H, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+                C: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr):
+    """S <- e^{whole} S + what the chunk adds, in whose place the state before the chunk is put (REVERSE: behind)."""
+    b_h, chunks = tl.program_id(0).to(tl.int64), tl.cdiv(T, C)
+    d, e = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
+    inside, S = (d[:, None] < D) & (e[None, :] < E), tl.zeros((ROWS, BE), tl.float32)
+    if S0 is not None:
+        S += tl.load(state_at(S0, b_h, d, e, D, E), mask=inside, other=0.0)
+    for step in tl.range(0, chunks, num_stages=4):
+        n = chunks - 1 - step if REVERSE else step
+        at = state_at(states, b_h * chunks + n, d, e, BD, BE)
+        added = tl.load(at)
+        tl.store(at, S.to(added.dtype))
+        S = S * tl.exp2(last_of(G + place(b_h, H, H, T, D), n, d, T, H * D, D, C))[:, None] + added
+    if S_T is not None:
+        tl.store(state_at(S_T, b_h, d, e, D, E), S, mask=inside)
+
+
+@triton.constexpr_function
+def levels_of(C):
+    return C.bit_length() - 1
+
+
+@triton.jit
+def at_level(level, q, k, G, G_i, rows, d, T, stride, D: tl.constexpr, C: tl.constexpr):
+    """At the cut h = 2^level: Z; the decay from each token to the cut of its block of 2h, or from the cut to it; which
+    tokens are targets; and which pairs are cut, (t, s) as well as (s, t)."""
+    h, block = 1 << level, tl.arange(0, C) >> level
+    target = (block % 2 == 1)[:, None]
+    decay = tl.exp2(-tl.abs(G_i - load(G, (rows & -(2 * h)) + h - 1, d, T, stride, D)))
+    return (tl.where(target, q, k) * decay).to(q.dtype), decay, target, (block ^ 1)[:, None] == block[None, :]
+
+
+@triton.jit
+def outputs_kernel(q, k, v, G, states, o, T, H, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+                   C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+    """O = M V + (Q e^G) S;  REVERSE: O = M^T V + (K e^{whole - G}) S."""
+    n, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    i, d, e = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BE)
+    t, s, rows, key, value = i[:, None], i[None, :], n * C + i, place(b_h, H, H, T, D), place(b_h, H, H, T, E)
+    q_i, k_i = load(q + key, rows, d, T, H * D, D), load(k + key, rows, d, T, H * D, D)
+    G_i = load(G + key, rows, d, T, H * D, D)
+    if REVERSE:
+        whole = last_of(G + key, n, d, T, H * D, D, C)
+        read = k_i * tl.exp2(tl.minimum(whole[None, :] - G_i, 0.0))
+    else:
+        read = q_i * tl.exp2(G_i)
+    S = tl.load(state_at(states, b_h * tl.num_programs(1) + n, d, e, BD, BE))
+    o_i = tl.dot(read.to(q_i.dtype), S, input_precision=PRECISION)
+    M = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION)                                # its diagonal
+    for level in range(levels_of(C)):
+        Z, _, _, cut = at_level(level, q_i, k_i, G + key, G_i, rows, d, T, H * D, D, C)
+        M = tl.where(cut, tl.dot(Z, tl.trans(Z), input_precision=PRECISION), M)
+    M = tl.where(t <= s if REVERSE else t >= s, M, 0.0).to(q_i.dtype)
+    o_i = tl.dot(M, load(v + value, rows, e, T, H * E, E), acc=o_i, input_precision=PRECISION)
+    store(o + value, o_i, rows, e, T, H * E, E)
+
+
+@triton.jit
+def gradients_kernel(q, k, v, G, do, states, dstates, dq, dk, dg, T, H, D: tl.constexpr, E: tl.constexpr,
+                     BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """dQ = e^G dO S^T,  dK = e^{whole - G} V R^T,  with R the gradient of the state behind the chunk, and what dM gives
+    at each level. g enters as e^{G_t - G_s}, s < t, alone, so
+
+        dg_u = sum_{t >= u} q_t dq_t  of the pairs with s before the chunk  +  sum_{s < u} k_s dk_s  with t behind it
+               + e^{whole} S R  with both outside  +  sum_{i >= u} (q_i dq_i - k_i dk_i)  of those inside
+
+    of which the last cancels where t and s are both at u or later. It does so exactly, whatever is rounded, with both
+    sides taken from the rounded Z: Z_i (dM Z)_i."""
+    n, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    i, d, e = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BE)
+    t, s, rows, key, value = i[:, None], i[None, :], n * C + i, place(b_h, H, H, T, D), place(b_h, H, H, T, E)
+    do_i, v_i = load(do + value, rows, e, T, H * E, E), load(v + value, rows, e, T, H * E, E)
+    dM = tl.dot(do_i, tl.trans(v_i), input_precision=PRECISION)
+    own = tl.sum(tl.where(t == s, dM, 0.0), axis=1)[:, None]
+    dM = tl.where(t >= s, dM, tl.dot(v_i, tl.trans(do_i), input_precision=PRECISION)).to(do_i.dtype)
+    q_i, k_i = load(q + key, rows, d, T, H * D, D), load(k + key, rows, d, T, H * D, D)
+    G_i, whole = load(G + key, rows, d, T, H * D, D), last_of(G + key, n, d, T, H * D, D, C)
     this = b_h * tl.num_programs(1) + n
-    tl.store(states + this * D * E + d[:, None] * E + e[None, :], S, mask=(d[:, None] < D) & (e[None, :] < E))
-    tl.store(decays + this * D + d, total, mask=d < D)
-
-
-@triton.jit
-def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, D: tl.constexpr, E: tl.constexpr,
-                   BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
-    d, e, end = tl.arange(0, BD), tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
-    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
-    S = enter(S0, states, decays, d, e, n, b_h, N, D, E, False)
-    for step in range(tl.cdiv(end - n * segment, C)):
-        rows = n * segment + step * C + tl.arange(0, C)
-        q_i, k_i = load(q + key, rows, d, end, H * D, D), load(k + key, rows, d, end, H * D, D)
-        g_i, v_i = load(g + key, rows, d, end, H * D, D), load(v + value, rows, e, end, H * E, E)
-        read = (q_i * tl.exp(upto(g_i, q_i, C, False, PRECISION))).to(q_i.dtype)
-        o_i = tl.dot(read, S.to(q_i.dtype), input_precision=PRECISION)
-        M = matrix(q_i, k_i, g_i, C, LEVELS, PRECISION)
-        o_i = tl.dot(M.to(v_i.dtype), v_i, acc=o_i, input_precision=PRECISION)
-        store(o + value, o_i, rows, e, end, H * E, E)
-        S = absorb(S, k_i, v_i, g_i, C, False, PRECISION)
-    if n == N - 1:
-        tl.store(S_T + b_h * D * E + d[:, None] * E + e[None, :], S, mask=(d[:, None] < D) & (e[None, :] < E))
-
-
-@triton.jit
-def dq_kernel(k, v, g, do, S0, states, decays, dq, T, H, segment, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
-              BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """dQ = (dM with decay) K + e^{G} dO S^T, with dM_ts = do_t . v_s: forwards, as forward."""
-    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
-    d, e, end = tl.arange(0, BD), tl.arange(0, BE), tl.minimum(T, (n + 1) * segment)
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
-    S = enter(S0, states, decays, d, e, n, b_h, N, D, E, False)
-    for step in range(tl.cdiv(end - n * segment, C)):
-        rows = n * segment + step * C + tl.arange(0, C)
-        do_i, v_i = load(do + value, rows, e, end, H * E, E), load(v + value, rows, e, end, H * E, E)
-        g_i, k_i = load(g + key, rows, d, end, H * D, D), load(k + key, rows, d, end, H * D, D)
-        dq_i = tl.dot(do_i, tl.trans(S.to(do_i.dtype)), input_precision=PRECISION)
-        dq_i *= tl.exp(upto(g_i, k_i, C, False, PRECISION))
-        dM = tl.dot(do_i, tl.trans(v_i), input_precision=PRECISION)
-        dq_i = tl.dot(tl.where(t == s, dM, 0.0).to(k_i.dtype), k_i, acc=dq_i, input_precision=PRECISION)
-        for level in range(LEVELS):
-            W, pairs = cut(level, C)
-            X = tl.exp(sums(W, g_i, k_i, PRECISION))
-            dq_i += X * tl.dot(tl.where(pairs, dM, 0.0).to(k_i.dtype), (k_i * X).to(k_i.dtype),
-                               input_precision=PRECISION)
-        store(dq + key, dq_i, rows, d, end, H * D, D)
-        S = absorb(S, k_i, v_i, g_i, C, False, PRECISION)
-
-
-@triton.jit
-def dkv_kernel(q, k, v, g, do, dS_T, states, decays, dk, dv, dS0, T, H, segment, D: tl.constexpr, E: tl.constexpr,
-               BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr):
-    """dV = M^T dO + (K e^{G - G_s}) R,  dK = (dM with decay)^T Q + e^{G - G_s} V R^T,  with R the state of q and do:
-    backwards."""
-    n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
-    start, end = n * segment, tl.minimum(T, (n + 1) * segment)
-    d, e, t, s = tl.arange(0, BD), tl.arange(0, BE), tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
-    R = enter(dS_T, states, decays, d, e, n, b_h, N, D, E, True)
-    chunks = tl.cdiv(end - start, C)
-    for step in range(chunks):
-        rows = start + (chunks - 1 - step) * C + tl.arange(0, C)
-        q_i, k_i = load(q + key, rows, d, end, H * D, D), load(k + key, rows, d, end, H * D, D)
-        do_i, v_i = load(do + value, rows, e, end, H * E, E), load(v + value, rows, e, end, H * E, E)
-        g_i = load(g + key, rows, d, end, H * D, D)
-        after = tl.exp(upto(g_i, k_i, C, True, PRECISION))
-        dv_i = tl.dot((k_i * after).to(k_i.dtype), R.to(k_i.dtype), input_precision=PRECISION)
-        M = matrix(q_i, k_i, g_i, C, LEVELS, PRECISION)
-        dv_i = tl.dot(tl.trans(M.to(do_i.dtype)), do_i, acc=dv_i, input_precision=PRECISION)
-        store(dv + value, dv_i, rows, e, end, H * E, E)
-        dk_i = after * tl.dot(v_i, tl.trans(R.to(v_i.dtype)), input_precision=PRECISION)
-        dM = tl.dot(v_i, tl.trans(do_i), input_precision=PRECISION)                          # (s, t)
-        dk_i = tl.dot(tl.where(t == s, dM, 0.0).to(q_i.dtype), q_i, acc=dk_i, input_precision=PRECISION)
-        for level in range(LEVELS):
-            W, pairs = cut(level, C)
-            X = tl.exp(sums(W, g_i, k_i, PRECISION))
-            dk_i += X * tl.dot(tl.where(tl.trans(pairs), dM, 0.0).to(q_i.dtype), (q_i * X).to(q_i.dtype),
-                               input_precision=PRECISION)
-        store(dk + key, dk_i, rows, d, end, H * D, D)
-        R = absorb(R, q_i, do_i, g_i, C, True, PRECISION)
-    if dS0 is not None:
-        if n == 0:
-            tl.store(dS0 + b_h * D * E + d[:, None] * E + e[None, :], R, mask=(d[:, None] < D) & (e[None, :] < E))
+    S, R = tl.load(state_at(states, this, d, e, BD, BE)), tl.load(state_at(dstates, this, d, e, BD, BE))
+    dq_i = tl.exp2(G_i) * tl.dot(do_i, tl.trans(S), input_precision=PRECISION)
+    dk_i = tl.dot(v_i, tl.trans(R), input_precision=PRECISION) * tl.exp2(tl.minimum(whole[None, :] - G_i, 0.0))
+    read, written = q_i * dq_i, k_i * dk_i
+    over = tl.exp2(whole) * tl.sum(S.to(tl.float32) * R, axis=1) + tl.sum(written, axis=0)
+    x = read - written
+    dq_i += own * k_i
+    dk_i += own * q_i
+    for level in range(levels_of(C)):
+        Z, decay, target, cut = at_level(level, q_i, k_i, G + key, G_i, rows, d, T, H * D, D, C)
+        dZ = tl.dot(tl.where(cut, dM, 0.0).to(Z.dtype), Z, input_precision=PRECISION)
+        dq_i += tl.where(target, decay * dZ, 0.0)
+        dk_i += tl.where(target, 0.0, decay * dZ)
+        x += tl.where(target, Z * dZ, -(Z * dZ))
+    store(dq + key, dq_i, rows, d, T, H * D, D)
+    store(dk + key, dk_i, rows, d, T, H * D, D)
+    store(dg + key, sums(t <= s, x, q_i, PRECISION) + over[None, :], rows, d, T, H * D, D)
 
 
 def settings(q, v):
-    """Sizes and segments, and the launch options that were fastest on an H100. A state is always a tile of 64 x 64:
-    with narrower ones, Triton 3.6 makes wrong gradients of 16-bit inputs."""
-    b, t, h, d, e = *q.shape, v.shape[-1]
-    sizes = {"D": d, "E": e, "BD": 64, "BE": 64, "C": CHUNK, "LEVELS": CHUNK.bit_length() - 1, "PRECISION": "tf32",
-             "num_stages": 2, "num_warps": 4}
+    """Sizes, what the products need besides, shape and grid. All tiles are 64 wide: for some that were narrower, and
+    lay in shared memory where a wider one had been, ptxas 12.8 (Triton 3.6, 3.7) hands the tensor cores an address that
+    it has never computed."""
+    (b, t, h, d), e = q.shape, v.shape[-1]
+    C, products = CHUNK, {"PRECISION": "tf32", "num_warps": 4, "num_stages": 1}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
-        sizes |= {"C": CHUNK // 2, "LEVELS": sizes["LEVELS"] - 1, "PRECISION": "ieee", "num_stages": 1, "num_warps": 8}
-    segments = max(1, min(256 // (b * h), t // 512))
-    segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
-    return sizes, (t, h, segment), (b * h, triton.cdiv(t, segment))
+        C, products = CHUNK // 2, products | {"PRECISION": "ieee", "num_warps": 8}
+    return {"D": d, "E": e, "BD": 64, "BE": 64, "C": C}, products, (t, h), (b * h, -(-t // C))
 
 
-def segment_states(k, v, g, reverse):
-    """The states that the segments leave from zero: (b h, segments, d, e), and the sums of g in each. None for
-    one."""
-    sizes, shape, grid = settings(k, v)
-    if grid[1] == 1:
-        return None, None
-    states = torch.empty(*grid, k.shape[-1], v.shape[-1], device=k.device)
-    decays = torch.empty(*grid, k.shape[-1], device=k.device)
-    segment_kernel[grid](k, v, g, states, decays, *shape, REVERSE=reverse, **sizes)
-    return states, decays
+def states_of(k, v, g, S0, S_T, reverse):
+    """G, and the state before each chunk, beginning with S0, in k's dtype; the last one is put in S_T. Reverse: the
+    gradient of the state behind each."""
+    sizes, products, shape, grid = settings(k, v)
+    G, states = torch.empty_like(g), k.new_empty(*grid, 64, 64)
+    adds_kernel[grid](k, v, g, G, states, *shape, **sizes, **products, REVERSE=reverse)
+    walk_kernel[grid[0], 8](states, G, S0, S_T, *shape, **sizes, ROWS=8, REVERSE=reverse, num_warps=2)
+    return G, states
 
 
 def twin(q, k, v, g, S0):
@@ -257,42 +235,40 @@ def twin(q, k, v, g, S0):
 
 
 class GLA(torch.autograd.Function):
-    """q, k, v: (b, t, h, d) in one piece; g: the same, float32."""
+    """q, k, v: (b, t, h, d) in one piece; g: the same, float32; S0: (b, h, d, e) or None."""
 
     @staticmethod
     def forward(ctx, q, k, v, g, S0):
-        sizes, shape, grid = settings(q, v)
+        sizes, products, shape, grid = settings(q, v)
         o, S_T = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-        states, decays = segment_states(k, v, g, False)
-        forward_kernel[grid](q, k, v, g, S0, states, decays, o, S_T, *shape, **sizes)
-        ctx.save_for_backward(q, k, v, g, S0, states, decays, S_T)
+        G, states = states_of(k, v, g, S0, S_T, False)
+        outputs_kernel[grid](q, k, v, G, states, o, *shape, **sizes, **products, REVERSE=False)
+        ctx.save_for_backward(q, k, v, g, S0, states)
         ctx.set_materialize_grads(False)
         return o, S_T
 
     @staticmethod
     def backward(ctx, do, dS_T):
-        q, k, v, g, S0, states, decays, S_T = ctx.saved_tensors
+        q, k, v, g, S0, states = ctx.saved_tensors
         if torch.is_grad_enabled():
             return differentiable_gradients(twin, (q, k, v, g, S0), (do, dS_T))
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS_T = None if dS_T is None else dS_T.contiguous()
-        sizes, shape, grid = settings(q, v)
-        dq, dk = (torch.empty_like(x, dtype=torch.float32) for x in (q, k))      # dg is a sum of small differences
-        dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
-        dstates, ddecays = segment_states(q, do, g, True)
-        dq_kernel[grid](k, v, g, do, S0, states, decays, dq, *shape, **sizes)
-        dkv_kernel[grid](q, k, v, g, do, dS_T, dstates, ddecays, dk, dv, dS0, *shape, **sizes)
-        last = None if dS_T is None else (S_T * dS_T).sum(dim=-1)                            # (b, h, d)
-        return dq.to(q.dtype), dk.to(k.dtype), dv, decay_gradient(q, dq, k, dk, last, True), dS0
+        sizes, products, shape, grid = settings(q, v)
+        dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
+        dS0 = None if S0 is None else torch.empty_like(S0)
+        G, dstates = states_of(q, do, g, dS_T, dS0, True)
+        outputs_kernel[grid](q, k, do, G, dstates, dv, *shape, **sizes, **products, REVERSE=True)
+        gradients_kernel[grid](q, k, v, G, do, states, dstates, dq, dk, dg, *shape, **sizes, **products)
+        return dq, dk, dv, dg, dS0
 
 
 def gla(q, k, v, g, state=None):
     """o_t = sum_{s <= t} sum_d q_td k_sd e^{g_{s+1,d} + ... + g_t,d} v_s, and the state after: lesson 02's form.
 
     q, k: (b, h, t, d), v: (b, h, t, e), of one dtype, float32 or 16 bits; g: log decay, at most 0, four axes that
-    broadcast to (b, h, t, d); state: (b, h, d, e) or None. Returns o: (b, h, t, e) and the state, float32. The
-    state of a head is on chip, up to 64 x 64 numbers of it; wider heads are done in parts, as in
-    kernels.linear_attention."""
+    broadcast to (b, h, t, d); state: (b, h, d, e) or None. Returns o: (b, h, t, e) and the state, float32. A chunk's
+    state is on chip, 64 x 64 numbers; wider heads are done in parts, as in kernels.linear_attention."""
     d, e, g = q.shape[-1], v.shape[-1], g.expand(q.shape)
     if d > 64:
         parts = [gla(q[..., i], k[..., i], v, g[..., i], None if state is None else state[:, :, i])
@@ -313,20 +289,25 @@ def main():
     from kernels import bench
     rates = bench.print_machine()
 
-    def shapes(t, b=1, h=4):
-        q, k, v = bench.random(*[(b, h, t, 64)] * 3)
-        return q * 0.125, k, v, -bench.random((b, h, t, 64), dtype=torch.float32, seed=2)[0].abs() / 16
+    def inputs(t, b=1, h=4, strength=1 / 16, dtype=torch.bfloat16):
+        q, k, v = bench.random(*[(b, h, t, 64)] * 3, dtype=dtype)
+        return q * 0.125, k, v, -strength * bench.random((b, h, t, 64), dtype=torch.float32, seed=2)[0].abs()
 
-    def output(f):
-        return lambda *x: f(*x)[0]
-    bench.check(output(gla), output(reference), ("twin", output(reference)), shapes, "qkvg", loose="g")
-    rows = []
-    for t in (2048, 8192, 32768):
-        tensors = shapes(t, 32768 // t, 16)
-        size, others = tensors[0].numel(), {"twin": output(reference)} if t == 8192 else {}
-        rows.append((f"b {32768 // t} h 16 t {t} d 64", {"kernel": output(gla)} | others, tensors, 12 * size,
-                     size // 64 * (20 * 2 * CHUNK * 64)))
-    bench.compare(rows, rates)
+    def fla():
+        from fla.ops.gla import chunk_gla
+        return lambda *x: chunk_gla(*(z.transpose(1, 2) for z in x), scale=1.0)[0].transpose(1, 2)
+    kernel, twin = (lambda *x, f=f: f(*x)[0] for f in (gla, reference))
+    for strength, dtype, floor in ((1 / 16, torch.bfloat16, 2 ** -7), (3, torch.bfloat16, 2 ** -7),
+                                   (1 / 16, torch.float32, 2e-6)):
+        print(f"gates of about -{strength}")
+        bench.check(kernel, twin, ("twin", twin), lambda t: inputs(t, strength=strength, dtype=dtype),     # noqa: B023
+                    "qkvg", floor=floor)
+    candidates = {"kernel": kernel} | bench.peers("fla", fla)
+    bench.agree("t 2048", candidates, inputs(2048, 2, 16))
+    bench.compare(((f"b {b} h 16 t {t} d 64", candidates, x, 12 * x[0].numel(), 10 * 2 * CHUNK * x[0].numel())
+                   for b, t in ((16, 2048), (4, 8192), (1, 32768)) for x in [inputs(t, b, 16)]), rates)
+    print("memory, forward + backward, b 4 h 16 t 8192: " + ", ".join(
+        f"{name} {bench.memory(f, inputs(8192, 4, 16)) / 2 ** 30:.2f} GiB" for name, f in candidates.items()))
 
 
 if __name__ == "__main__":

@@ -187,13 +187,15 @@ def test_linear_attention_with_shared_queries_and_keys(monkeypatch, kind, segmen
 
 @pytest.mark.parametrize("kind, strength", [("none", STRONG), ("scalar", STRONG), ("vector", STRONG), ("scalar", WEAK),
                                             ("vector", WEAK)])
-def test_linear_attention_in_segments(monkeypatch, kind, strength):
-    """Of two chunks each; what the first one leaves reaches the third where gates are weak."""
-    module = gla if kind == "vector" else linear_attention
-    in_segments(monkeypatch, module, 1 if kind == "vector" else 2)
+def test_linear_attention_over_many_chunks(monkeypatch, kind, strength):
+    """In segments of two where the kernel has them; what the first one leaves reaches the third where gates are
+    weak."""
+    module, kernel = (gla, gla.gla) if kind == "vector" else (linear_attention, linear_attention.linear_attention)
+    if kind != "vector":
+        in_segments(monkeypatch, linear_attention, 2)
     tensors = [*random(*[(1, 2, 260, 16)] * 3), gate(kind, 1, 2, 260, 16, strength=strength),
                *random((1, 2, 16, 16), seed=1)]
-    check_kernel(gla.gla if kind == "vector" else linear_attention.linear_attention, module.reference, tensors, 1e-4)
+    check_kernel(kernel, module.reference, tensors, 1e-4)
 
 
 @pytest.mark.parametrize("kind, d, e", [("none", 300, 16), ("scalar", 16, 300), ("vector", 140, 16),
@@ -282,6 +284,42 @@ def test_strong_forgetting_does_not_overflow(kind):
                                                                        linear_attention.reference)
     check_close(twin(q, k, v, g)[0], linear.recurrent(q, k, v, g)[0], 1e-11, "the twin and the lesson")
     check_kernel(kernel, twin, (q, k, v, g), 1e-3)
+
+
+@pytest.mark.skipif(GPU, reason="it is the interpreter that is watched")
+def test_no_exponent_of_gla_is_above_0(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    largest = []
+
+    def watched(exponential):
+        def watch(builder, x):
+            largest.append(x.data.max())
+            return exponential(builder, x)
+        return watch
+    for name in ("create_exp", "create_exp2"):
+        monkeypatch.setattr(InterpreterBuilder, name, watched(getattr(InterpreterBuilder, name)))
+    q, k, v, S = (x.float().requires_grad_() for x in random(*[(1, 1, 70, 16)] * 3, (1, 1, 16, 16)))
+    g = gate("vector", 1, 1, 70, 16).float()
+    g[:, :, ::7] *= 1e3
+    o, S = gla.gla(q, k, v, g.requires_grad_(), S)
+    (o.sum() + S.sum()).backward()
+    assert len(largest) > 20 and max(largest) == 0
+
+
+def test_the_gradient_of_glas_gate_does_not_get_worse_with_the_text():
+    """In 16 bits it is as good as the twin's, although a gate's gradient sums up all that comes after it."""
+    t, dtype = (4096, torch.bfloat16) if GPU else (420, torch.float16)
+    q, k, v = random(*[(1, 1, t, 16)] * 3)
+    tensors = [x.to(dtype).double() for x in (q / 4, k, v)]
+    tensors.append(gate("vector", 1, 1, t, 16, strength=1 / 16).float().double())
+    exact = values_and_gradients(gla.reference, tensors, torch.float64, DEVICE)[-1]
+
+    def in_16_bits(f):
+        return lambda q, k, v, g: f(*(x.to(dtype) for x in (q, k, v)), g)
+    kernel, twin = (values_and_gradients(in_16_bits(f), tensors, torch.float32, DEVICE)[-1]
+                    for f in (gla.gla, gla.reference))
+    assert (kernel - exact).norm() < 2 * (twin - exact).norm() < 0.02 * exact.norm()
 
 
 # -------------------------------------------------------------------------------------------------------------- based
