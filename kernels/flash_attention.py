@@ -22,8 +22,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.tiles import differentiable_gradients, in_one_piece, load, place, shared_memory, store
+from kernels.tiles import differentiable_gradients, in_one_piece, load, place, shared_memory, store, without_zeros
 
 LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 
@@ -54,49 +55,53 @@ def hidden(targets, sources, window):
 
 
 @triton.jit
-def sources_of(first, last, window, S, BN: tl.constexpr):
-    """Where the sources begin that positions first to last see, where those that all of them see, where these end."""
-    begin = tl.maximum(0, first - window + 1) // BN * BN
-    whole = tl.minimum(tl.maximum(0, first + 1) // BN, S // BN) * BN                 # the last ones are on the diagonal
-    return begin, tl.minimum(tl.maximum(tl.cdiv(last - window + 1, BN) * BN, begin), tl.maximum(whole, begin)), whole
+def block_of(x, b, start, h, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows from `start` on of a head, through a tensor descriptor of (b, t, h, d); zeros where the tensor ends."""
+    return x.load([b, start, h, 0]).reshape(ROWS, WIDTH)
 
 
 @triton.jit
-def softmax_step(q, k, v, m, l, acc, targets, start, d, e, window, S, k_row, v_row, SCALE: tl.constexpr,
-                 D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of sources more in the running maximum m, sum l and output acc."""
-    cols = start + tl.arange(0, BN)
-    s = tl.dot(q, tl.trans(load(k, cols, d, S, k_row, D, MASK)), input_precision=PRECISION)
-    if MASK:
-        s = tl.where(hidden(targets[:, None], cols[None, :], window), float("-inf"), s)
-    new = tl.maximum(m, tl.max(s, axis=1) * SCALE)               # finite, as m is from the start: no inf - inf
-    p, shrink = tl.exp2(s * SCALE - new[:, None]), tl.exp2(m - new)
-    acc = tl.dot(p.to(v.dtype.element_ty), load(v, cols, e, S, v_row, E, MASK), acc=acc * shrink[:, None],
-                 input_precision=PRECISION)
-    return new, l * shrink + tl.sum(p, axis=1), acc
+def sources_of(first, last, window, S, BN: tl.constexpr):
+    """Where three stretches of sources begin and the last one ends, for targets at positions first to last: those on
+    the window's edge, those that every target sees, those on the diagonal. All but the end: multiples of BN."""
+    begin, seen_by_first = tl.maximum(0, first - window + 1) // BN * BN, tl.minimum(tl.maximum(0, first + 1), S)
+    diagonal = tl.maximum(begin, seen_by_first // BN * BN)
+    whole = tl.minimum(tl.maximum(begin, tl.cdiv(last - window + 1, BN) * BN), diagonal)
+    return begin, whole, diagonal, tl.minimum(S, last + 1)
+
+
+@triton.jit
+def targets_of(first, last, window, T, BM: tl.constexpr):
+    """The same for the targets that see the sources first to last, both counted from the first target: three stretches,
+    those on the diagonal, those that see every source, those that the window's edge meets."""
+    begin, end = tl.maximum(0, first) // BM * BM, tl.minimum(T, last + window)
+    diagonal = tl.minimum(tl.cdiv(tl.maximum(0, last), BM) * BM, end)
+    return begin, diagonal, tl.maximum(diagonal, tl.minimum(end, first + window) // BM * BM), end
+
 
 @triton.jit
 def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     blocks = tl.cdiv(T, BM)
     block, b_h = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks          # the longest first
+    b, g = b_h // H, b_h % H // (H // G)
     rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
-    k, v, targets = k + place(b_h, H, G, S, D), v + place(b_h, H, G, S, E), rows + S - T
+    targets = rows + S - T
     q_i = load(q + place(b_h, H, H, T, D), rows, d, T, H * D, D)
     m, l, acc = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM, BE), tl.float32)
-    begin, whole, diagonal = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
-    for start in range(begin, whole, BN):
-        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E, BN,
-                                 True, PRECISION)
-    for start in range(whole, diagonal, BN):
-        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E, BN,
-                                 False, PRECISION)
-    for start in range(tl.maximum(whole, diagonal), tl.minimum(S, block * BM + BM + S - T), BN):
-        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E, BN,
-                                 True, PRECISION)
+    stretches = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
+    for i in tl.static_range(3):                                 # the one in the middle needs no mask
+        for start in range(stretches[i], stretches[i + 1], BN):
+            s = tl.dot(q_i, block_of(k, b, start, g, BN, BD).T, input_precision=PRECISION)   # (BM, BN)
+            if i != 1:
+                s = tl.where(hidden(targets[:, None], start + tl.arange(0, BN)[None, :], window), float("-inf"), s)
+            new = tl.maximum(m, tl.max(s, axis=1) * SCALE)       # finite, as m is from the start: no inf - inf
+            p, shrink, m = tl.exp2(s * SCALE - new[:, None]), tl.exp2(m - new), new
+            v_i = block_of(v, b, start, g, BN, BE)
+            l, acc = l * shrink + tl.sum(p, axis=1), acc * shrink[:, None]
+            acc = tl.dot(p.to(v_i.dtype), v_i, acc=acc, input_precision=PRECISION)
     l = tl.maximum(l, 1e-30)                                     # rows behind the end may see nothing
-    o += place(b_h, H, H, T, E)
-    store(o, acc / l[:, None], rows, e, T, H * E, E)
+    store(o + place(b_h, H, H, T, E), acc / l[:, None], rows, e, T, H * E, E)
     tl.store(L + b_h * T + rows, m + tl.log2(l), mask=rows < T)
 
 
@@ -109,98 +114,64 @@ def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def dq_step(q, k, v, do, L, delta, dq, targets, start, d, e, window, S, k_row, v_row, SCALE: tl.constexpr,
-            D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
-    cols = start + tl.arange(0, BN)
-    k_i = load(k, cols, d, S, k_row, D, MASK)
-    p = tl.exp2(tl.dot(q, tl.trans(k_i), input_precision=PRECISION) * SCALE - L[:, None])
-    if MASK:
-        p = tl.where(hidden(targets[:, None], cols[None, :], window), 0.0, p)
-    dp = tl.dot(do, tl.trans(load(v, cols, e, S, v_row, E, MASK)), input_precision=PRECISION)
-    return tl.dot((p * (dp - delta[:, None])).to(k_i.dtype), k_i, acc=dq, input_precision=PRECISION)
-
-
-@triton.jit
 def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
               BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     blocks = tl.cdiv(T, BM)
     block, b_h = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks          # the longest first
+    b, g = b_h // H, b_h % H // (H // G)
     rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
-    k, v, targets = k + place(b_h, H, G, S, D), v + place(b_h, H, G, S, E), rows + S - T
+    targets = rows + S - T
     q_i = load(q + place(b_h, H, H, T, D), rows, d, T, H * D, D)
     do_i = load(do + place(b_h, H, H, T, E), rows, e, T, H * E, E)
     L_i = tl.load(L + b_h * T + rows, mask=rows < T, other=0.0)
     delta_i = tl.load(delta + b_h * T + rows, mask=rows < T, other=0.0)
     dq_i = tl.zeros((BM, BD), tl.float32)
-    begin, whole, diagonal = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
-    for start in range(begin, whole, BN):
-        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E,
-                       BN, True, PRECISION)
-    for start in range(whole, diagonal, BN):
-        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E,
-                       BN, False, PRECISION)
-    for start in range(tl.maximum(whole, diagonal), tl.minimum(S, block * BM + BM + S - T), BN):
-        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E,
-                       BN, True, PRECISION)
-    dq += place(b_h, H, H, T, D)
-    store(dq, dq_i * (SCALE * LN2), rows, d, T, H * D, D)
-
-
-@triton.jit
-def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, window, T, past, H, SCALE: tl.constexpr,
-             D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
-    """The tiles are transposed: sources down, targets across."""
-    rows = start + tl.arange(0, BM)
-    q_i, do_i = load(q, rows, d, T, H * D, D, MASK), load(do, rows, e, T, H * E, E, MASK)
-    if MASK:
-        L_i = tl.load(L + rows, mask=rows < T, other=0.0)                                    # outside, q and do are 0
-        delta_i = tl.load(delta + rows, mask=rows < T, other=0.0)
-    else:
-        L_i, delta_i = tl.load(L + rows), tl.load(delta + rows)
-    p = tl.exp2(tl.dot(k, tl.trans(q_i), input_precision=PRECISION) * SCALE - L_i[None, :])  # (s, t)
-    if MASK:
-        p = tl.where(hidden(rows[None, :] + past, sources[:, None], window), 0.0, p)
-    dv = tl.dot(p.to(do_i.dtype), do_i, acc=dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do_i), input_precision=PRECISION)
-    dk = tl.dot((p * (dp - delta_i[None, :])).to(q_i.dtype), q_i, acc=dk, input_precision=PRECISION)
-    return dk, dv
+    stretches = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
+    for i in tl.static_range(3):
+        for start in range(stretches[i], stretches[i + 1], BN):
+            k_i = block_of(k, b, start, g, BN, BD)
+            p = tl.exp2(tl.dot(q_i, k_i.T, input_precision=PRECISION) * SCALE - L_i[:, None])
+            if i != 1:
+                p = tl.where(hidden(targets[:, None], start + tl.arange(0, BN)[None, :], window), 0.0, p)
+            dp = tl.dot(do_i, block_of(v, b, start, g, BN, BE).T, input_precision=PRECISION)
+            dq_i = tl.dot((p * (dp - delta_i[:, None])).to(k_i.dtype), k_i, acc=dq_i, input_precision=PRECISION)
+    store(dq + place(b_h, H, H, T, D), dq_i * (SCALE * LN2), rows, d, T, H * D, D)
 
 
 @triton.jit
 def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+    """The tiles are transposed: sources down, targets across."""
     blocks = tl.cdiv(S, BN)
     block, b_g = tl.program_id(0) % blocks, tl.program_id(0) // blocks                       # the longest first
     sources, d, e = block * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BE)
     key, value = place(b_g, G, G, S, D), place(b_g, G, G, S, E)
     k_i, v_i = load(k + key, sources, d, S, G * D, D), load(v + value, sources, e, S, G * E, E)
     dk_i, dv_i = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BE), tl.float32)
-    past = S - T
-    begin = tl.maximum(0, block * BN - past) // BM * BM                                      # targets that see any
-    diagonal = tl.maximum(begin, tl.cdiv(tl.maximum(0, block * BN + BN - 1 - past), BM) * BM)    # that see all
-    end = tl.minimum(T, block * BN + BN - 1 + window - past)                                 # behind those that see any
-    whole = tl.maximum(diagonal, tl.minimum(end, block * BN + window - past) // BM * BM)     # all of them see all
+    stretches = targets_of(block * BN + T - S, block * BN + BN - 1 + T - S, window, T, BM)
     for head in range(H // G):
-        b_h = b_g // G * H + b_g % G * (H // G) + head
-        q_h, do_h = q + place(b_h, H, H, T, D), do + place(b_h, H, H, T, E)
-        for start in range(begin, tl.minimum(diagonal, end), BM):
-            dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
-                                  window, T, past, H, SCALE, D, E, BM, True, PRECISION)
-        for start in range(diagonal, whole, BM):
-            dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
-                                  window, T, past, H, SCALE, D, E, BM, False, PRECISION)
-        for start in range(whole, end, BM):
-            dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
-                                  window, T, past, H, SCALE, D, E, BM, True, PRECISION)
+        b, h = b_g // G, b_g % G * (H // G) + head
+        for i in tl.static_range(3):
+            for start in range(stretches[i], stretches[i + 1], BM):
+                rows = start + tl.arange(0, BM)
+                q_i, do_i = block_of(q, b, start, h, BM, BD), block_of(do, b, start, h, BM, BE)
+                L_i = tl.load(L + (b * H + h) * T + rows, mask=rows < T, other=0.0)          # behind T, q and do are 0
+                delta_i = tl.load(delta + (b * H + h) * T + rows, mask=rows < T, other=0.0)
+                p = tl.exp2(tl.dot(k_i, q_i.T, input_precision=PRECISION) * SCALE - L_i[None, :])    # (BN, BM)
+                if i != 1:
+                    p = tl.where(hidden(rows[None, :] + S - T, sources[:, None], window), 0.0, p)
+                dv_i = tl.dot(p.to(do_i.dtype), do_i, acc=dv_i, input_precision=PRECISION)
+                dp = tl.dot(v_i, do_i.T, input_precision=PRECISION)
+                dk_i = tl.dot((p * (dp - delta_i[None, :])).to(q_i.dtype), q_i, acc=dk_i, input_precision=PRECISION)
     store(dk + key, dk_i * (SCALE * LN2), sources, d, S, G * D, D)
     store(dv + value, dv_i, sources, e, S, G * E, E)
 
 
-def settings(q, k, v, window):
+def settings(q, k, v, window, width):
     """Sizes, and the blocks and launch options that were fastest on an H100."""
     (_, t, h, d), (_, s, g, e) = q.shape, v.shape
     shape = (t, s, h, g, s if window is None else min(window, s))
-    sizes = {"SCALE": d ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)),
+    sizes = {"SCALE": width ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)),
              "BE": max(16, triton.next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
     return shape, sizes, blocks_of(q, v, window)
 
@@ -230,37 +201,47 @@ def launch(blocks):
     return {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
 
 
-def twin(q, k, v, window):
+def described(x, rows):
+    """A descriptor of x (b, t, h, d), for blocks of rows of a head: a GPU from Hopper on copies such a block by itself."""
+    return TensorDescriptor.from_tensor(x, [1, rows, 1, max(16, triton.next_power_of_2(x.shape[-1]))])
+
+
+def twin(q, k, v, window, width):
     """The reference, for arguments as FlashAttention takes them."""
-    return reference(*(x.transpose(1, 2) for x in (q, k, v)), window).transpose(1, 2)
+    return reference(*(x.transpose(1, 2) for x in (q[..., :width], k[..., :width], v)), window).transpose(1, 2)
 
 
 class FlashAttention(torch.autograd.Function):
-    """q: (b, t, h, d), k, v: (b, s, g, d) in one piece."""
+    """q: (b, t, h, d), k, v: (b, s, g, d) in one piece. width: d without the zeros that fill it up."""
 
     @staticmethod
-    def forward(ctx, q, k, v, window):
+    def forward(ctx, q, k, v, window, width):
         (b, t, h, _), e = q.shape, v.shape[-1]
-        shape, sizes, (blocks, *_) = settings(q, k, v, window)
+        shape, sizes, (blocks, *_) = settings(q, k, v, window, width)
         o, L = q.new_empty(b, t, h, e), torch.empty(b, h, t, device=q.device)
-        forward_kernel[(triton.cdiv(t, blocks[0]) * b * h,)](q, k, v, o, L, *shape, **sizes, **launch(blocks))
+        k_d, v_d = described(k, blocks[1]), described(v, blocks[1])
+        forward_kernel[(triton.cdiv(t, blocks[0]) * b * h,)](q, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
         ctx.save_for_backward(q, k, v, o, L)
-        ctx.window = window
+        ctx.window, ctx.width = window, width
         return o
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, L = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *differentiable_gradients(functools.partial(twin, window=ctx.window), (q, k, v), (do,)), None
+            own_twin = functools.partial(twin, window=ctx.window, width=ctx.width)
+            return *differentiable_gradients(own_twin, (q, k, v), (do,)), None, None
         do, (b, t, h, _), (_, s, g, e) = do.contiguous(), q.shape, v.shape
-        shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window)
+        shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window, ctx.width)
         delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         rowsum_kernel[(triton.cdiv(b * t * h, 64),)](do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
-        dkv_kernel[(triton.cdiv(s, for_dkv[1]) * b * g,)](q, k, v, do, L, delta, dk, dv, *shape, **sizes,
-                                                        **launch(for_dkv))
-        dq_kernel[(triton.cdiv(t, for_dq[0]) * b * h,)](q, k, v, do, L, delta, dq, *shape, **sizes, **launch(for_dq))
-        return dq, dk, dv, None
+        q_d, do_d = described(q, for_dkv[0]), described(do, for_dkv[0])
+        dkv_kernel[(triton.cdiv(s, for_dkv[1]) * b * g,)](q_d, k, v, do_d, L, delta, dk, dv, *shape, **sizes,
+                                                          **launch(for_dkv))
+        k_d, v_d = described(k, for_dq[1]), described(v, for_dq[1])
+        dq_kernel[(triton.cdiv(t, for_dq[0]) * b * h,)](q, k_d, v_d, do, L, delta, dq, *shape, **sizes,
+                                                        **launch(for_dq))
+        return dq, dk, dv, None, None
 
 
 def flash_attention(q, k, v, window=None):
@@ -276,7 +257,7 @@ def flash_attention(q, k, v, window=None):
                          "more")
     if max(d, e) > 256:
         raise ValueError(f"heads of {d} keys, {e} values: this kernel holds up to 256 of each")
-    return FlashAttention.apply(in_one_piece(q), in_one_piece(k), in_one_piece(v), window).transpose(1, 2)
+    return without_zeros(FlashAttention.apply(*(in_one_piece(x, 8) for x in (q, k, v)), window, d), e)
 
 
 def main():
