@@ -55,9 +55,13 @@ def hidden(targets, sources, window):
 
 
 @triton.jit
-def block_of(x, b, start, h, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows from `start` on of a head, through a tensor descriptor of (b, t, h, d); zeros where the tensor ends."""
-    return x.load([b, start, h, 0]).reshape(ROWS, WIDTH)
+def block_of(x, b, start, h, H, T, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """Rows from `start` on of head h of H, zeros from row T on. TMA: x is a tensor descriptor of (b, t, h, d)."""
+    if TMA:
+        x_i = x.load([b, start, h, 0]).reshape(ROWS, BD)
+    else:
+        x_i = load(x + place(b * H + h, H, H, T, D), start + tl.arange(0, ROWS), tl.arange(0, BD), T, H * D, D)
+    return x_i
 
 
 @triton.jit
@@ -81,7 +85,8 @@ def targets_of(first, last, window, T, BM: tl.constexpr):
 
 @triton.jit
 def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-                   BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+                   BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+                   TMA: tl.constexpr):
     blocks = tl.cdiv(T, BM)
     block, b_h = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks          # the longest first
     b, g = b_h // H, b_h % H // (H // G)
@@ -92,12 +97,12 @@ def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl
     stretches = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
     for i in tl.static_range(3):                                 # the one in the middle needs no mask
         for start in range(stretches[i], stretches[i + 1], BN):
-            s = tl.dot(q_i, block_of(k, b, start, g, BN, BD).T, input_precision=PRECISION)   # (BM, BN)
+            s = tl.dot(q_i, block_of(k, b, start, g, G, S, D, BD, BN, TMA).T, input_precision=PRECISION)   # (BM, BN)
             if i != 1:
                 s = tl.where(hidden(targets[:, None], start + tl.arange(0, BN)[None, :], window), float("-inf"), s)
             new = tl.maximum(m, tl.max(s, axis=1) * SCALE)       # finite, as m is from the start: no inf - inf
             p, shrink, m = tl.exp2(s * SCALE - new[:, None]), tl.exp2(m - new), new
-            v_i = block_of(v, b, start, g, BN, BE)
+            v_i = block_of(v, b, start, g, G, S, E, BE, BN, TMA)
             l, acc = l * shrink + tl.sum(p, axis=1), acc * shrink[:, None]
             acc = tl.dot(p.to(v_i.dtype), v_i, acc=acc, input_precision=PRECISION)
     l = tl.maximum(l, 1e-30)                                     # rows behind the end may see nothing
@@ -115,7 +120,8 @@ def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl
 
 @triton.jit
 def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-              BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+              BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+                   TMA: tl.constexpr):
     blocks = tl.cdiv(T, BM)
     block, b_h = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks          # the longest first
     b, g = b_h // H, b_h % H // (H // G)
@@ -129,18 +135,19 @@ def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr
     stretches = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
     for i in tl.static_range(3):
         for start in range(stretches[i], stretches[i + 1], BN):
-            k_i = block_of(k, b, start, g, BN, BD)
+            k_i = block_of(k, b, start, g, G, S, D, BD, BN, TMA)
             p = tl.exp2(tl.dot(q_i, k_i.T, input_precision=PRECISION) * SCALE - L_i[:, None])
             if i != 1:
                 p = tl.where(hidden(targets[:, None], start + tl.arange(0, BN)[None, :], window), 0.0, p)
-            dp = tl.dot(do_i, block_of(v, b, start, g, BN, BE).T, input_precision=PRECISION)
+            dp = tl.dot(do_i, block_of(v, b, start, g, G, S, E, BE, BN, TMA).T, input_precision=PRECISION)
             dq_i = tl.dot((p * (dp - delta_i[:, None])).to(k_i.dtype), k_i, acc=dq_i, input_precision=PRECISION)
     store(dq + place(b_h, H, H, T, D), dq_i * (SCALE * LN2), rows, d, T, H * D, D)
 
 
 @triton.jit
 def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-               BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+               BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+               TMA: tl.constexpr):
     """The tiles are transposed: sources down, targets across."""
     blocks = tl.cdiv(S, BN)
     block, b_g = tl.program_id(0) % blocks, tl.program_id(0) // blocks                       # the longest first
@@ -154,9 +161,10 @@ def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, SCALE: tl.cons
         for i in tl.static_range(3):
             for start in range(stretches[i], stretches[i + 1], BM):
                 rows = start + tl.arange(0, BM)
-                q_i, do_i = block_of(q, b, start, h, BM, BD), block_of(do, b, start, h, BM, BE)
-                L_i = tl.load(L + (b * H + h) * T + rows, mask=rows < T, other=0.0)          # behind T, q and do are 0
-                delta_i = tl.load(delta + (b * H + h) * T + rows, mask=rows < T, other=0.0)
+                q_i = block_of(q, b, start, h, H, T, D, BD, BM, TMA)
+                do_i = block_of(do, b, start, h, H, T, E, BE, BM, TMA)
+                at = (b * H + h) * T + (rows if i == 1 else tl.minimum(rows, T - 1))         # behind T, q and do are 0
+                L_i, delta_i = tl.load(L + at), tl.load(delta + at)
                 p = tl.exp2(tl.dot(k_i, q_i.T, input_precision=PRECISION) * SCALE - L_i[None, :])    # (BN, BM)
                 if i != 1:
                     p = tl.where(hidden(rows[None, :] + S - T, sources[:, None], window), 0.0, p)
@@ -172,7 +180,8 @@ def settings(q, k, v, window, width):
     (_, t, h, d), (_, s, g, e) = q.shape, v.shape
     shape = (t, s, h, g, s if window is None else min(window, s))
     sizes = {"SCALE": width ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)),
-             "BE": max(16, triton.next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
+             "BE": max(16, triton.next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+             "TMA": copies_blocks(q.device)}
     return shape, sizes, blocks_of(q, v, window)
 
 
@@ -201,8 +210,17 @@ def launch(blocks):
     return {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
 
 
+@torch.compiler.assume_constant_result
+def copies_blocks(device):
+    """Has the device a unit that copies blocks by itself (TMA), told where by a descriptor? Hopper and later do."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def described(x, rows):
-    """A descriptor of x (b, t, h, d), for blocks of rows of a head: a GPU from Hopper on copies such a block by itself."""
+    """x (b, t, h, d), or its descriptor, for blocks of rows of a head."""
+    if not copies_blocks(x.device):
+        return x
+    x = x.clone() if x.storage_offset() % 8 else x                   # it must begin at a multiple of 16 bytes
     return TensorDescriptor.from_tensor(x, [1, rows, 1, max(16, triton.next_power_of_2(x.shape[-1]))])
 
 
