@@ -279,34 +279,45 @@ def flash_attention(q, k, v, window=None):
 
 
 def main():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from kernels import bench
     rates = bench.print_machine()
     flex = torch.compile(flex_attention, dynamic=False)
 
-    def sdpa(q, k, v):
-        shared = k.shape[1] != q.shape[1]
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+    def sdpa(backend):
+        def attend(q, k, v):
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                                        enable_gqa=k.shape[1] != q.shape[1])
+        return attend
 
-    def shapes(t, b=1, h=4, g=4):
-        return bench.random((b, h, t, 64), (b, g, t, 64), (b, g, t, 64))
-    bench.check(flash_attention, reference, ("SDPA", sdpa), shapes, "qkv")
-    print("with shared heads")
-    bench.check(flash_attention, reference, ("SDPA", sdpa), lambda t: shapes(t, g=1), "qkv", (1000,))
-    rows = []
-    for t in (2048, 8192, 32768):
-        n, size = 32768, 32768 * 16 * 64
-        rows.append((f"b {n // t} h 16 t {t} d 64", {"kernel": flash_attention, "SDPA": sdpa},
-                     shapes(t, n // t, 16, 16), 8 * size, 2 * size * t))
-    for window in (64, 1024):
+    def flash_attn_4():
+        from flash_attn.cute import flash_attn_func
+        return lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0].transpose(1, 2)
+
+    def shapes(t, b=1, h=4, g=4, d=64):
+        return bench.random((b, h, t, d), (b, g, t, d), (b, g, t, d))
+    others = {"cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "FlashAttention-2": sdpa(SDPBackend.FLASH_ATTENTION)}
+    for what, sizes in (("4 heads of 64", {}), ("that share keys", {"g": 1}), ("4 heads of 128", {"d": 128})):
+        print(f"{what}, SDPA by FlashAttention-2")
+        bench.check(flash_attention, reference, ("SDPA", others["FlashAttention-2"]),
+                    lambda t, sizes=sizes: shapes(t, **sizes), "qkv", (1000,) if sizes else bench.LENGTHS)
+    candidates = {"kernel": flash_attention, **others, **bench.peers("flash-attn-4", flash_attn_4)}
+    rows, n = [], 32768
+    for h, d in ((16, 64), (8, 128)):
+        bench.agree(f"t = 2048, d = {d}", candidates, shapes(2048, 2, h, h, d))
+        for t in (2048, 8192, n):
+            tensors = shapes(t, n // t, h, h, d)
+            rows.append((f"b {n // t} h {h} t {t} d {d}", candidates, tensors, 8192 * n, 2048 * n * t))
+    rows.append(("4 heads share keys, b 4 h 16 t 8192", candidates, shapes(8192, 4, 16, 4), 5120 * n, 2048 * n * 8192))
+    for window in (64, 256, 1024):
         mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, 8192, 8192)  # noqa: B023
         rows.append((f"window {window}, b 4 h 16 t 8192 d 64",
                      {"kernel": lambda q, k, v, window=window: flash_attention(q, k, v, window),
                       "flex": lambda q, k, v, mask=mask: flex(q, k, v, block_mask=mask)}, shapes(8192, 4, 16, 16),
-                     8 * size, 4 * size * window))
-    rows.append(("4 heads share keys, b 4 h 16 t 8192", {"kernel": flash_attention, "SDPA": sdpa},
-                 shapes(8192, 4, 16, 4), 5 * size, 2 * size * 8192))
+                     8192 * n, 4096 * n * window))
     bench.compare(rows, rates)
 
 

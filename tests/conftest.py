@@ -27,7 +27,7 @@ def watch_memory():
 
     def note(executor, *args):
         arguments, named = prepare(executor, *args)
-        leaves = [getattr(x, "base", x) for x in tree_leaves([arguments, named])]            # of descriptors, the tensors
+        leaves = [getattr(x, "base", x) for x in tree_leaves([arguments, named])]       # of descriptors, the tensors
         memory = {x.untyped_storage() for x in leaves if isinstance(x, torch.Tensor)}
         ranges[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in memory]
         return arguments, named
