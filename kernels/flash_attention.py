@@ -90,9 +90,9 @@ def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl
     blocks = tl.cdiv(T, BM)
     block, b_h = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks          # the longest first
     b, g = b_h // H, b_h % H // (H // G)
-    rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
+    rows, e = block * BM + tl.arange(0, BM), tl.arange(0, BE)
     targets = rows + S - T
-    q_i = load(q + place(b_h, H, H, T, D), rows, d, T, H * D, D)
+    q_i = block_of(q, b, block * BM, b_h % H, H, T, D, BD, BM, TMA)
     m, l, acc = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM, BE), tl.float32)
     stretches = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
     for i in tl.static_range(3):                                 # the one in the middle needs no mask
@@ -121,7 +121,7 @@ def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl
 @triton.jit
 def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
               BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-                   TMA: tl.constexpr):
+              TMA: tl.constexpr):
     blocks = tl.cdiv(T, BM)
     block, b_h = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks          # the longest first
     b, g = b_h // H, b_h % H // (H // G)
@@ -145,9 +145,9 @@ def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr
 
 
 @triton.jit
-def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-               BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-               TMA: tl.constexpr):
+def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, GROUP: tl.constexpr, SCALE: tl.constexpr,
+               D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               PRECISION: tl.constexpr, TMA: tl.constexpr):
     """The tiles are transposed: sources down, targets across."""
     blocks = tl.cdiv(S, BN)
     block, b_g = tl.program_id(0) % blocks, tl.program_id(0) // blocks                       # the longest first
@@ -156,8 +156,8 @@ def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, SCALE: tl.cons
     k_i, v_i = load(k + key, sources, d, S, G * D, D), load(v + value, sources, e, S, G * E, E)
     dk_i, dv_i = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BE), tl.float32)
     stretches = targets_of(block * BN + T - S, block * BN + BN - 1 + T - S, window, T, BM)
-    for head in range(H // G):
-        b, h = b_g // G, b_g % G * (H // G) + head
+    for head in range(GROUP):                                    # of the heads that share these keys
+        b, h = b_g // G, b_g % G * GROUP + head
         for i in tl.static_range(3):
             for start in range(stretches[i], stretches[i + 1], BM):
                 rows = start + tl.arange(0, BM)
@@ -192,10 +192,10 @@ def blocks_of(q, v, window):
         row, memory = triton.next_power_of_2(width) * q.element_size(), shared_memory(q.device)
         return [halved(*blocks, row, memory) for blocks in ((64, 32, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1))]
     if width > 64:
-        return (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)
+        return (64, 64, 4, 3 if copies_blocks(q.device) else 2), (64, 64, 4, 2), (32, 64, 4, 2)
     if window is not None and window <= 256:
         return (64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 4, 1)
-    return (64 if q.shape[1] <= 16384 else 128, 64, 4, 3), (64, 64, 4, 3), (32, 128, 4, 3)
+    return (64, 64, 4, 3), (64, 64, 4, 3), (32, 128, 4, 3)
 
 
 def halved(BM, BN, warps, stages, row, memory):
@@ -237,8 +237,8 @@ class FlashAttention(torch.autograd.Function):
         (b, t, h, _), e = q.shape, v.shape[-1]
         shape, sizes, (blocks, *_) = settings(q, k, v, window, width)
         o, L = q.new_empty(b, t, h, e), torch.empty(b, h, t, device=q.device)
-        k_d, v_d = described(k, blocks[1]), described(v, blocks[1])
-        forward_kernel[(triton.cdiv(t, blocks[0]) * b * h,)](q, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
+        q_d, k_d, v_d = described(q, blocks[0]), described(k, blocks[1]), described(v, blocks[1])
+        forward_kernel[(triton.cdiv(t, blocks[0]) * b * h,)](q_d, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
         ctx.save_for_backward(q, k, v, o, L)
         ctx.window, ctx.width = window, width
         return o
@@ -254,7 +254,7 @@ class FlashAttention(torch.autograd.Function):
         delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         rowsum_kernel[(triton.cdiv(b * t * h, 64),)](do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
         q_d, do_d = described(q, for_dkv[0]), described(do, for_dkv[0])
-        dkv_kernel[(triton.cdiv(s, for_dkv[1]) * b * g,)](q_d, k, v, do_d, L, delta, dk, dv, *shape, **sizes,
+        dkv_kernel[(triton.cdiv(s, for_dkv[1]) * b * g,)](q_d, k, v, do_d, L, delta, dk, dv, *shape, h // g, **sizes,
                                                           **launch(for_dkv))
         k_d, v_d = described(k, for_dq[1]), described(v, for_dq[1])
         dq_kernel[(triton.cdiv(t, for_dq[0]) * b * h,)](q, k_d, v_d, do, L, delta, dq, *shape, **sizes,
