@@ -22,8 +22,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.tiles import differentiable_gradients, in_one_piece, load, place, shared_memory, store
+from kernels.tiles import differentiable_gradients, in_one_piece, load, place, shared_memory, store, without_zeros
 
 LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 
@@ -54,49 +55,58 @@ def hidden(targets, sources, window):
 
 
 @triton.jit
-def sources_of(first, last, window, S, BN: tl.constexpr):
-    """Where the sources begin that positions first to last see, where those that all of them see, where these end."""
-    begin = tl.maximum(0, first - window + 1) // BN * BN
-    whole = tl.minimum(tl.maximum(0, first + 1) // BN, S // BN) * BN                 # the last ones are on the diagonal
-    return begin, tl.minimum(tl.maximum(tl.cdiv(last - window + 1, BN) * BN, begin), tl.maximum(whole, begin)), whole
+def block_of(x, b, start, h, H, T, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """Rows from `start` on of head h of H, zeros from row T on. TMA: x is a tensor descriptor of (b, t, h, d)."""
+    if TMA:
+        x_i = x.load([b, start, h, 0]).reshape(ROWS, BD)
+    else:
+        x_i = load(x + place(b * H + h, H, H, T, D), start + tl.arange(0, ROWS), tl.arange(0, BD), T, H * D, D)
+    return x_i
 
 
 @triton.jit
-def softmax_step(q, k, v, m, l, acc, targets, start, d, e, window, S, k_row, v_row, SCALE: tl.constexpr,
-                 D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of sources more in the running maximum m, sum l and output acc."""
-    cols = start + tl.arange(0, BN)
-    s = tl.dot(q, tl.trans(load(k, cols, d, S, k_row, D, MASK)), input_precision=PRECISION)
-    if MASK:
-        s = tl.where(hidden(targets[:, None], cols[None, :], window), float("-inf"), s)
-    new = tl.maximum(m, tl.max(s, axis=1) * SCALE)               # finite, as m is from the start: no inf - inf
-    p, shrink = tl.exp2(s * SCALE - new[:, None]), tl.exp2(m - new)
-    acc = tl.dot(p.to(v.dtype.element_ty), load(v, cols, e, S, v_row, E, MASK), acc=acc * shrink[:, None],
-                 input_precision=PRECISION)
-    return new, l * shrink + tl.sum(p, axis=1), acc
+def sources_of(first, last, window, S, BN: tl.constexpr):
+    """Where three stretches of sources begin and the last one ends, for targets at positions first to last: those on
+    the window's edge, those that every target sees, those on the diagonal. All but the end: multiples of BN."""
+    begin, seen_by_first = tl.maximum(0, first - window + 1) // BN * BN, tl.minimum(tl.maximum(0, first + 1), S)
+    diagonal = tl.maximum(begin, seen_by_first // BN * BN)
+    whole = tl.minimum(tl.maximum(begin, tl.cdiv(last - window + 1, BN) * BN), diagonal)
+    return begin, whole, diagonal, tl.minimum(S, last + 1)
+
+
+@triton.jit
+def targets_of(first, last, window, T, BM: tl.constexpr):
+    """The same for the targets that see the sources first to last, both counted from the first target: three stretches,
+    those on the diagonal, those that see every source, those that the window's edge meets."""
+    begin, end = tl.maximum(0, first) // BM * BM, tl.minimum(T, last + window)
+    diagonal = tl.minimum(tl.cdiv(tl.maximum(0, last), BM) * BM, end)
+    return begin, diagonal, tl.maximum(diagonal, tl.minimum(end, first + window) // BM * BM), end
+
 
 @triton.jit
 def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-                   BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+                   BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+                   TMA: tl.constexpr):
     blocks = tl.cdiv(T, BM)
     block, b_h = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks          # the longest first
-    rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
-    k, v, targets = k + place(b_h, H, G, S, D), v + place(b_h, H, G, S, E), rows + S - T
-    q_i = load(q + place(b_h, H, H, T, D), rows, d, T, H * D, D)
+    b, g = b_h // H, b_h % H // (H // G)
+    rows, e = block * BM + tl.arange(0, BM), tl.arange(0, BE)
+    targets = rows + S - T
+    q_i = block_of(q, b, block * BM, b_h % H, H, T, D, BD, BM, TMA)
     m, l, acc = tl.full((BM,), -1e30, tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM, BE), tl.float32)
-    begin, whole, diagonal = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
-    for start in range(begin, whole, BN):
-        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E, BN,
-                                 True, PRECISION)
-    for start in range(whole, diagonal, BN):
-        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E, BN,
-                                 False, PRECISION)
-    for start in range(tl.maximum(whole, diagonal), tl.minimum(S, block * BM + BM + S - T), BN):
-        m, l, acc = softmax_step(q_i, k, v, m, l, acc, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E, BN,
-                                 True, PRECISION)
+    stretches = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
+    for i in tl.static_range(3):                                 # the one in the middle needs no mask
+        for start in range(stretches[i], stretches[i + 1], BN):
+            s = tl.dot(q_i, block_of(k, b, start, g, G, S, D, BD, BN, TMA).T, input_precision=PRECISION)   # (BM, BN)
+            if i != 1:
+                s = tl.where(hidden(targets[:, None], start + tl.arange(0, BN)[None, :], window), float("-inf"), s)
+            new = tl.maximum(m, tl.max(s, axis=1) * SCALE)       # finite, as m is from the start: no inf - inf
+            p, shrink, m = tl.exp2(s * SCALE - new[:, None]), tl.exp2(m - new), new
+            v_i = block_of(v, b, start, g, G, S, E, BE, BN, TMA)
+            l, acc = l * shrink + tl.sum(p, axis=1), acc * shrink[:, None]
+            acc = tl.dot(p.to(v_i.dtype), v_i, acc=acc, input_precision=PRECISION)
     l = tl.maximum(l, 1e-30)                                     # rows behind the end may see nothing
-    o += place(b_h, H, H, T, E)
-    store(o, acc / l[:, None], rows, e, T, H * E, E)
+    store(o + place(b_h, H, H, T, E), acc / l[:, None], rows, e, T, H * E, E)
     tl.store(L + b_h * T + rows, m + tl.log2(l), mask=rows < T)
 
 
@@ -109,99 +119,69 @@ def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def dq_step(q, k, v, do, L, delta, dq, targets, start, d, e, window, S, k_row, v_row, SCALE: tl.constexpr,
-            D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
-    cols = start + tl.arange(0, BN)
-    k_i = load(k, cols, d, S, k_row, D, MASK)
-    p = tl.exp2(tl.dot(q, tl.trans(k_i), input_precision=PRECISION) * SCALE - L[:, None])
-    if MASK:
-        p = tl.where(hidden(targets[:, None], cols[None, :], window), 0.0, p)
-    dp = tl.dot(do, tl.trans(load(v, cols, e, S, v_row, E, MASK)), input_precision=PRECISION)
-    return tl.dot((p * (dp - delta[:, None])).to(k_i.dtype), k_i, acc=dq, input_precision=PRECISION)
-
-
-@triton.jit
 def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-              BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
+              BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+              TMA: tl.constexpr):
     blocks = tl.cdiv(T, BM)
     block, b_h = blocks - 1 - tl.program_id(0) % blocks, tl.program_id(0) // blocks          # the longest first
+    b, g = b_h // H, b_h % H // (H // G)
     rows, d, e = block * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BE)
-    k, v, targets = k + place(b_h, H, G, S, D), v + place(b_h, H, G, S, E), rows + S - T
+    targets = rows + S - T
     q_i = load(q + place(b_h, H, H, T, D), rows, d, T, H * D, D)
     do_i = load(do + place(b_h, H, H, T, E), rows, e, T, H * E, E)
     L_i = tl.load(L + b_h * T + rows, mask=rows < T, other=0.0)
     delta_i = tl.load(delta + b_h * T + rows, mask=rows < T, other=0.0)
     dq_i = tl.zeros((BM, BD), tl.float32)
-    begin, whole, diagonal = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
-    for start in range(begin, whole, BN):
-        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E,
-                       BN, True, PRECISION)
-    for start in range(whole, diagonal, BN):
-        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E,
-                       BN, False, PRECISION)
-    for start in range(tl.maximum(whole, diagonal), tl.minimum(S, block * BM + BM + S - T), BN):
-        dq_i = dq_step(q_i, k, v, do_i, L_i, delta_i, dq_i, targets, start, d, e, window, S, G * D, G * E, SCALE, D, E,
-                       BN, True, PRECISION)
-    dq += place(b_h, H, H, T, D)
-    store(dq, dq_i * (SCALE * LN2), rows, d, T, H * D, D)
+    stretches = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
+    for i in tl.static_range(3):
+        for start in range(stretches[i], stretches[i + 1], BN):
+            k_i = block_of(k, b, start, g, G, S, D, BD, BN, TMA)
+            p = tl.exp2(tl.dot(q_i, k_i.T, input_precision=PRECISION) * SCALE - L_i[:, None])
+            if i != 1:
+                p = tl.where(hidden(targets[:, None], start + tl.arange(0, BN)[None, :], window), 0.0, p)
+            dp = tl.dot(do_i, block_of(v, b, start, g, G, S, E, BE, BN, TMA).T, input_precision=PRECISION)
+            dq_i = tl.dot((p * (dp - delta_i[:, None])).to(k_i.dtype), k_i, acc=dq_i, input_precision=PRECISION)
+    store(dq + place(b_h, H, H, T, D), dq_i * (SCALE * LN2), rows, d, T, H * D, D)
 
 
 @triton.jit
-def dkv_step(q, k, v, do, L, delta, dk, dv, sources, start, d, e, window, T, past, H, SCALE: tl.constexpr,
-             D: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr):
+def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, GROUP: tl.constexpr, SCALE: tl.constexpr,
+               D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+               PRECISION: tl.constexpr, TMA: tl.constexpr):
     """The tiles are transposed: sources down, targets across."""
-    rows = start + tl.arange(0, BM)
-    q_i, do_i = load(q, rows, d, T, H * D, D, MASK), load(do, rows, e, T, H * E, E, MASK)
-    if MASK:
-        L_i = tl.load(L + rows, mask=rows < T, other=0.0)                                    # outside, q and do are 0
-        delta_i = tl.load(delta + rows, mask=rows < T, other=0.0)
-    else:
-        L_i, delta_i = tl.load(L + rows), tl.load(delta + rows)
-    p = tl.exp2(tl.dot(k, tl.trans(q_i), input_precision=PRECISION) * SCALE - L_i[None, :])  # (s, t)
-    if MASK:
-        p = tl.where(hidden(rows[None, :] + past, sources[:, None], window), 0.0, p)
-    dv = tl.dot(p.to(do_i.dtype), do_i, acc=dv, input_precision=PRECISION)
-    dp = tl.dot(v, tl.trans(do_i), input_precision=PRECISION)
-    dk = tl.dot((p * (dp - delta_i[None, :])).to(q_i.dtype), q_i, acc=dk, input_precision=PRECISION)
-    return dk, dv
-
-
-@triton.jit
-def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-               BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):
     blocks = tl.cdiv(S, BN)
     block, b_g = tl.program_id(0) % blocks, tl.program_id(0) // blocks                       # the longest first
     sources, d, e = block * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BE)
     key, value = place(b_g, G, G, S, D), place(b_g, G, G, S, E)
     k_i, v_i = load(k + key, sources, d, S, G * D, D), load(v + value, sources, e, S, G * E, E)
     dk_i, dv_i = tl.zeros((BN, BD), tl.float32), tl.zeros((BN, BE), tl.float32)
-    past = S - T
-    begin = tl.maximum(0, block * BN - past) // BM * BM                                      # targets that see any
-    diagonal = tl.maximum(begin, tl.cdiv(tl.maximum(0, block * BN + BN - 1 - past), BM) * BM)    # that see all
-    end = tl.minimum(T, block * BN + BN - 1 + window - past)                                 # behind those that see any
-    whole = tl.maximum(diagonal, tl.minimum(end, block * BN + window - past) // BM * BM)     # all of them see all
-    for head in range(H // G):
-        b_h = b_g // G * H + b_g % G * (H // G) + head
-        q_h, do_h = q + place(b_h, H, H, T, D), do + place(b_h, H, H, T, E)
-        for start in range(begin, tl.minimum(diagonal, end), BM):
-            dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
-                                  window, T, past, H, SCALE, D, E, BM, True, PRECISION)
-        for start in range(diagonal, whole, BM):
-            dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
-                                  window, T, past, H, SCALE, D, E, BM, False, PRECISION)
-        for start in range(whole, end, BM):
-            dk_i, dv_i = dkv_step(q_h, k_i, v_i, do_h, L + b_h * T, delta + b_h * T, dk_i, dv_i, sources, start, d, e,
-                                  window, T, past, H, SCALE, D, E, BM, True, PRECISION)
+    stretches = targets_of(block * BN + T - S, block * BN + BN - 1 + T - S, window, T, BM)
+    for head in range(GROUP):                                    # of the heads that share these keys
+        b, h = b_g // G, b_g % G * GROUP + head
+        for i in tl.static_range(3):
+            for start in range(stretches[i], stretches[i + 1], BM):
+                rows = start + tl.arange(0, BM)
+                q_i = block_of(q, b, start, h, H, T, D, BD, BM, TMA)
+                do_i = block_of(do, b, start, h, H, T, E, BE, BM, TMA)
+                at = (b * H + h) * T + (rows if i == 1 else tl.minimum(rows, T - 1))         # behind T, q and do are 0
+                L_i, delta_i = tl.load(L + at), tl.load(delta + at)
+                p = tl.exp2(tl.dot(k_i, q_i.T, input_precision=PRECISION) * SCALE - L_i[None, :])    # (BN, BM)
+                if i != 1:
+                    p = tl.where(hidden(rows[None, :] + S - T, sources[:, None], window), 0.0, p)
+                dv_i = tl.dot(p.to(do_i.dtype), do_i, acc=dv_i, input_precision=PRECISION)
+                dp = tl.dot(v_i, do_i.T, input_precision=PRECISION)
+                dk_i = tl.dot((p * (dp - delta_i[None, :])).to(q_i.dtype), q_i, acc=dk_i, input_precision=PRECISION)
     store(dk + key, dk_i * (SCALE * LN2), sources, d, S, G * D, D)
     store(dv + value, dv_i, sources, e, S, G * E, E)
 
 
-def settings(q, k, v, window):
+def settings(q, k, v, window, width):
     """Sizes, and the blocks and launch options that were fastest on an H100."""
     (_, t, h, d), (_, s, g, e) = q.shape, v.shape
     shape = (t, s, h, g, s if window is None else min(window, s))
-    sizes = {"SCALE": d ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)),
-             "BE": max(16, triton.next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}
+    sizes = {"SCALE": width ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)),
+             "BE": max(16, triton.next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+             "TMA": copies_blocks(q.device)}
     return shape, sizes, blocks_of(q, v, window)
 
 
@@ -212,10 +192,10 @@ def blocks_of(q, v, window):
         row, memory = triton.next_power_of_2(width) * q.element_size(), shared_memory(q.device)
         return [halved(*blocks, row, memory) for blocks in ((64, 32, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1))]
     if width > 64:
-        return (64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 2)
+        return (64, 64, 4, 3 if copies_blocks(q.device) else 2), (64, 64, 4, 2), (32, 64, 4, 2)
     if window is not None and window <= 256:
         return (64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 4, 1)
-    return (64 if q.shape[1] <= 16384 else 128, 64, 4, 3), (64, 64, 4, 3), (32, 128, 4, 3)
+    return (64, 64, 4, 3), (64, 64, 4, 3), (32, 128, 4, 3)
 
 
 def halved(BM, BN, warps, stages, row, memory):
@@ -230,37 +210,56 @@ def launch(blocks):
     return {"BM": BM, "BN": BN, "num_warps": warps, "num_stages": stages}
 
 
-def twin(q, k, v, window):
+@torch.compiler.assume_constant_result
+def copies_blocks(device):
+    """Has the device a unit that copies blocks by itself (TMA), told where by a descriptor? Hopper and later do."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def described(x, rows):
+    """x (b, t, h, d), or its descriptor, for blocks of rows of a head."""
+    if not copies_blocks(x.device):
+        return x
+    x = x.clone() if x.storage_offset() % 8 else x                   # it must begin at a multiple of 16 bytes
+    return TensorDescriptor.from_tensor(x, [1, rows, 1, max(16, triton.next_power_of_2(x.shape[-1]))])
+
+
+def twin(q, k, v, window, width):
     """The reference, for arguments as FlashAttention takes them."""
-    return reference(*(x.transpose(1, 2) for x in (q, k, v)), window).transpose(1, 2)
+    return reference(*(x.transpose(1, 2) for x in (q[..., :width], k[..., :width], v)), window).transpose(1, 2)
 
 
 class FlashAttention(torch.autograd.Function):
-    """q: (b, t, h, d), k, v: (b, s, g, d) in one piece."""
+    """q: (b, t, h, d), k, v: (b, s, g, d) in one piece. width: d without the zeros that fill it up."""
 
     @staticmethod
-    def forward(ctx, q, k, v, window):
+    def forward(ctx, q, k, v, window, width):
         (b, t, h, _), e = q.shape, v.shape[-1]
-        shape, sizes, (blocks, *_) = settings(q, k, v, window)
+        shape, sizes, (blocks, *_) = settings(q, k, v, window, width)
         o, L = q.new_empty(b, t, h, e), torch.empty(b, h, t, device=q.device)
-        forward_kernel[(triton.cdiv(t, blocks[0]) * b * h,)](q, k, v, o, L, *shape, **sizes, **launch(blocks))
+        q_d, k_d, v_d = described(q, blocks[0]), described(k, blocks[1]), described(v, blocks[1])
+        forward_kernel[(triton.cdiv(t, blocks[0]) * b * h,)](q_d, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
         ctx.save_for_backward(q, k, v, o, L)
-        ctx.window = window
+        ctx.window, ctx.width = window, width
         return o
 
     @staticmethod
     def backward(ctx, do):
         q, k, v, o, L = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *differentiable_gradients(functools.partial(twin, window=ctx.window), (q, k, v), (do,)), None
+            own_twin = functools.partial(twin, window=ctx.window, width=ctx.width)
+            return *differentiable_gradients(own_twin, (q, k, v), (do,)), None, None
         do, (b, t, h, _), (_, s, g, e) = do.contiguous(), q.shape, v.shape
-        shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window)
+        shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window, ctx.width)
         delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         rowsum_kernel[(triton.cdiv(b * t * h, 64),)](do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
-        dkv_kernel[(triton.cdiv(s, for_dkv[1]) * b * g,)](q, k, v, do, L, delta, dk, dv, *shape, **sizes,
-                                                        **launch(for_dkv))
-        dq_kernel[(triton.cdiv(t, for_dq[0]) * b * h,)](q, k, v, do, L, delta, dq, *shape, **sizes, **launch(for_dq))
-        return dq, dk, dv, None
+        q_d, do_d = described(q, for_dkv[0]), described(do, for_dkv[0])
+        dkv_kernel[(triton.cdiv(s, for_dkv[1]) * b * g,)](q_d, k, v, do_d, L, delta, dk, dv, *shape, h // g, **sizes,
+                                                          **launch(for_dkv))
+        k_d, v_d = described(k, for_dq[1]), described(v, for_dq[1])
+        dq_kernel[(triton.cdiv(t, for_dq[0]) * b * h,)](q, k_d, v_d, do, L, delta, dq, *shape, **sizes,
+                                                        **launch(for_dq))
+        return dq, dk, dv, None, None
 
 
 def flash_attention(q, k, v, window=None):
@@ -276,38 +275,49 @@ def flash_attention(q, k, v, window=None):
                          "more")
     if max(d, e) > 256:
         raise ValueError(f"heads of {d} keys, {e} values: this kernel holds up to 256 of each")
-    return FlashAttention.apply(in_one_piece(q), in_one_piece(k), in_one_piece(v), window).transpose(1, 2)
+    return without_zeros(FlashAttention.apply(*(in_one_piece(x, 8) for x in (q, k, v)), window, d), e)
 
 
 def main():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from kernels import bench
     rates = bench.print_machine()
     flex = torch.compile(flex_attention, dynamic=False)
 
-    def sdpa(q, k, v):
-        shared = k.shape[1] != q.shape[1]
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+    def sdpa(backend):
+        def attend(q, k, v):
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                                        enable_gqa=k.shape[1] != q.shape[1])
+        return attend
 
-    def shapes(t, b=1, h=4, g=4):
-        return bench.random((b, h, t, 64), (b, g, t, 64), (b, g, t, 64))
-    bench.check(flash_attention, reference, ("SDPA", sdpa), shapes, "qkv")
-    print("with shared heads")
-    bench.check(flash_attention, reference, ("SDPA", sdpa), lambda t: shapes(t, g=1), "qkv", (1000,))
-    rows = []
-    for t in (2048, 8192, 32768):
-        n, size = 32768, 32768 * 16 * 64
-        rows.append((f"b {n // t} h 16 t {t} d 64", {"kernel": flash_attention, "SDPA": sdpa},
-                     shapes(t, n // t, 16, 16), 8 * size, 2 * size * t))
-    for window in (64, 1024):
+    def flash_attn_4():
+        from flash_attn.cute import flash_attn_func
+        return lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0].transpose(1, 2)
+
+    def shapes(t, b=1, h=4, g=4, d=64):
+        return bench.random((b, h, t, d), (b, g, t, d), (b, g, t, d))
+    others = {"cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "FlashAttention-2": sdpa(SDPBackend.FLASH_ATTENTION)}
+    for what, sizes in (("4 heads of 64", {}), ("that share keys", {"g": 1}), ("4 heads of 128", {"d": 128})):
+        print(f"{what}, SDPA by FlashAttention-2")
+        bench.check(flash_attention, reference, ("SDPA", others["FlashAttention-2"]),
+                    lambda t, sizes=sizes: shapes(t, **sizes), "qkv", (1000,) if sizes else bench.LENGTHS)
+    candidates = {"kernel": flash_attention, **others, **bench.peers("flash-attn-4", flash_attn_4)}
+    rows, n = [], 32768
+    for h, d in ((16, 64), (8, 128)):
+        bench.agree(f"t = 2048, d = {d}", candidates, shapes(2048, 2, h, h, d))
+        for t in (2048, 8192, n):
+            tensors = shapes(t, n // t, h, h, d)
+            rows.append((f"b {n // t} h {h} t {t} d {d}", candidates, tensors, 8192 * n, 2048 * n * t))
+    rows.append(("4 heads share keys, b 4 h 16 t 8192", candidates, shapes(8192, 4, 16, 4), 5120 * n, 2048 * n * 8192))
+    for window in (64, 256, 1024):
         mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, 8192, 8192)  # noqa: B023
         rows.append((f"window {window}, b 4 h 16 t 8192 d 64",
                      {"kernel": lambda q, k, v, window=window: flash_attention(q, k, v, window),
                       "flex": lambda q, k, v, mask=mask: flex(q, k, v, block_mask=mask)}, shapes(8192, 4, 16, 16),
-                     8 * size, 4 * size * window))
-    rows.append(("4 heads share keys, b 4 h 16 t 8192", {"kernel": flash_attention, "SDPA": sdpa},
-                 shapes(8192, 4, 16, 4), 5 * size, 2 * size * 8192))
+                     8192 * n, 4096 * n * window))
     bench.compare(rows, rates)
 
 

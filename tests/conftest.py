@@ -27,7 +27,8 @@ def watch_memory():
 
     def note(executor, *args):
         arguments, named = prepare(executor, *args)
-        memory = {x.untyped_storage() for x in tree_leaves([arguments, named]) if isinstance(x, torch.Tensor)}
+        leaves = [getattr(x, "base", x) for x in tree_leaves([arguments, named])]       # of descriptors, the tensors
+        memory = {x.untyped_storage() for x in leaves if isinstance(x, torch.Tensor)}
         ranges[:] = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in memory]
         return arguments, named
 

@@ -97,6 +97,22 @@ def test_flash_attention(t, window):
                  lambda *x: flash_attention.reference(*x, window), (q, k, v))
 
 
+@pytest.mark.parametrize("t, s, h, g, d, e, window", [(130, 130, 2, 1, 16, 24, None), (30, 130, 2, 2, 16, 16, 40),
+                                                      (65, 65, 1, 1, 13, 5, None)])
+@pytest.mark.parametrize("copies", [False, True])
+def test_flash_attention_reads_blocks_with_and_without_descriptors(monkeypatch, copies, t, s, h, g, d, e, window):
+    """Also heads of a width that a descriptor does not take, and a tensor that begins in the middle of another."""
+    if copies and GPU and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no unit that copies blocks")
+    monkeypatch.setattr(flash_attention, "copies_blocks", lambda device: copies)
+
+    def inside_another(x):
+        y = torch.cat((x.new_zeros(3), x.transpose(1, 2).flatten()))[3:].view(x.shape[0], x.shape[2], x.shape[1], -1)
+        return y.transpose(1, 2)
+    check_kernel(lambda q, k, v: flash_attention.flash_attention(q, inside_another(k), inside_another(v), window),
+                 lambda *x: flash_attention.reference(*x, window), random((2, h, t, d), (2, g, s, d), (2, g, s, e)))
+
+
 @pytest.mark.parametrize("t, s, h, g, window", [(70, 70, 4, 2, None), (30, 130, 2, 1, None), (65, 200, 4, 1, 50),
                                                 (1, 90, 2, 2, 7)])
 def test_flash_attention_with_a_cache_and_shared_heads(t, s, h, g, window):
