@@ -280,6 +280,34 @@ def mamba2(p, x):
     return (rms(y * swish(x @ p["z.weight"].mT), eps=1e-5) * p["norm"]) @ p["out.weight"].mT
 
 
+@referee("mamba3", by="Lahoti et al. 2026 (Mamba-3), proposition 4, as a complex system")
+def mamba3(p, x):
+    """h_t = alpha_t R_t h_{t-1} + beta_t R_t B_{t-1} x_{t-1} + gamma_t B_t x_t, y_t = C_t^T h_t + D x_t, by swish(z);
+    alpha = e^{dt A}, beta = (1 - lambda) dt alpha, gamma = lambda dt. Neighbours of B, C and h are complex numbers, of
+    which R_t turns the first half by -dt pi tanh(theta) (the paper: by dt theta). lambda = sigmoid; A = -(1 + a) for
+    a >= 0, else -1 / (1 - a); B and C behind an RMSNorm, with a bias in each head. Order of the rows: z, x, B, C, dt,
+    a, lambda, theta."""
+    N, inner = p["norms"].shape[1], p["out.weight"].shape[1]
+    z, X, B, C, dt, a, lam, theta = (x @ p["all.weight"].mT).split([inner, inner, N, N, H, H, H, N // 4], dim=-1)
+    dt = torch.log(1 + torch.exp(dt + p["dt_bias"]))                                 # (b, t, h)
+    A = -torch.where(a >= 0, 1 + a, 1 / (1 - a.clamp(max=0))).clamp(min=1e-4)
+    angle = dt[..., None] * math.pi * torch.tanh(theta)[:, :, None]                  # (b, t, h, N / 4)
+    R = torch.exp(-1j * torch.cat([angle, torch.zeros_like(angle)], dim=-1))         # (b, t, h, N / 2)
+    B, C = ((rms(y, eps=1e-5) * norm)[:, :, None] + bias[:, 0] for y, norm, bias in
+            zip((B, C), p["norms"], p["biases"], strict=True))                       # (b, t, h, N)
+    B, C = (torch.complex(*y.unflatten(-1, (-1, 2)).unbind(-1)) for y in (B, C))     # (b, t, h, N / 2)
+    X, lam, alpha = X.unflatten(-1, (H, -1)), torch.sigmoid(lam), torch.exp(dt * A)
+    h, last, y = 0, 0, []
+    for t in range(x.shape[1]):
+        now = outer(B[:, t], X[:, t])                                                # (b, h, N / 2, e)
+        al, ga = alpha[:, t, :, None, None], (lam * dt)[:, t, :, None, None]
+        be = ((1 - lam) * dt * alpha)[:, t, :, None, None]
+        h = R[:, t, ..., None] * (al * h + be * last) + ga * now
+        y.append(torch.einsum("bhn,bhne->bhe", C[:, t].conj(), h).real + p["skip"][:, None] * X[:, t])
+        last = now
+    return (torch.stack(y, dim=1).flatten(-2) * swish(z)) @ p["out.weight"].mT
+
+
 @referee("rwkv7", by="Peng et al. 2025 (RWKV-7), section 4")
 def rwkv7(p, x):
     """x_i = lerp(x_t, x_{t-1}, mu_i); w = exp(-e^{-1/2} sigmoid(d)), d = lora(tanh); a = sigmoid(lora); kappa = xi * k,

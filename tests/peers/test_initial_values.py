@@ -193,6 +193,14 @@ def test_mamba2_starts_as_its_authors():
     check_time_steps(p["dt_bias"])
 
 
+def test_mamba3_starts_as_its_authors():
+    """[mamba-ssm at e9594ce]: dt as Mamba-2's; D, the norms' weights and the biases of B and C 1."""
+    p = parts(fresh("mamba3", 512, n_heads=256))
+    check_time_steps(p["dt_bias"])
+    for name in ("D", "norms", "biases"):
+        check_equal(p[name], 1, 0)
+
+
 def test_gated_deltanet_starts_as_its_authors():
     """[fla; transformers' OLMo-hybrid]: A = -U(0, 16), dt as Mamba-2's."""
     p = parts(fresh("gated_deltanet", 512, n_heads=256))
