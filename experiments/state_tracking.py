@@ -9,7 +9,7 @@ eigenvalues of the matrix with which it multiplies its state: parity wants one t
 or 5 one that is not real (Grazzi et al. 2024, theorems 1 and 2), swaps matrices that do not commute. One layer with its
 MLP, and where a theorem names two, two. Four rates from 0.0003 to 0.01; one seed chooses, three others are reported.
 The published numbers (grey) are of parity and of modular arithmetic: scaled accuracies, here as accuracies. Writes
-state_tracking.csv and state_tracking.png.
+state_tracking.csv, .txt and .png.
 """
 import lab
 
@@ -68,19 +68,19 @@ def published(kind, name):
     return None if scaled is None else CHANCE[kind] + scaled * (1 - CHANCE[kind])
 
 
-def print_table(results):
+def print_table(say, results):
     names = dict.fromkeys((name, layers) for _, name, layers in results)
-    print(f"| mixer | layers | {' | '.join(KINDS)} |\n{'|---' * (2 + len(KINDS))}|")
+    say(f"| mixer | layers | {' | '.join(KINDS)} |\n{'|---' * (2 + len(KINDS))}|")
     for name, layers in names:
         found = [results.get((kind, name, layers)) for kind in KINDS]
-        found = ["" if y is None else f"{y[0]:.3f} ({y[1]:.3f} to {y[2]:.3f})" for y in found]
-        print(f"| {name} | {layers} | {' | '.join(found)} |")
+        found = ["" if y is None else lab.spread(*y) for y in found]
+        say(f"| {name} | {layers} | {' | '.join(found)} |")
 
 
 def draw(args, rows):
     by = ("kind", "model", "n_layers")
     spans = {until: lab.best(rows, by, f"to {until}", judge="val_accuracy") for until in SPANS}
-    print_table(spans[SPANS[-1]])
+    print_table(lab.reporter(args.out / "state_tracking.txt"), spans[SPANS[-1]])
     labels = list(dict.fromkeys((name, layers) for _, name, layers in spans[SPANS[-1]]))
     labels.sort(key=lambda label: (label[1], list(MODELS).index(label[0])))
     fig, axes = lab.figure(15, 0.6 + 0.36 * len(labels), columns=len(KINDS), sharey=True, squeeze=False)
