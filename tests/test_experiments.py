@@ -262,3 +262,16 @@ def test_far_targets_by_hand():
     window = torch.tensor([ord(x) for x in "abcdabefgab"])
     assert conversion.far(window, near=4).nonzero().flatten().tolist() == [9]
     assert conversion.far(window, near=3).nonzero().flatten().tolist() == [4, 9]
+
+
+def test_state_tracking_is_asked_beyond_the_lengths_of_training():
+    script = importlib.import_module("state_tracking")
+    names, known = set(script.MODELS), train.from_lessons("MIXERS")
+    assert {spec.split(":")[0] for spec in script.MODELS.values()} <= set(known)
+    assert all(set(claims) <= names for claims in (*script.CAN.values(), *script.PAPER.values()))
+    for kind in script.KINDS:
+        for until, test in zip(script.SPANS, script.tests(kind, 2), strict=True):
+            task = train.Task(train.parse(["--task", test.split()[0]])[0])
+            _, targets, _ = task.examples(2, torch.Generator().manual_seed(0))
+            assert (targets != -100).any(dim=0).nonzero()[:, 0].tolist() == list(range(until // 2, until)), test
+    assert script.published("parity", "deltanet, beta to 2") == 1 and script.published("swaps", "gla") is None

@@ -83,17 +83,22 @@ def gla(p, x):
     return (o.flatten(-2) * F.silu(lin(x, p, "gate"))) @ p["out.weight"].mT
 
 
-def delta_inputs(p, x):
+def delta_inputs(p, x, beta_max=1):
     c = x.shape[-1]
     mixed = short_filter(lin(x, p, "qkv"), p["conv.conv.weight"])
     q, k, v = (y.unflatten(-1, (H, -1)) for y in mixed.split([c, c, mixed.shape[-1] - 2 * c], dim=-1))
-    return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, torch.sigmoid(lin(x, p, "beta"))
+    return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta_max * torch.sigmoid(lin(x, p, "beta"))
 
 
 @referee("deltanet", by="fla's naive delta rule", needs=("fla", "einops"))
-def deltanet(p, x):
-    o = naive("delta_rule/naive", "delta_rule_recurrence")(*time_first(*delta_inputs(p, x)))
+def deltanet(p, x, beta_max=1):
+    o = naive("delta_rule/naive", "delta_rule_recurrence")(*time_first(*delta_inputs(p, x, beta_max)))
     return joined(rms(o, eps=1e-5) * p["norm"], p["out.weight"])
+
+
+@referee("deltanet", by="fla's naive delta rule, beta up to 2", needs=("fla", "einops"), options={"beta_max": 2.0})
+def deltanet_up_to_2(p, x):
+    return deltanet(p, x, beta_max=2)
 
 
 @referee("gated_deltanet", by="fla's naive gated delta rule", needs=("fla", "einops"))
@@ -101,6 +106,51 @@ def gated_deltanet(p, x):
     g = -F.softplus(lin(x, p, "decay") + p["dt_bias"]) * p["A_log"].exp()
     o = naive("gated_delta_rule/naive", "naive_recurrent_gated_delta_rule")(*delta_inputs(p, x), g)
     return ((rms(o, eps=1e-5) * p["norm"]).flatten(-2) * F.silu(lin(x, p, "gate"))) @ p["out.weight"].mT
+
+
+def kda(p, x, rule, **options):
+    """options: beta_max for the layer, the others for the rule. The gate of the decay is fla's naive one, written out:
+    it stands in a file with kernels."""
+    inputs = delta_inputs(p, x, options.pop("beta_max", 1))
+    dt = F.softplus(lin(lin(x, p, "decay.0"), p, "decay.1") + p["dt_bias"]).unflatten(-1, (H, -1))
+    *qkv, beta = inputs
+    o = naive("kda/naive", rule)(*qkv, -p["A_log"][:, None].exp() * dt, beta, **options)
+    gate = torch.sigmoid(lin(lin(x, p, "gate.0"), p, "gate.1"))
+    return ((rms(o, eps=1e-5) * p["norm"]).flatten(-2) * gate) @ p["out.weight"].mT
+
+
+@referee("kda", by="fla's naive KDA", needs=("fla", "einops"))
+def kda_recurrent(p, x):
+    return kda(p, x, "naive_recurrent_kda")
+
+
+@referee("kda", by="fla's naive KDA, beta up to 2", needs=("fla", "einops"), options={"beta_max": 2.0})
+def kda_up_to_2(p, x):
+    return kda(p, x, "naive_recurrent_kda", beta_max=2)
+
+
+@referee("kda", by="fla's naive KDA in chunks", needs=("fla", "einops"))
+def kda_chunks(p, x):
+    return kda(p, x, "naive_chunk_kda", chunk_size=7 if x.shape[1] % 7 == 0 else 1)
+
+
+@referee("rwkv7", by="fla's naive DPLR delta rule", needs=("fla", "einops"))
+def rwkv7(p, x):
+    """o with 1 / sqrt(d), which RWKV-7 does not have."""
+    mixed = [x + (before(x) - x) * mix for mix in p["mixes"]]
+    low = [lin(y, p, f"down.{i}") for i, y in enumerate((mixed[1], mixed[4], mixed[5]))]
+    w = -0.6065306597126334 * torch.sigmoid(torch.tanh(low[0]) @ p["up.0.weight"].mT + p["up.0.bias"])
+    a = torch.sigmoid(low[1] @ p["up.1.weight"].mT + p["up.1.bias"])
+    g = torch.sigmoid(low[2]) @ p["up.2.weight"].mT
+    r, k, v = (lin(y, p, name) for y, name in ((mixed[0], "q"), (mixed[2], "k"), (mixed[3], "v")))
+    kk, k = k * p["remove"], k + k * (a - 1) * p["keep"]
+    r, w, k, v, kk, a = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in (r, w, k, v, kk, a))
+    kk = F.normalize(kk, dim=-1)
+    rule = naive("generalized_delta_rule/dplr/naive", "dplr_recurrence")
+    o = rule(r * r.shape[-1] ** 0.5, k, v, -kk, kk * a, w).transpose(1, 2).flatten(2)
+    o = F.group_norm(o.flatten(0, 1), H, p["norm.weight"], p["norm.bias"], eps=1e-5 * r.shape[-1]).view_as(x)
+    own = ((r * k * p["bonus"]).sum(-1, keepdim=True) * v).transpose(1, 2).flatten(2)
+    return ((o + own) * g) @ p["out.weight"].mT
 
 
 @referee("rwkv6", by="fla's naive RWKV-6", needs=("fla", "einops"))

@@ -183,6 +183,118 @@ def gated_deltanet(p, x):
 
 
 @functools.cache
+def olmo_hybrid_layer():
+    """OLMo-hybrid's gated DeltaNet, whose beta goes up to 2. Its 1e-6 under the root is taken out, as above."""
+    module = peer("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
+    module.l2norm = lambda x, dim=-1, eps=None: x / torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    config = module.OlmoHybridConfig(hidden_size=C, num_hidden_layers=2, num_attention_heads=H, vocab_size=9,
+                                     linear_key_head_dim=C // H, linear_value_head_dim=2 * C // H)
+    return module.OlmoHybridGatedDeltaNet(config, layer_idx=0).eval(), config
+
+
+def olmo_hybrid_weights(p):
+    q, k, v = p["qkv.weight"].split([C, C, 2 * C])
+    return {"q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "a_proj.weight": p["decay.weight"],
+            "b_proj.weight": p["beta.weight"], "g_proj.weight": p["gate.weight"], "o_proj.weight": p["out.weight"],
+            "conv1d.weight": p["conv.conv.weight"], "o_norm.weight": p["norm"], "A_log": p["A_log"],
+            "dt_bias": p["dt_bias"]}
+
+
+@referee("gated_deltanet", by="transformers' OLMo-hybrid", needs="transformers", options={"beta_max": 2.0},
+         cached=recurrent_cache(olmo_hybrid_layer, olmo_hybrid_weights))
+def gated_deltanet_up_to_2(p, x):
+    return call(olmo_hybrid_layer()[0], olmo_hybrid_weights(p), x)
+
+
+@functools.cache
+def kimi_layer():
+    """Kimi Linear's delta attention. Its 1e-6 under the root is taken out, as above."""
+    module = peer("transformers.models.kimi_linear.modeling_kimi_linear")
+    module.l2norm = lambda x, dim=-1, eps=None: x / torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    config = module.KimiLinearConfig(hidden_size=C, num_hidden_layers=1, vocab_size=9, linear_num_heads=H,
+                                     linear_head_dim=C // H)
+    return module.KimiLinearDeltaAttention(config, layer_idx=0).eval(), config
+
+
+def kda_weights(p):
+    q, k, v = p["qkv.weight"].split(C)
+    return {"q_proj.weight": q, "k_proj.weight": k, "v_proj.weight": v, "conv1d.weight": p["conv.conv.weight"],
+            "forget_gate.f_a_proj.weight": p["decay.0.weight"], "forget_gate.f_b_proj.weight": p["decay.1.weight"],
+            "forget_gate.dt_bias": p["dt_bias"], "forget_gate.A_log": p["A_log"][None, None, :, None],
+            "b_proj.weight": p["beta.weight"], "g_a_proj.weight": p["gate.0.weight"], "o_norm.weight": p["norm"],
+            "g_b_proj.weight": p["gate.1.weight"], "o_proj.weight": p["out.weight"]}
+
+
+@referee("kda", by="transformers' Kimi-Linear", needs="transformers",
+         cached=recurrent_cache(kimi_layer, kda_weights))
+def kda(p, x):
+    return call(kimi_layer()[0], kda_weights(p), x)
+
+
+@functools.cache
+def xlstm_layer():
+    """xLSTM's layer, which goes through a text in chunks of 8, and token by token through what is left. What it adds
+    to the divisor, 1e-6, is set to 0."""
+    module = peer("transformers.models.xlstm.modeling_xlstm")
+    with in_double():
+        return module.xLSTMLayer(module.xLSTMConfig(hidden_size=C, num_heads=H, num_hidden_layers=1, vocab_size=9,
+                                                    eps=0.0, chunk_size=8)).eval()
+
+
+def mlstm_weights(p):
+    return {"q.weight": p["q.weight"], "k.weight": p["k.weight"], "v.weight": p["v.weight"],
+            "ogate_preact.weight": p["gate.weight"], "igate_preact.weight": p["i.weight"],
+            "igate_preact.bias": p["i.bias"], "fgate_preact.weight": p["f.weight"], "fgate_preact.bias": p["f.bias"],
+            "multihead_norm.weight": p["norm"], "out_proj.weight": p["out.weight"]}
+
+
+def mlstm_cached(p, x, s):
+    state = None
+
+    def step(x, start):
+        nonlocal state
+        with in_double(), torch.no_grad():
+            y, state = torch.func.functional_call(xlstm_layer(), mlstm_weights(p), (x, state), strict=True)
+        return y
+    return generate(x, s, step)
+
+
+@referee("mlstm", by="transformers' xLSTM", needs="transformers", cached=mlstm_cached)
+def mlstm(p, x):
+    return call(xlstm_layer(), mlstm_weights(p), x)
+
+
+LAYERS = 5               # of a MiniMax
+
+
+@functools.cache
+def minimax_layer(i):
+    module = peer("transformers.models.minimax.modeling_minimax")
+    config = module.MiniMaxConfig(hidden_size=C, num_attention_heads=H, num_hidden_layers=LAYERS, vocab_size=9,
+                                  block_size=8, layer_types=["linear_attention"] * LAYERS, num_local_experts=2)
+    with in_double():
+        return module.MiniMaxLightningAttention(config, layer_idx=i).eval()
+
+
+def minimax(i, p, x, cache=None):
+    layer = minimax_layer(i)
+    own = {"qkv_proj.weight": interleave_heads(*p["qkv.weight"].split(C)), "norm.weight": p["norm"],
+           "output_gate.weight": p["gate.weight"], "out_proj.weight": p["out.weight"]}
+    return call(layer, own | dict(layer.named_buffers()), x, position_embeddings=None, attention_mask=None, cache=cache)
+
+
+def minimax_cached(i, p, x, s):
+    cache = peer("transformers.models.minimax.modeling_minimax").MiniMaxCache()
+    return generate(x, s, lambda x, start: minimax(i, p, x, cache))
+
+
+for i in (0, 1, 3, LAYERS - 1):                                  # decays in float32 here: 1e-7
+    referee("lightning_attention", by=f"transformers' MiniMax, layer {i} of {LAYERS}", needs="transformers",
+            options={"depth": i / (LAYERS - 1 + 1e-5)}, tolerance=1e-7,
+            cached=functools.partial(minimax_cached, i))(functools.partial(minimax, i))
+
+
+@functools.cache
 def rwkv_layer():
     module = peer("transformers.models.rwkv.modeling_rwkv")
     return module.RwkvSelfAttention(module.RwkvConfig(hidden_size=C, num_hidden_layers=1, vocab_size=9)).eval()

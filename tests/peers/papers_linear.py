@@ -1,4 +1,5 @@
 """The formulas of the papers on linear attention, in their letters: sums over all sources, or a loop over tokens."""
+import functools
 import math
 
 import torch
@@ -157,6 +158,43 @@ def gla(p, x):
     return (O.transpose(1, 2).flatten(-2) * swish(x @ p["gate.weight"].mT)) @ p["out.weight"].mT
 
 
+@referee("lightning_attention", by="Qin et al. 2024 (Lightning Attention-2): sums that decay", tolerance=1e-7,
+         options={"depth": 0.25})
+def lightning_attention(p, x):
+    """kv_t = lambda kv_{t-1} + k_t^T v_t, o_t = q_t kv_t, for swish(X W); lambda = exp(-s), s = 2^{-8h/H} (1 - depth +
+    1e-5) in head h = 1..H; RMSNorm over all heads, then times sigmoid(X W_g). (The mixer's s are in float32.)"""
+    Q, K, V = ((swish(x @ W.mT)).unflatten(-1, (H, -1)).transpose(1, 2) for W in p["qkv.weight"].chunk(3))
+    s = torch.tensor([2 ** (-8 * h / H) * (1 - 0.25 + 1e-5) for h in range(1, H + 1)], dtype=torch.float64)
+    kv = 0
+
+    def step(t, q, k, v):
+        nonlocal kv
+        kv = torch.exp(-s)[:, None, None] * kv + outer(k, v)
+        return torch.einsum("bhd,bhde->bhe", q, kv)
+    o = over_time(step, Q, K, V).transpose(1, 2).flatten(-2)
+    return (rms(o, eps=1e-6) * p["norm"] * torch.sigmoid(x @ p["gate.weight"].mT)) @ p["out.weight"].mT
+
+
+@referee("mlstm", by="Beck et al. 2024 (xLSTM), eq. 19 to 27, without a stabiliser")
+def mlstm(p, x, cap=15):
+    """C_t = f_t C_{t-1} + i_t v_t k_t^T, n_t = f_t n_{t-1} + i_t k_t, h~ = C_t q_t / max(|n_t^T q_t|, 1), i = exp(i~),
+    f = sigmoid(f~), k / sqrt(d); h = o * h~ behind a LayerNorm for each head. i~, f~ capped: 15 tanh(. / 15)."""
+    Q, K, V = (heads(x, p[f"{name}.weight"]) for name in "qkv")
+    i, f = (cap * torch.tanh((x @ p[f"{name}.weight"].mT + p[f"{name}.bias"]) / cap).mT[..., None] for name in "if")
+    C, n = 0, 0
+
+    def step(t, q, k, v, i, f):
+        nonlocal C, n
+        k = k / math.sqrt(k.shape[-1])
+        C = f[..., None] * C + i[..., None] * outer(v, k)
+        n = f * n + i * k
+        return torch.einsum("bhed,bhd->bhe", C, q) / (n * q).sum(-1, keepdim=True).abs().clamp(min=1)
+    h = over_time(step, Q, K, V, torch.exp(i), torch.sigmoid(f))
+    h = h - h.mean(-1, keepdim=True)
+    h = (h / torch.sqrt((h * h).mean(-1, keepdim=True) + 1e-6)).transpose(1, 2).flatten(-2) * p["norm"]
+    return (torch.sigmoid(x @ p["gate.weight"].mT) * h) @ p["out.weight"].mT
+
+
 @referee("gateloop", by="Katsch 2023 (GateLoop): h_n = a_n h_{n-1} + k_n v_n")
 def gateloop(p, x):
     """a_n = sigmoid(size) e^{i turn}, y_n = q_n Re(h_n), one number of state for each channel."""
@@ -242,33 +280,104 @@ def mamba2(p, x):
     return (rms(y * swish(x @ p["z.weight"].mT), eps=1e-5) * p["norm"]) @ p["out.weight"].mT
 
 
-def delta_rule(p, x, alpha):
-    """S_t = S_{t-1} alpha_t (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t with
-    q / sqrt(d); q and k of length 1, q, k, v = swish of a short filter; beta = sigmoid(W x)."""
+@referee("mamba3", by="Lahoti et al. 2026 (Mamba-3), proposition 4, as a complex system")
+def mamba3(p, x):
+    """h_t = alpha_t R_t h_{t-1} + beta_t R_t B_{t-1} x_{t-1} + gamma_t B_t x_t, y_t = C_t^T h_t + D x_t, by swish(z);
+    alpha = e^{dt A}, beta = (1 - lambda) dt alpha, gamma = lambda dt. Neighbours of B, C and h are complex numbers, of
+    which R_t turns the first half by -dt pi tanh(theta) (the paper: by dt theta). lambda = sigmoid; A = -(1 + a) for
+    a >= 0, else -1 / (1 - a); B and C behind an RMSNorm, with a bias in each head. Order of the rows: z, x, B, C, dt,
+    a, lambda, theta."""
+    N, inner = p["norms"].shape[1], p["out.weight"].shape[1]
+    z, X, B, C, dt, a, lam, theta = (x @ p["all.weight"].mT).split([inner, inner, N, N, H, H, H, N // 4], dim=-1)
+    dt = torch.log(1 + torch.exp(dt + p["dt_bias"]))                                 # (b, t, h)
+    A = -torch.where(a >= 0, 1 + a, 1 / (1 - a.clamp(max=0))).clamp(min=1e-4)
+    angle = dt[..., None] * math.pi * torch.tanh(theta)[:, :, None]                  # (b, t, h, N / 4)
+    R = torch.exp(-1j * torch.cat([angle, torch.zeros_like(angle)], dim=-1))         # (b, t, h, N / 2)
+    B, C = ((rms(y, eps=1e-5) * norm)[:, :, None] + bias[:, 0] for y, norm, bias in
+            zip((B, C), p["norms"], p["biases"], strict=True))                       # (b, t, h, N)
+    B, C = (torch.complex(*y.unflatten(-1, (-1, 2)).unbind(-1)) for y in (B, C))     # (b, t, h, N / 2)
+    X, lam, alpha = X.unflatten(-1, (H, -1)), torch.sigmoid(lam), torch.exp(dt * A)
+    h, last, y = 0, 0, []
+    for t in range(x.shape[1]):
+        now = outer(B[:, t], X[:, t])                                                # (b, h, N / 2, e)
+        al, ga = alpha[:, t, :, None, None], (lam * dt)[:, t, :, None, None]
+        be = ((1 - lam) * dt * alpha)[:, t, :, None, None]
+        h = R[:, t, ..., None] * (al * h + be * last) + ga * now
+        y.append(torch.einsum("bhn,bhne->bhe", C[:, t].conj(), h).real + p["skip"][:, None] * X[:, t])
+        last = now
+    return (torch.stack(y, dim=1).flatten(-2) * swish(z)) @ p["out.weight"].mT
+
+
+@referee("rwkv7", by="Peng et al. 2025 (RWKV-7), section 4")
+def rwkv7(p, x):
+    """x_i = lerp(x_t, x_{t-1}, mu_i); w = exp(-e^{-1/2} sigmoid(d)), d = lora(tanh); a = sigmoid(lora); kappa = xi * k,
+    kappa^ of length 1; k~ = k * lerp(1, a, alpha); wkv_t = wkv_{t-1} (diag(w) - kappa^T (a * kappa)) + v^T k~;
+    p = LayerNorm(r wkv^T) + (r . (rho * k~)) v; o = (g * p) W_o, g = lora(sigmoid)."""
+    r, w, k, v, a, g = (x + (before(x) - x) * mu for mu in p["mixes"])
+    d = torch.tanh(w @ p["down.0.weight"].mT) @ p["up.0.weight"].mT + p["up.0.bias"]
+    a = torch.sigmoid(a @ p["down.1.weight"].mT @ p["up.1.weight"].mT + p["up.1.bias"])
+    g = torch.sigmoid(g @ p["down.2.weight"].mT) @ p["up.2.weight"].mT
+    r, k, v = (y @ p[f"{name}.weight"].mT for y, name in ((r, "q"), (k, "k"), (v, "v")))
+    kappa, k = p["remove"] * k, k * (1 - p["keep"] + p["keep"] * a)
+    r, w, k, v, a, kappa = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in (
+        r, torch.exp(-math.exp(-0.5) / (1 + torch.exp(-d))), k, v, a, kappa))
+    kappa = kappa / torch.sqrt((kappa * kappa).sum(-1, keepdim=True))
+    wkv = torch.zeros(*v.shape[:2], v.shape[-1], k.shape[-1], dtype=x.dtype)
+
+    def step(t, r, w, k, v, a, kappa):
+        nonlocal wkv
+        wkv = wkv @ (torch.diag_embed(w) - outer(kappa, a * kappa)) + outer(v, k)
+        return torch.einsum("bhed,bhd->bhe", wkv, r)
+    o = over_time(step, r, w, k, v, a, kappa).transpose(1, 2)                        # (b, t, h, e)
+    o = o - o.mean(-1, keepdim=True)
+    o = (o / torch.sqrt((o * o).mean(-1, keepdim=True) + 1e-5 * o.shape[-1])).flatten(-2)
+    u = ((r * p["bonus"] * k).sum(-1, keepdim=True) * v).transpose(1, 2).flatten(-2)
+    return (g * (o * p["norm.weight"] + p["norm.bias"] + u)) @ p["out.weight"].mT
+
+
+def delta_rule(p, x, alpha, beta_max=1):
+    """S_t = S_{t-1} Diag(alpha_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t with
+    q / sqrt(d); q and k of length 1, q, k, v = swish of a short filter; beta = beta_max sigmoid(W x).
+    alpha: (b, h, t, 1 or d)"""
     c = x.shape[-1]
     qkv = short_filter(x @ p["qkv.weight"].mT, p["conv.conv.weight"])
     q, k, v = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in qkv.split([c, c, qkv.shape[-1] - 2 * c], dim=-1))
     q, k = (y / torch.sqrt((y * y).sum(-1, keepdim=True)) for y in (q, k))
-    beta = torch.sigmoid(x @ p["beta.weight"].mT).mT                                 # (b, h, t)
+    beta = beta_max * torch.sigmoid(x @ p["beta.weight"].mT).mT                      # (b, h, t)
     S = torch.zeros(*v.shape[:2], v.shape[-1], k.shape[-1], dtype=x.dtype)
     one = torch.eye(k.shape[-1], dtype=x.dtype)
 
     def step(t, q, k, v, beta, alpha):
         nonlocal S
-        beta, alpha = beta[..., None, None], alpha[..., None, None]
-        S = S @ (alpha * (one - beta * outer(k, k))) + beta * outer(v, k)
+        beta = beta[..., None, None]
+        S = S @ (alpha[..., None] * (one - beta * outer(k, k))) + beta * outer(v, k)
         return torch.einsum("bhed,bhd->bhe", S, q) / math.sqrt(q.shape[-1])
-    return rms(over_time(step, q, k, v, beta, alpha.expand_as(beta)), eps=1e-5) * p["norm"]
+    return rms(over_time(step, q, k, v, beta, alpha.expand(*beta.shape, -1)), eps=1e-5) * p["norm"]
 
 
-@referee("deltanet", by="Yang et al. 2024 (DeltaNet)")
-def deltanet(p, x):
-    return joined(delta_rule(p, x, torch.ones(1, 1, 1, dtype=x.dtype)), p["out.weight"])
+def deltanet(p, x, beta_max=1):
+    return joined(delta_rule(p, x, torch.ones(1, 1, 1, 1, dtype=x.dtype), beta_max), p["out.weight"])
 
 
-@referee("gated_deltanet", by="Yang et al. 2024b (Gated DeltaNet)")
-def gated_deltanet(p, x):
+def gated_deltanet(p, x, beta_max=1):
     """alpha_t = exp(-e^{A_log} softplus(W x + dt_bias)), Mamba-2's; the norm's output times swish(W_g x)."""
     dt = torch.log(1 + torch.exp(x @ p["decay.weight"].mT + p["dt_bias"]))
-    o = delta_rule(p, x, torch.exp(-dt * torch.exp(p["A_log"])).mT)
+    o = delta_rule(p, x, torch.exp(-dt * torch.exp(p["A_log"])).mT[..., None], beta_max)
     return (o.transpose(1, 2).flatten(-2) * swish(x @ p["gate.weight"].mT)) @ p["out.weight"].mT
+
+
+def kda(p, x, beta_max=1):
+    """alpha_t = exp(-e^{A_log} softplus(W_2 W_1 x + dt_bias)) for each channel; behind the norm sigmoid(W_4 W_3 x)."""
+    dt = torch.log(1 + torch.exp(x @ p["decay.0.weight"].mT @ p["decay.1.weight"].mT + p["dt_bias"]))
+    dt = dt.unflatten(-1, (H, -1)).transpose(1, 2)                                   # (b, h, t, d)
+    o = delta_rule(p, x, torch.exp(-dt * torch.exp(p["A_log"])[:, None, None]), beta_max)
+    gate = torch.sigmoid(x @ p["gate.0.weight"].mT @ p["gate.1.weight"].mT)
+    return (o.transpose(1, 2).flatten(-2) * gate) @ p["out.weight"].mT
+
+
+for name, formula, paper in (("deltanet", deltanet, "Yang et al. 2024 (DeltaNet)"),
+                             ("gated_deltanet", gated_deltanet, "Yang et al. 2024b (Gated DeltaNet)"),
+                             ("kda", kda, "Kimi Team 2025 (KDA), eq. 1")):
+    referee(name, by=paper)(formula)
+    referee(name, by=f"{paper}, and Grazzi et al. 2024: beta up to 2", options={"beta_max": 2.0})(
+        functools.partial(formula, beta_max=2))

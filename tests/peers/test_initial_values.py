@@ -138,6 +138,38 @@ def test_rwkv6_starts_as_its_authors():
         check_equal(p[f"{name}.weight"] @ p[f"{name}.weight"].mT, gain ** 2 * torch.eye(C), 1e-5)
 
 
+def test_rwkv7_starts_as_its_authors():
+    """[RWKV-LM, v7, at 524481d, train_temp]: mixes as powers of i / c; decays and rates by place in the width, with a
+    zigzag in each head; the low ranks begin at 0. (Their gate's rank is larger than that of the decays and rates.)"""
+    depth = 0.25
+    p, i = parts(fresh("rwkv7", depth=depth)), torch.arange(C, dtype=torch.float64)
+    powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2], dtype=torch.float64)               # of r, w, k, v, a, g
+    check_equal(p["mixes"], 1 - (i / C) ** (powers[:, None] * (1 - depth)))
+    place, within = i / (C - 1), (i % 32 - 31 / 2) / (31 / 2)
+    zigzag = within * within.abs()
+    check_equal(p["up.0.bias"], -6 + 6 * place ** (1 + depth ** 0.3) + 0.5 + 2.5 * zigzag)
+    check_equal(p["up.1.bias"], -0.19 + 0.3 * zigzag + 0.4 * (place - 0.5))
+    check_equal(p["remove"], 0.71 - 0.1 * (place - 0.5))
+    check_equal(p["keep"], 1.02)
+    check_equal(p["bonus"], -0.04)
+    for name in ("down.0.weight", "down.1.weight", "down.2.weight", "out.weight"):
+        check_equal(p[name], 0, 0)
+    for name, gain in (("q", 1.0), ("k", 0.1), ("v", 1.0)):
+        check_equal(p[f"{name}.weight"] @ p[f"{name}.weight"].mT, gain ** 2 * torch.eye(C), 1e-5)
+    for j in range(3):
+        check_equal(p[f"up.{j}.weight"].mT @ p[f"up.{j}.weight"], 0.01 * torch.eye(32), 1e-5)
+
+
+def test_mlstm_starts_as_its_authors():
+    """[NX-AI/xlstm at 032a6fb, mLSTMCell, for the weights and f; transformers' xLSTM for i]: gates that do not see the
+    token yet; an input gate of e^-10, forget gates from 3 to 6 over the heads."""
+    p = parts(fresh("mlstm"))
+    check_equal(p["i.bias"], -10)
+    check_equal(p["f.bias"], torch.tensor([3.0, 4.0, 5.0, 6.0]))
+    for name in ("i.weight", "f.weight"):
+        check_equal(p[name], 0, 0)
+
+
 def check_time_steps(bias, low=1e-3, high=1e-1):
     """softplus(bias) is log-uniform."""
     check_uniform(torch.log(torch.log1p(torch.exp(bias))), math.log(low), math.log(high))
@@ -161,11 +193,27 @@ def test_mamba2_starts_as_its_authors():
     check_time_steps(p["dt_bias"])
 
 
+def test_mamba3_starts_as_its_authors():
+    """[mamba-ssm at e9594ce]: dt as Mamba-2's; D, the norms' weights and the biases of B and C 1."""
+    p = parts(fresh("mamba3", 512, n_heads=256))
+    check_time_steps(p["dt_bias"])
+    for name in ("D", "norms", "biases"):
+        check_equal(p[name], 1, 0)
+
+
 def test_gated_deltanet_starts_as_its_authors():
-    """[fla]: A = -U(0, 16), dt as Mamba-2's."""
+    """[fla; transformers' OLMo-hybrid]: A = -U(0, 16), dt as Mamba-2's."""
     p = parts(fresh("gated_deltanet", 512, n_heads=256))
     check_uniform(p["A_log"].exp(), 0, 16)
     check_time_steps(p["dt_bias"])
+
+
+def test_kda_starts_as_its_authors():
+    """[fla, where the authors put it; transformers' Kimi-Linear]: A = -U(1, 16) a head, a dt a channel."""
+    p = parts(fresh("kda", 512, n_heads=256))
+    check_uniform(p["A_log"].exp(), 1, 16)
+    check_time_steps(p["dt_bias"])
+    assert len(p["dt_bias"]) == 512
 
 
 # ------------------------------------------------------------------------------------------------------- state spaces
