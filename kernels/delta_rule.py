@@ -51,6 +51,8 @@ from kernels.tiles import (
 )
 
 CHUNK = 64
+LEAST = tl.constexpr(-18.0)      # e^-18 is a quarter of float32's spacing: a smaller decay is made one by it
+INSIDE = tl.constexpr(2)         # blocks of 8 are not cut any more: from a cut, a decay is at most e^(4 x 18) there
 
 
 def cuts(n, device):
@@ -94,18 +96,43 @@ def reference(q, k, v, g, beta, state=None):
 
 
 @triton.jit
-def decays(g, b_h, rows, d, T, H, D: tl.constexpr, VECTOR: tl.constexpr):
-    """G, and `whole` - G, of a chunk: (C, 64) or (C, 1); and `whole`: (64,) or a number. A decay by less than e^-40 is
-    made one by e^-40: nothing, too, but it costs the sums that go over it fewer digits."""
+def sums_kernel(g, G, T, H, D: tl.constexpr, C: tl.constexpr):
+    """G, the sum of g from the start of its chunk."""
+    chunk, b_h, d = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.arange(0, D)
+    rows, at = chunk * C + tl.arange(0, C), place(b_h, H, H, T, D)
+    g_i = tl.maximum(load(g + at, rows, d, T, H * D, D), LEAST)
+    store(G + at, tl.cumsum(g_i, axis=0), rows, d, T, H * D, D)
+
+
+@triton.jit
+def sums(G, b_h, rows, d, T, H, D: tl.constexpr, VECTOR: tl.constexpr):
+    """G of these rows, the last one in place of those behind it, and channels: (rows, 64); or, of one decay for all
+    channels, (rows, 1)."""
+    rows = tl.minimum(rows, T - 1)
     if VECTOR:
-        g_i = tl.maximum(load(g + place(b_h, H, H, T, D), rows, d, T, H * D, 64), -40.0)
-        G, whole = tl.cumsum(g_i, axis=0), tl.sum(g_i, axis=0)
-        left = tl.minimum(whole[None, :] - G, 0.0)
+        at = G + place(b_h, H, H, T, D) + rows[:, None] * (H * D) + d[None, :]
     else:
-        g_i = tl.maximum(tl.load(g + place(b_h, H, H, T, 1) + rows * H, mask=rows < T, other=0.0), -40.0)
-        G, whole = tl.cumsum(g_i)[:, None], tl.sum(g_i)
-        left = tl.minimum(whole - G, 0.0)
-    return G, left, whole
+        at = G + place(b_h, H, H, T, 1) + rows[:, None] * H
+    return tl.load(at)
+
+
+@triton.jit
+def whole_of(G, b_h, chunk, d, T, H, D: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr):
+    """`whole` of a chunk: (channels,) or a number."""
+    last = tl.minimum(chunk * C + C, T) - 1
+    if VECTOR:
+        at = G + place(b_h, H, H, T, D) + last * (H * D) + d
+    else:
+        at = G + place(b_h, H, H, T, 1) + last * H
+    return tl.load(at)
+
+
+@triton.jit
+def decays(G, b_h, chunk, rows, d, T, H, D: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr):
+    """G, and `whole` - G, of a chunk: (C, 64) or (C, 1)."""
+    G_i = sums(G, b_h, rows, d, T, H, D, VECTOR)
+    whole = whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR)
+    return G_i, (whole[None, :] if VECTOR else whole) - G_i
 
 
 @triton.jit
@@ -116,11 +143,20 @@ def pairs_at(level, C: tl.constexpr):
 
 
 @triton.jit
-def decay_to(level, G, C: tl.constexpr):
-    """From each token to the cut of its block, or from the cut to it."""
-    t, h = tl.arange(0, C)[:, None], 1 << level
-    at = (t & -(2 * h)) + h - 1
-    return tl.exp(-tl.abs(G - tl.gather(G, tl.broadcast_to(at, G.shape), axis=0)))
+def at_cut(level, G, b_h, rows, d, T, H, D: tl.constexpr, C: tl.constexpr):
+    """Of the cuts h = 2^level in blocks of 2 h: the decay from the cut to each token as a target, and from each token to
+    it as a source, and the pairs (t, s) that they part; at the lowest level all pairs of a block. Of other pairs the
+    decays say nothing, but are numbers."""
+    t, s, h = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], 1 << level
+    x = sums(G, b_h, rows, d, T, H, D, True) - sums(G, b_h, (rows & -(2 * h)) + h - 1, d, T, H, D, True)
+    pairs = ((t ^ s) < 2 * h) & tl.where(level == INSIDE, s <= t, (t & h) > (s & h))
+    return tl.exp(tl.minimum(x, 72.0)), tl.exp(tl.minimum(-x, 72.0)), pairs
+
+
+@triton.jit
+def ranged(x, like):
+    """Rounded as the numbers that are multiplied; in bfloat16 where those are float16, which has not the range."""
+    return x.to(tl.bfloat16 if like.dtype == tl.float16 else like.dtype)
 
 
 @triton.jit
@@ -130,19 +166,18 @@ def decay_between(G):
 
 
 @triton.jit
-def scores(P, A, q, k, G, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+def scores(P, A, q, k, G, b_h, rows, d, T, H, D: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+           VECTOR: tl.constexpr, PRECISION: tl.constexpr):
     """Add these channels' (q_t . k_s) e^{G_t - G_s} for s <= t, and (k_t . k_s) e^{G_t - G_s} for s < t; what they say
     of other pairs means nothing."""
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     if VECTOR:
-        P += tl.where(t == s, tl.sum(q.to(tl.float32) * k, axis=1)[:, None], 0.0)
-        for level in range(LEVELS):
-            E, pairs = decay_to(level, G, C), pairs_at(level, C)
-            q_E, k_E = (q * E).to(q.dtype), (k * E).to(k.dtype)
-            P += tl.where(pairs, tl.dot(q_E, tl.trans(k_E), input_precision=PRECISION), 0.0)
-            A += tl.where(pairs, tl.dot(k_E, tl.trans(k_E), input_precision=PRECISION), 0.0)
+        for level in range(INSIDE, LEVELS):
+            E, E_source, pairs = at_cut(level, G, b_h, rows, d, T, H, D, C)
+            source = tl.trans(ranged(k * E_source, k))
+            P += tl.where(pairs, tl.dot(ranged(q * E, k), source, input_precision=PRECISION), 0.0)
+            A += tl.where(pairs, tl.dot(ranged(k * E, k), source, input_precision=PRECISION), 0.0)
     else:
-        E = decay_between(G)
+        E = decay_between(sums(G, b_h, rows, d, T, H, D, VECTOR))
         P += tl.dot(q, tl.trans(k), input_precision=PRECISION) * E
         A += tl.dot(k, tl.trans(k), input_precision=PRECISION) * E
     return P, A
@@ -175,10 +210,11 @@ def put(at, x):
 
 
 @triton.jit
-def maps_kernel(q, k, v, g, beta, read, add, forget, give, total, P_, inverse_, T, H, D: tl.constexpr, E: tl.constexpr,
-                C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """Of each chunk Q' (read), O' (add), F (forget), B (give), the sum of g, and P and (1 + A)^-1 for the backward;
-    64 key channels at a time."""
+def maps_kernel(q, k, v, G, beta, read, add, forget, give, P_, inverse_, T, H, D: tl.constexpr, E: tl.constexpr,
+                C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
+                PRECISION: tl.constexpr):
+    """Of each chunk Q' (read), O' (add), F (forget) and B (give), and P and (1 + A)^-1 for the backward; 64 key
+    channels at a time."""
     chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
     n = b_h * tl.num_programs(1) + chunk
     i, e = tl.arange(0, C), tl.arange(0, E)
@@ -187,13 +223,8 @@ def maps_kernel(q, k, v, g, beta, read, add, forget, give, total, P_, inverse_, 
     P, A = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
-        G, _, whole = decays(g, b_h, rows, d, T, H, D, VECTOR)
-        P, A = scores(P, A, load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64), G, C, LEVELS,
-                      VECTOR, PRECISION)
-        if VECTOR:
-            tl.store(total + n * D + d, whole)
-        else:
-            tl.store(total + n, whole)
+        P, A = scores(P, A, load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64), G, b_h, rows, d,
+                      T, H, D, C, LEVELS, VECTOR, PRECISION)
     P = tl.where(i[:, None] >= i[None, :], P * beta_i[None, :], 0.0).to(q.dtype.element_ty)
     inverse = inverse_of(A * beta_i[None, :], C, LEVELS, PRECISION).to(P.dtype)
     if P_ is not None:
@@ -203,15 +234,15 @@ def maps_kernel(q, k, v, g, beta, read, add, forget, give, total, P_, inverse_, 
     put(matrix(add, n, i, e, C, E), tl.dot(P, U, input_precision=PRECISION))
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
-        G, left, _ = decays(g, b_h, rows, d, T, H, D, VECTOR)
-        known = (load(k + key, rows, d, T, H * D, 64) * tl.exp(G)).to(P.dtype)
+        G_i, left = decays(G, b_h, chunk, rows, d, T, H, D, C, VECTOR)
+        known = (load(k + key, rows, d, T, H * D, 64) * tl.exp(G_i)).to(P.dtype)
         W = tl.dot(inverse, known, input_precision=PRECISION).to(P.dtype)
         put(matrix(read, n, i, d, C, D),
-            load(q + key, rows, d, T, H * D, 64) * tl.exp(G) - tl.dot(P, W, input_precision=PRECISION))
+            load(q + key, rows, d, T, H * D, 64) * tl.exp(G_i) - tl.dot(P, W, input_precision=PRECISION))
         for start in range(0, D, 64):
             r = start + tl.arange(0, 64)
             if D > 64:
-                _, left, _ = decays(g, b_h, rows, r, T, H, D, VECTOR)
+                _, left = decays(G, b_h, chunk, rows, r, T, H, D, C, VECTOR)
             k_r = load(k + key, rows, r, T, H * D, 64)
             write = tl.trans((k_r * tl.exp(left) * beta_i[:, None]).to(P.dtype))
             put(matrix(forget, n, r, d, D, D), -tl.dot(write, W, input_precision=PRECISION))
@@ -220,13 +251,7 @@ def maps_kernel(q, k, v, g, beta, read, add, forget, give, total, P_, inverse_, 
 
 
 @triton.jit
-def whole_of(total, n, d, D: tl.constexpr, VECTOR: tl.constexpr):
-    """e^{whole} of chunk n: (D, 1) or a number."""
-    return tl.exp(tl.load(total + n * D + d))[:, None] if VECTOR else tl.exp(tl.load(total + n))
-
-
-@triton.jit
-def walk_kernel(read, add, forget, give, total, S0, o, states, S_T, T, H, D: tl.constexpr, E: tl.constexpr,
+def walk_kernel(G, read, add, forget, give, S0, o, states, S_T, T, H, D: tl.constexpr, E: tl.constexpr,
                 BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr,
                 PRECISION: tl.constexpr):
     """O = O' + Q' S,  S <- e^{whole} S + B + F S: a program takes a block of the state's columns through the chunks,
@@ -246,13 +271,14 @@ def walk_kernel(read, add, forget, give, total, S0, o, states, S_T, T, H, D: tl.
         o_i = tl.dot(tl.load(matrix(read, n, i, d, C, D)), S_i, input_precision=PRECISION)
         o_i += tl.load(matrix(add, n, i, e, C, E)).to(tl.float32)
         store(o, o_i, chunk * C + i, e, T, H * E, E)
-        S = S * whole_of(total, n, d, D, VECTOR) + tl.load(matrix(give, n, d, e, D, E)).to(tl.float32)
+        whole = whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR)
+        S = S * tl.exp(whole[:, None] if VECTOR else whole) + tl.load(matrix(give, n, d, e, D, E)).to(tl.float32)
         S = tl.dot(tl.load(matrix(forget, n, d, d, D, D)), S_i, acc=S, input_precision=PRECISION)
     tl.store(matrix(S_T, b_h, d, e, D, E), S)
 
 
 @triton.jit
-def walk_back_kernel(read, forget, total, do, dS_T, dstates, dS0, T, H, D: tl.constexpr, E: tl.constexpr,
+def walk_back_kernel(G, read, forget, do, dS_T, dstates, dS0, T, H, D: tl.constexpr, E: tl.constexpr,
                      BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr,
                      PRECISION: tl.constexpr):
     """R <- e^{whole} R + F^T R + Q'^T dO, and the gradient of the state after each chunk in `dstates`."""
@@ -269,23 +295,47 @@ def walk_back_kernel(read, forget, total, do, dS_T, dstates, dS0, T, H, D: tl.co
         R_i = R.to(read.dtype.element_ty)
         put(matrix(dstates, n, d, e, D, E), R_i)
         do_i, read_i = load(do, chunk * C + i, e, T, H * E, E), tl.load(matrix(read, n, i, d, C, D))
-        R = tl.dot(tl.trans(read_i), do_i, acc=R * whole_of(total, n, d, D, VECTOR), input_precision=PRECISION)
+        whole = whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR)
+        R *= tl.exp(whole[:, None] if VECTOR else whole)
+        R = tl.dot(tl.trans(read_i), do_i, acc=R, input_precision=PRECISION)
         R = tl.dot(tl.trans(tl.load(matrix(forget, n, d, d, D, D))), R_i, acc=R, input_precision=PRECISION)
     if dS0 is not None:
         tl.store(matrix(dS0, b_h, d, e, D, E), R)
 
 
 @triton.jit
-def gradients_kernel(q, k, v, g, beta, do, P_, inverse_, states, dstates, dq, dk, dv, dg, dbeta, T, H, D: tl.constexpr,
-                     E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
-                     PRECISION: tl.constexpr):
+def of_pairs(dq, dk, dbeta, x, dP, dA, q, k, beta, E, E_source, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Add what pairs (t, s) give to the gradients of q, k and beta, where a target has the decay E and a source
+    E_source; and to x, which is made of the same rounded numbers, so that what a pair gives at t and takes at s is the
+    same."""
+    dP, dA, q_E, k_E, source = ranged(dP, q), ranged(dA, q), ranged(q * E, q), ranged(k * E, q), ranged(k * (E_source * beta), q)
+    to_q = tl.dot(dP, source, input_precision=PRECISION)
+    dq += E * to_q
+    x += given(q_E * to_q, VECTOR)
+    to_k = tl.dot(dA, source, input_precision=PRECISION)
+    dk += E * to_k
+    x += given(k_E * to_k, VECTOR)
+    by = tl.dot(tl.trans(dP), q_E, input_precision=PRECISION)
+    by = tl.dot(tl.trans(dA), k_E, acc=by, input_precision=PRECISION)
+    x -= given(source * by, VECTOR)
+    by *= E_source
+    return dq, dk + beta * by, dbeta + tl.sum(k * by, axis=1), x
+
+
+@triton.jit
+def given(x, VECTOR: tl.constexpr):
+    """To the decay of each channel, or of all: (C, 64) or (C, 1)."""
+    return x if VECTOR else tl.sum(x, axis=1)[:, None]
+
+
+@triton.jit
+def pairs_kernel(k, v, G, beta, do, P_, inverse_, states, dstates, dv, new, dP_, dA_, T, H, D: tl.constexpr,
+                 E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
+                 PRECISION: tl.constexpr):
     """Of each chunk, from the state S before it and the gradient R of the state after it:
 
         N = (1 + A)^-1 (V - e^G K S)      dN = P^T dO + K' R        dV = (1 + A)^-T dN
-        dP_ts = do_t . N_s                dA_ts = - dv_t . N_s
-
-    A key is a source in P, A and K', where beta stands beside it (`written`: the gradient of beta k), and a target in A
-    and e^G K. beta's gradient is k . written, and g's the sum from t on of q dq + k dk (target) - k dk (source)."""
+        dP_ts = do_t . N_s                dA_ts = - dv_t . N_s"""
     chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
     n = b_h * tl.num_programs(1) + chunk
     i, e = tl.arange(0, C), tl.arange(0, E)
@@ -298,64 +348,69 @@ def gradients_kernel(q, k, v, g, beta, do, P_, inverse_, states, dstates, dq, dk
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
         k_i = load(k + key, rows, d, T, H * D, 64)
-        G, left, _ = decays(g, b_h, rows, d, T, H, D, VECTOR)
-        known, write = (k_i * tl.exp(G)).to(k_i.dtype), (k_i * tl.exp(left) * beta_i).to(k_i.dtype)
+        G_i, left = decays(G, b_h, chunk, rows, d, T, H, D, C, VECTOR)
+        known, write = (k_i * tl.exp(G_i)).to(k_i.dtype), (k_i * tl.exp(left) * beta_i).to(k_i.dtype)
         known_S = tl.dot(known, tl.load(matrix(states, n, d, e, D, E)), acc=known_S, input_precision=PRECISION)
         dN = tl.dot(write, tl.load(matrix(dstates, n, d, e, D, E)), acc=dN, input_precision=PRECISION)
     dv_i = tl.dot(tl.trans(inverse), dN.to(do_i.dtype), input_precision=PRECISION).to(do_i.dtype)
     store(dv + value, dv_i, rows, e, T, H * E, E)
-    new = (load(v + value, rows, e, T, H * E, E) - known_S).to(do_i.dtype)
-    N = tl.dot(inverse, new, input_precision=PRECISION).to(do_i.dtype)
+    N = (load(v + value, rows, e, T, H * E, E) - known_S).to(do_i.dtype)
+    N = tl.dot(inverse, N, input_precision=PRECISION).to(do_i.dtype)
+    put(matrix(new, n, i, e, C, E), N)
     dP = tl.dot(do_i, tl.trans(N), input_precision=PRECISION)
     dA = -tl.dot(dv_i, tl.trans(N), input_precision=PRECISION)
-    own = tl.sum(tl.where(t == s, dP, 0.0), axis=1)[:, None]
     if not VECTOR:
-        G, _, _ = decays(g, b_h, rows, e, T, H, D, VECTOR)
-        dP *= decay_between(G)
-        dA *= decay_between(G)
-    dP, dA = tl.where(t >= s, dP, 0.0).to(do_i.dtype), tl.where(t > s, dA, 0.0).to(do_i.dtype)
+        between = decay_between(sums(G, b_h, rows, e, T, H, D, VECTOR))
+        dP, dA = dP * between, dA * between
+    put(matrix(dP_, n, i, i, C, C), tl.where(t >= s, dP, 0.0))
+    put(matrix(dA_, n, i, i, C, C), tl.where(t > s, dA, 0.0))
+
+
+@triton.jit
+def gradients_kernel(q, k, G, beta, do, dv, new, dP_, dA_, states, dstates, dq, dk, dg, dbeta, T, H, D: tl.constexpr,
+                     E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+                     VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """A key is a source in P, A and K', where beta stands beside it (`written`: the gradient of beta k), and a target in
+    A and e^G K. beta's gradient is k . written, and g's the sum from t on of q dq + k dk (target) - k dk (source)."""
+    chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    n = b_h * tl.num_programs(1) + chunk
+    i, e = tl.arange(0, C), tl.arange(0, E)
+    t, s, rows, one = i[:, None], i[None, :], chunk * C + i, place(b_h, H, H, T, 1)
+    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
+    beta_i = tl.load(beta + one + rows * H, mask=rows < T, other=0.0).to(tl.float32)[:, None]
     dbeta_i, x_sum, after_sum = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), 0.0
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
-        q_i, k_i = load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64)
+        G_i, left = decays(G, b_h, chunk, rows, d, T, H, D, C, VECTOR)
         S, R = tl.load(matrix(states, n, d, e, D, E)), tl.load(matrix(dstates, n, d, e, D, E))
-        G, left, whole = decays(g, b_h, rows, d, T, H, D, VECTOR)
-        written = tl.exp(left) * tl.dot(N, tl.trans(R), input_precision=PRECISION)
-        after = tl.exp(whole) * tl.sum(S.to(tl.float32) * R, axis=1) + tl.sum(k_i * written * beta_i, axis=0)
-        if VECTOR:
-            written += own * q_i
-            for level in range(LEVELS):
-                decay, pairs = decay_to(level, G, C), pairs_at(level, C)
-                q_E, k_E = (q_i * decay).to(q_i.dtype), (k_i * decay).to(q_i.dtype)
-                w = tl.dot(tl.trans(tl.where(pairs, dP, 0.0)), q_E, input_precision=PRECISION)
-                w = tl.dot(tl.trans(tl.where(pairs, dA, 0.0)), k_E, acc=w, input_precision=PRECISION)
-                written += decay * w
-        else:
-            written = tl.dot(tl.trans(dP), q_i, acc=written, input_precision=PRECISION)
-            written = tl.dot(tl.trans(dA), k_i, acc=written, input_precision=PRECISION)
+        after = tl.exp(whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR)) * tl.sum(S.to(tl.float32) * R, axis=1)
+        written = tl.exp(left) * tl.dot(tl.load(matrix(new, n, i, e, C, E)), tl.trans(R), input_precision=PRECISION)
+        k_i = load(k + key, rows, d, T, H * D, 64)
         dbeta_i += tl.sum(k_i * written, axis=1)
         written *= beta_i
-        dq_i = tl.exp(G) * tl.dot(do_i, tl.trans(S), input_precision=PRECISION)
-        target = -tl.exp(G) * tl.dot(dv_i, tl.trans(S), input_precision=PRECISION)
+        after += tl.sum(k_i * written, axis=0)
+        dk_i = -tl.exp(G_i) * tl.dot(load(dv + value, rows, e, T, H * E, E), tl.trans(S), input_precision=PRECISION)
+        x = given(k_i * (dk_i - written), VECTOR)
+        dk_i += written
+        dq_i = tl.exp(G_i) * tl.dot(load(do + value, rows, e, T, H * E, E), tl.trans(S), input_precision=PRECISION)
+        q_i = load(q + key, rows, d, T, H * D, 64)
+        x += given(q_i * dq_i, VECTOR)
         if VECTOR:
-            dq_i += own * beta_i * k_i
-            for level in range(LEVELS):
-                decay, pairs = decay_to(level, G, C), pairs_at(level, C)
-                source = (k_i * decay * beta_i).to(k_i.dtype)
-                dq_i += decay * tl.dot(tl.where(pairs, dP, 0.0), source, input_precision=PRECISION)
-                target += decay * tl.dot(tl.where(pairs, dA, 0.0), source, input_precision=PRECISION)
-        else:
-            source = (k_i * beta_i).to(k_i.dtype)
-            dq_i = tl.dot(dP, source, acc=dq_i, input_precision=PRECISION)
-            target = tl.dot(dA, source, acc=target, input_precision=PRECISION)
-        store(dq + key, dq_i, rows, d, T, H * D, D)
-        store(dk + key, target + written, rows, d, T, H * D, D)
-        x = q_i * dq_i + k_i * (target - written)
-        if VECTOR:
+            for level in tl.range(INSIDE, LEVELS, disable_licm=True):        # else numbers wait in registers for it
+                E_t, E_s, pairs = at_cut(level, G, b_h, rows, d, T, H, D, C)
+                dP = tl.where(pairs, tl.load(matrix(dP_, n, i, i, C, C)), 0.0)
+                dA = tl.where(pairs, tl.load(matrix(dA_, n, i, i, C, C)), 0.0)
+                q_i, k_i = load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64)
+                dq_i, dk_i, dbeta_i, x = of_pairs(dq_i, dk_i, dbeta_i, x, dP, dA, q_i, k_i, beta_i, E_t, E_s, VECTOR,
+                                                  PRECISION)
             store(dg + key, tl.cumsum(x, axis=0, reverse=True) + after[None, :], rows, d, T, H * D, D)
         else:
-            x_sum += tl.sum(x, axis=1)
-            after_sum += tl.sum(after)
+            dP, dA = tl.load(matrix(dP_, n, i, i, C, C)), tl.load(matrix(dA_, n, i, i, C, C))
+            dq_i, dk_i, dbeta_i, x = of_pairs(dq_i, dk_i, dbeta_i, x, dP, dA, q_i, k_i, beta_i, 1.0, 1.0, VECTOR,
+                                              PRECISION)
+            x_sum, after_sum = x_sum + tl.sum(x, axis=1), after_sum + tl.sum(after)
+        store(dq + key, dq_i, rows, d, T, H * D, D)
+        store(dk + key, dk_i, rows, d, T, H * D, D)
     tl.store(dbeta + one + rows * H, dbeta_i, mask=rows < T)
     if not VECTOR:
         tl.store(dg + one + rows * H, tl.cumsum(x_sum, axis=0, reverse=True) + after_sum, mask=rows < T)
@@ -376,13 +431,14 @@ def settings(q, v, g):
 
 
 def maps(q, k, v, g, beta, sizes, grid, keep):
-    """What each chunk does: Q', O', F, B and the sum of g; with `keep` P and (1 + A)^-1, else None for these two."""
+    """G; what each chunk does, Q', O', F and B; with `keep` P and (1 + A)^-1, else None for these two."""
     C, d, e = sizes["C"], sizes["D"], sizes["E"]
     read, add, forget, give = (q.new_empty(*grid, *shape) for shape in ((C, d), (C, e), (d, d), (d, e)))
-    total = torch.empty(*grid, g.shape[-1], device=q.device)
+    G = torch.empty_like(g)
+    sums_kernel[grid](g, G, *q.shape[1:3], D=g.shape[-1], C=C)
     P, inverse = (q.new_empty(*grid, C, C) if keep else None for _ in range(2))
-    maps_kernel[grid](q, k, v, g, beta, read, add, forget, give, total, P, inverse, *q.shape[1:3], **sizes)
-    return read, add, forget, give, total, P, inverse
+    maps_kernel[grid](q, k, v, G, beta, read, add, forget, give, P, inverse, *q.shape[1:3], **sizes)
+    return G, read, add, forget, give, P, inverse
 
 
 def twin(q, k, v, g, beta, state):
@@ -398,17 +454,17 @@ class DeltaRule(torch.autograd.Function):
     def forward(ctx, q, k, v, g, beta, S0, keep):
         sizes, walk, grid = settings(q, v, g)
         (b, t, h, d), e = q.shape, v.shape[-1]
-        read, add, forget, give, total, P, inverse = maps(q, k, v, g, beta, sizes, grid, keep)
+        G, read, add, forget, give, P, inverse = maps(q, k, v, g, beta, sizes, grid, keep)
         o, S_T = torch.empty_like(v), torch.empty(b, h, d, e, device=q.device)
         states = torch.empty_like(give) if keep else None
-        walk_kernel[grid[0], e // walk["BE"]](read, add, forget, give, total, S0, o, states, S_T, t, h, **walk)
-        ctx.save_for_backward(q, k, v, g, beta, S0, read, forget, total, P, inverse, states)
+        walk_kernel[grid[0], e // walk["BE"]](G, read, add, forget, give, S0, o, states, S_T, t, h, **walk)
+        ctx.save_for_backward(q, k, v, g, beta, S0, G, read, forget, P, inverse, states)
         ctx.set_materialize_grads(False)
         return o, S_T
 
     @staticmethod
     def backward(ctx, do, dS_T):
-        q, k, v, g, beta, S0, read, forget, total, P, inverse, states = ctx.saved_tensors
+        q, k, v, g, beta, S0, G, read, forget, P, inverse, states = ctx.saved_tensors
         if torch.is_grad_enabled():                              # a gradient of the gradient may be asked for
             return *differentiable_gradients(twin, (q, k, v, g, beta, S0), (do, dS_T)), None
         do = torch.zeros_like(v) if do is None else do.contiguous()
@@ -416,10 +472,11 @@ class DeltaRule(torch.autograd.Function):
         sizes, walk, grid = settings(q, v, g)
         shape, dstates, dS0 = q.shape[1:3], torch.empty_like(states), None if S0 is None else torch.empty_like(S0)
         columns = (grid[0], v.shape[-1] // walk["BE"])
-        walk_back_kernel[columns](read, forget, total, do, dS_T, dstates, dS0, *shape, **walk)
+        walk_back_kernel[columns](G, read, forget, do, dS_T, dstates, dS0, *shape, **walk)
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
-        gradients_kernel[grid](q, k, v, g, beta, do, P, inverse, states, dstates, dq, dk, dv, dg, dbeta, *shape,
-                               **sizes)
+        (dP, dA), new = (q.new_empty(*grid, sizes["C"], sizes["C"]) for _ in "PA"), q.new_empty(*grid, sizes["C"], sizes["E"])
+        pairs_kernel[grid](k, v, G, beta, do, P, inverse, states, dstates, dv, new, dP, dA, *shape, **sizes)
+        gradients_kernel[grid](q, k, G, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg, dbeta, *shape, **sizes)
         return dq, dk, dv, dg, dbeta, dS0, None
 
 

@@ -169,21 +169,25 @@ def test_launches_find_room(capability, room, tmp_path):
 
 
 @pytest.mark.skipif(not GPU, reason="errors of 16 bits are those of a GPU")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("d", [64, 128])
-def test_errors_in_16_bits_are_the_twins(kind, d):
-    """A long text; every gradient at most three times as far off as the twin's in bfloat16."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind, d, strength", [("none", 64, 0.0), ("none", 128, 0.0), ("scalar", 64, 0.1),
+                                               ("scalar", 64, 3.0), ("scalar", 128, 0.1), ("vector", 64, 0.1),
+                                               ("vector", 64, 3.0), ("vector", 128, 0.1)])
+def test_errors_in_16_bits_are_the_twins(kind, d, strength, dtype):
+    """A long text; every gradient at most three times as far off as the twin's. (In float16 a decay of each channel is
+    taken in bfloat16, which has the range.)"""
     from test_kernels import values_and_gradients
-    tensors = [x if x is None else x.bfloat16().double() if i < 3 else x.float().double() for i, x in
-               enumerate(tensors_of(kind, 2048, d, d, h=2, strength=0.1, largest=1.0))]
+    tensors = [x if x is None else x.to(dtype).double() if i < 3 else x.float().double() for i, x in
+               enumerate(tensors_of(kind, 2048, d, d, h=2, strength=strength, largest=1.0))]
 
     def in_16_bits(f):
         def called(q, k, v, *more):
-            o, S = f(q.bfloat16(), k.bfloat16(), v.bfloat16(), *(x if x is None else x.float() for x in more))
+            o, S = f(q.to(dtype), k.to(dtype), v.to(dtype), *(x if x is None else x.float() for x in more))
             return o, S
         return [x for x in values_and_gradients(called, tensors, torch.float64, DEVICE)]
     exact = values_and_gradients(delta_rule.reference, tensors, torch.float64, DEVICE)
     for i, (a, b, x) in enumerate(zip(in_16_bits(delta_rule.delta_rule), in_16_bits(delta_rule.reference), exact,
                                       strict=True)):
         mine, twins = ((y - x).norm() / x.norm() for y in (a, b))
-        assert mine <= max(3 * twins, 2 ** -8), f"result {i}: {mine:.1e}, the twin {twins:.1e}"
+        assert mine <= max(3 * twins, 2 ** -7 if kind == "vector" and dtype == torch.float16 else 2 ** -8), (
+            f"result {i}: {mine:.1e}, the twin {twins:.1e}")
