@@ -144,9 +144,9 @@ def pairs_at(level, C: tl.constexpr):
 
 @triton.jit
 def at_cut(level, G, b_h, rows, d, T, H, D: tl.constexpr, C: tl.constexpr):
-    """Of the cuts h = 2^level in blocks of 2 h: the decay from the cut to each token as a target, and from each token to
-    it as a source, and the pairs (t, s) that they part; at the lowest level all pairs of a block. Of other pairs the
-    decays say nothing, but are numbers."""
+    """Of the cuts h = 2^level in blocks of 2 h: the decay from the cut to each token as a target, and from each token
+    to it as a source, and the pairs (t, s) that they part; at the lowest level all pairs of a block. What the decays
+    make of other pairs means nothing, and may be infinite."""
     t, s, h = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], 1 << level
     x = sums(G, b_h, rows, d, T, H, D, True) - sums(G, b_h, (rows & -(2 * h)) + h - 1, d, T, H, D, True)
     pairs = ((t ^ s) < 2 * h) & tl.where(level == INSIDE, s <= t, (t & h) > (s & h))
@@ -251,29 +251,41 @@ def maps_kernel(q, k, v, G, beta, read, add, forget, give, P_, inverse_, T, H, D
 
 
 @triton.jit
+def decay_of(G, b_h, chunk, d, T, H, D: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr):
+    """e^{whole} of a chunk: (D, 1) or a number."""
+    whole = tl.exp(whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR))
+    return whole[:, None] if VECTOR else whole
+
+
+@triton.jit
 def walk_kernel(G, read, add, forget, give, S0, o, states, S_T, T, H, D: tl.constexpr, E: tl.constexpr,
-                BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr,
-                PRECISION: tl.constexpr):
+                BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
     """O = O' + Q' S,  S <- e^{whole} S + B + F S: a program takes a block of the state's columns through the chunks,
-    and leaves the state before each in `states`."""
+    and leaves the state before each in `states`. What products multiply Triton asks for early by itself; the rest is
+    asked for one chunk early here."""
     b_h, i, d, e = tl.program_id(0).to(tl.int64), tl.arange(0, C), tl.arange(0, D), tl.arange(0, BE)
     e += tl.program_id(1) * BE
     o += place(b_h, H, H, T, E)
     chunks = tl.cdiv(T, C)
+    n = b_h * chunks
     S = tl.zeros((D, BE), tl.float32)
     if S0 is not None:
         S += tl.load(matrix(S0, b_h, d, e, D, E))
+    decay = decay_of(G, b_h, 0, d, T, H, D, C, VECTOR)
+    add_i, give_i = tl.load(matrix(add, n, i, e, C, E)), tl.load(matrix(give, n, d, e, D, E))
     for chunk in range(chunks):
-        n = b_h * chunks + chunk
+        following = tl.minimum(chunk + 1, chunks - 1)
+        next_decay = decay_of(G, b_h, following, d, T, H, D, C, VECTOR)
+        next_add = tl.load(matrix(add, n + following, i, e, C, E))
+        next_give = tl.load(matrix(give, n + following, d, e, D, E))
         S_i = S.to(read.dtype.element_ty)
         if states is not None:
-            put(matrix(states, n, d, e, D, E), S_i)
-        o_i = tl.dot(tl.load(matrix(read, n, i, d, C, D)), S_i, input_precision=PRECISION)
-        o_i += tl.load(matrix(add, n, i, e, C, E)).to(tl.float32)
-        store(o, o_i, chunk * C + i, e, T, H * E, E)
-        whole = whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR)
-        S = S * tl.exp(whole[:, None] if VECTOR else whole) + tl.load(matrix(give, n, d, e, D, E)).to(tl.float32)
-        S = tl.dot(tl.load(matrix(forget, n, d, d, D, D)), S_i, acc=S, input_precision=PRECISION)
+            put(matrix(states, n + chunk, d, e, D, E), S_i)
+        o_i = tl.dot(tl.load(matrix(read, n + chunk, i, d, C, D)), S_i, input_precision=PRECISION)
+        store(o, o_i + add_i, chunk * C + i, e, T, H * E, E)
+        S = S * decay + give_i
+        S = tl.dot(tl.load(matrix(forget, n + chunk, d, d, D, D)), S_i, acc=S, input_precision=PRECISION)
+        decay, add_i, give_i = next_decay, next_add, next_give
     tl.store(matrix(S_T, b_h, d, e, D, E), S)
 
 
@@ -289,16 +301,17 @@ def walk_back_kernel(G, read, forget, do, dS_T, dstates, dS0, T, H, D: tl.conste
     R = tl.zeros((D, BE), tl.float32)
     if dS_T is not None:
         R += tl.load(matrix(dS_T, b_h, d, e, D, E))
+    decay = decay_of(G, b_h, chunks - 1, d, T, H, D, C, VECTOR)
     for step in range(chunks):
         chunk = chunks - 1 - step
         n = b_h * chunks + chunk
+        next_decay = decay_of(G, b_h, tl.maximum(chunk - 1, 0), d, T, H, D, C, VECTOR)
         R_i = R.to(read.dtype.element_ty)
         put(matrix(dstates, n, d, e, D, E), R_i)
         do_i, read_i = load(do, chunk * C + i, e, T, H * E, E), tl.load(matrix(read, n, i, d, C, D))
-        whole = whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR)
-        R *= tl.exp(whole[:, None] if VECTOR else whole)
-        R = tl.dot(tl.trans(read_i), do_i, acc=R, input_precision=PRECISION)
+        R = tl.dot(tl.trans(read_i), do_i, acc=R * decay, input_precision=PRECISION)
         R = tl.dot(tl.trans(tl.load(matrix(forget, n, d, d, D, D))), R_i, acc=R, input_precision=PRECISION)
+        decay = next_decay
     if dS0 is not None:
         tl.store(matrix(dS0, b_h, d, e, D, E), R)
 
@@ -308,7 +321,8 @@ def of_pairs(dq, dk, dbeta, x, dP, dA, q, k, beta, E, E_source, VECTOR: tl.const
     """Add what pairs (t, s) give to the gradients of q, k and beta, where a target has the decay E and a source
     E_source; and to x, which is made of the same rounded numbers, so that what a pair gives at t and takes at s is the
     same."""
-    dP, dA, q_E, k_E, source = ranged(dP, q), ranged(dA, q), ranged(q * E, q), ranged(k * E, q), ranged(k * (E_source * beta), q)
+    dP, dA, q_E, k_E = ranged(dP, q), ranged(dA, q), ranged(q * E, q), ranged(k * E, q)
+    source = ranged(k * (E_source * beta), q)
     to_q = tl.dot(dP, source, input_precision=PRECISION)
     dq += E * to_q
     x += given(q_E * to_q, VECTOR)
@@ -368,14 +382,15 @@ def pairs_kernel(k, v, G, beta, do, P_, inverse_, states, dstates, dv, new, dP_,
 
 @triton.jit
 def gradients_kernel(q, k, G, beta, do, dv, new, dP_, dA_, states, dstates, dq, dk, dg, dbeta, T, H, D: tl.constexpr,
-                     E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
-                     VECTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """A key is a source in P, A and K', where beta stands beside it (`written`: the gradient of beta k), and a target in
-    A and e^G K. beta's gradient is k . written, and g's the sum from t on of q dq + k dk (target) - k dk (source)."""
+                     E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
+                     PRECISION: tl.constexpr):
+    """A key is a source in P, A and K', where beta stands beside it (`written`: the gradient of beta k), and a target
+    in A and e^G K. beta's gradient is k . written, and g's the sum from t on of x = q dq + k dk (target) - k dk
+    (source)."""
     chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
     n = b_h * tl.num_programs(1) + chunk
     i, e = tl.arange(0, C), tl.arange(0, E)
-    t, s, rows, one = i[:, None], i[None, :], chunk * C + i, place(b_h, H, H, T, 1)
+    rows, one = chunk * C + i, place(b_h, H, H, T, 1)
     key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     beta_i = tl.load(beta + one + rows * H, mask=rows < T, other=0.0).to(tl.float32)[:, None]
     dbeta_i, x_sum, after_sum = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), 0.0
@@ -474,7 +489,8 @@ class DeltaRule(torch.autograd.Function):
         columns = (grid[0], v.shape[-1] // walk["BE"])
         walk_back_kernel[columns](G, read, forget, do, dS_T, dstates, dS0, *shape, **walk)
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
-        (dP, dA), new = (q.new_empty(*grid, sizes["C"], sizes["C"]) for _ in "PA"), q.new_empty(*grid, sizes["C"], sizes["E"])
+        C = sizes["C"]
+        dP, dA, new = (q.new_empty(*grid, C, n) for n in (C, C, v.shape[-1]))
         pairs_kernel[grid](k, v, G, beta, do, P, inverse, states, dstates, dv, new, dP, dA, *shape, **sizes)
         gradients_kernel[grid](q, k, G, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg, dbeta, *shape, **sizes)
         return dq, dk, dv, dg, dbeta, dS0, None

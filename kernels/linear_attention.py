@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import decay_gradient, differentiable_gradients, in_one_piece, load, place, store, without_zeros
+from kernels.tiles import differentiable_gradients, in_one_piece, load, place, store, without_zeros
 
 CHUNK = 64
 
@@ -50,11 +50,11 @@ def reference(q, k, v, g=None, state=None):
 
 
 @triton.jit
-def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
-         C: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr):
+def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, x, xo, D: tl.constexpr, E: tl.constexpr,
+         BD: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr):
     """o_t = sum_{s <= t} e^{G_t - G_s} (q_t . k_s) v_s for rows start to end, from the state S: (BD, len(e)).
-    q and k have HK heads, v HV, o H. REVERSE: the sum is over s >= t, with e^{G_s - G_t}. Returns the state behind the
-    last row, and the sum of g."""
+    q and k have HK heads, v and x HV, o H. REVERSE: the sum is over s >= t, with e^{G_s - G_t}. If xo is given, x_t .
+    o_t goes there. Returns the state behind the last row, and the sum of g."""
     i, d = tl.arange(0, C), tl.arange(0, BD)
     total = 0.0
     chunks = tl.cdiv(end - start, C)
@@ -79,6 +79,8 @@ def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, D: tl.constexpr, 
             P = tl.where(seen, P, 0.0).to(v_i.dtype)
             o_i = tl.dot(P, v_i, acc=o_i, input_precision=PRECISION)
             store(o, o_i, rows, e, end, H * E, E)
+            if xo is not None:
+                tl.store(xo + rows, tl.sum(o_i * load(x, rows, e, end, HV * E, E), axis=1), mask=rows < end)
         if g is not None:
             S *= tl.exp(whole)
             total += whole
@@ -117,8 +119,8 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D:
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
     k, v, S = k + place(b_h, H, HK, T, D), v + place(b_h, H, H, T, E), tl.zeros((BD, BE), tl.float32)
-    S, total = walk(k, k, v, g, v, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H, H, g_t, D, E, BD, C,
-                    REVERSE, False, PRECISION)
+    S, total = walk(k, k, v, g, v, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H, H, g_t, None, None, D,
+                    E, BD, C, REVERSE, False, PRECISION)
     this = b_h * tl.num_programs(1) + n
     at, inside = state_tile(states + this * D * E, d, e, E, 1, D, E)
     tl.store(at, S, mask=inside)
@@ -135,18 +137,18 @@ def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, HK, g_
     key, value = place(b_h, H, HK, T, D), place(b_h, H, H, T, E)
     S = enter(S0, states, decays, d, e, n, b_h, N, E, 1, D, E, False)
     S, _ = walk(q + key, k + key, v + value, g, o + value, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H,
-                H, g_t, D, E, BD, C, False, True, PRECISION)
+                H, g_t, None, None, D, E, BD, C, False, True, PRECISION)
     if n == N - 1:
         at, inside = state_tile(S_T + b_h * D * E, d, e, E, 1, D, E)
         tl.store(at, S, mask=inside)
 
 
 @triton.jit
-def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, T, H, segment, HK, g_b, g_h,
+def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, x, T, H, segment, HK, g_b, g_h,
                     g_t, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
                     C: tl.constexpr, PRECISION: tl.constexpr):
     """Three walks at once, over blocks of the E columns of dv, the D columns of dk, and those of dq. The states of dk
-    and dq are those of dv and o, transposed."""
+    and dq are those of dv and o, transposed. If x is given, k . dk and q . dq of a block go there: (blocks, b h, t)."""
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
     start, end, of_dv, of_dk = n * segment, tl.minimum(T, (n + 1) * segment), tl.cdiv(E, BLOCK), tl.cdiv(D, BLOCK)
     p = tl.program_id(2)
@@ -154,23 +156,25 @@ def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, d
     block = (p - (role >= 1) * of_dv - (role == 2) * of_dk) * BLOCK + tl.arange(0, BLOCK)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
+    if x is not None:
+        x += ((p - of_dv) * tl.num_programs(0).to(tl.int64) + b_h) * T
     d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, HK, T, D), place(b_h, H, H, T, E)
     if role == 0:
         R = enter(dS_T, dstates, decays, d, block, n, b_h, N, E, 1, D, E, True)
-        R, _ = walk(k + key, q + key, do + value, g, dv + value, R, block, start, end, HK, H, H, g_t, D, E, BD, C, True,
-                    True, PRECISION)
+        R, _ = walk(k + key, q + key, do + value, g, dv + value, R, block, start, end, HK, H, H, g_t, None, None, D, E,
+                    BD, C, True, True, PRECISION)
         if dS0 is not None:
             if n == 0:
                 at, inside = state_tile(dS0 + b_h * D * E, d, block, E, 1, D, E)
                 tl.store(at, R, mask=inside)
     elif role == 1:
         R_T = enter(dS_T, dstates, decays, e, block, n, b_h, N, 1, E, E, D, True)
-        walk(v + value, do + value, q + key, g, dk + place(b_h, H, H, T, D), R_T, block, start, end, H, HK, H, g_t, E,
-             D, BE, C, True, True, PRECISION)
+        walk(v + value, do + value, q + key, g, dk + place(b_h, H, H, T, D), R_T, block, start, end, H, HK, H, g_t,
+             k + key, x, E, D, BE, C, True, True, PRECISION)
     else:
         S_T = enter(S0, states, decays, e, block, n, b_h, N, 1, E, E, D, False)
-        walk(do + value, v + value, k + key, g, dq + place(b_h, H, H, T, D), S_T, block, start, end, H, HK, H, g_t, E,
-             D, BE, C, False, True, PRECISION)
+        walk(do + value, v + value, k + key, g, dq + place(b_h, H, H, T, D), S_T, block, start, end, H, HK, H, g_t,
+             q + key, x, E, D, BE, C, False, True, PRECISION)
 
 
 def settings(q, v, g):
@@ -232,22 +236,22 @@ class LinearAttention(torch.autograd.Function):
         dS_T = None if dS_T is None else dS_T.contiguous()
         block, sizes, shape, grid = settings(q, v, g)
         dstates, _ = segment_states(q, do, g, block, sizes, shape, grid, True)
-        exact = ctx.needs_input_grad[3]                                  # dg is a sum of small differences
-        shared = q.shape[2] < v.shape[2]                                 # then dq and dk are summed over heads
-        more = torch.float32 if exact or shared else q.dtype
-        dq, dk = (q.new_empty(*v.shape[:3], q.shape[3], dtype=more) for _ in "qk")
+        dq, dk = (q.new_empty(*v.shape[:3], q.shape[3]) for _ in "qk")
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
         block = block if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
         sizes["num_stages"] = min(sizes["num_stages"], 4 if g is None else 2)
-        blocks = triton.cdiv(v.shape[-1], block) + 2 * triton.cdiv(q.shape[-1], block)
-        backward_kernel[(*grid, blocks)](
-            q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, *shape, BLOCK=block,
+        of_dk = triton.cdiv(q.shape[-1], block)
+        x = torch.empty(2, of_dk, *g.shape, device=q.device) if ctx.needs_input_grad[3] else None    # of dk, of dq
+        backward_kernel[(*grid, triton.cdiv(v.shape[-1], block) + 2 * of_dk)](
+            q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, x, *shape, BLOCK=block,
             BE=max(16, triton.next_power_of_2(v.shape[-1])), **sizes)
         dg = None
-        if exact:
-            last = None if dS_T is None else (S_T * dS_T).sum(dim=(-2, -1))[..., None]
-            dg = decay_gradient(q, dq, k, dk, last, False)[..., 0].mT                        # (b, h, t)
-        dq, dk = (x.sum(dim=2, keepdim=True) if shared else x for x in (dq, dk))
+        if x is not None:
+            of_k, of_q = x.sum(dim=1)
+            dg = (of_q - of_k).flip(-1).cumsum(dim=-1).flip(-1)                              # (b, h, t)
+            dg = dg if dS_T is None else dg + (S_T * dS_T).sum(dim=(-2, -1))[..., None]
+        if q.shape[2] < v.shape[2]:                                      # shared by the heads
+            dq, dk = (x.sum(dim=2, keepdim=True, dtype=torch.float32) for x in (dq, dk))
         return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dS0
 
 

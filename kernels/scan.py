@@ -11,7 +11,7 @@ RWKV-4's ratio of sums [Pe23], o_t = (P_{t-1} + e^{u + k_t} v_t) / (Q_{t-1} + e^
 e^{k_t} v_t and Q_t = e^w Q_{t-1} + e^{k_t}, is a scan, too, of sums p = P e^-m and q = Q e^-m with their exponent m: of
 two exponents the larger one stays, so none that is taken is above 0. Memory sees k, v and o once.
 
-    python -m kernels.scan      check, then a table
+    python -m kernels.scan [--peers]      check, then a table; with --peers, RWKV-4's beside flash-linear-attention's
 """
 import torch
 import torch.nn.functional as F
@@ -362,6 +362,45 @@ def rwkv(k, v, w, u, state=None):
     return o, torch.stack(end, dim=1)
 
 
+def rwkv_peers():
+    """flash-linear-attention's: k and v are (b, t, c), w is -e^w."""
+    from fla.ops.rwkv4 import fused_recurrent_rwkv4
+
+    def called(k, v, w, u):
+        state = F.pad(k.new_zeros(len(k), 2, 1, k.shape[1]), (0, 0, 0, 0, 0, 1), value=-1e30)
+        return fused_recurrent_rwkv4((-w).log(), u, k.mT, v.mT, state)[0].mT
+    return called
+
+
+def compare_mixers(rates):
+    """RWKV-4 and GateLoop."""
+    from kernels import bench
+
+    def inputs(b, t, c=1024):
+        k, v = (x[:, :, 0].contiguous() for x in bench.random((b, c, 1, t), (b, c, 1, t)))
+        w, u = (x.flatten() for x in bench.random((1, c, 1, 1), (1, c, 1, 1), dtype=torch.float32, seed=1))
+        return [k, v, -w.exp(), u]
+
+    def plain(k, v, w, u):
+        nothing = torch.zeros(*k.shape[:2], device=k.device, dtype=torch.promote_types(w.dtype, torch.float32))
+        k, v = k.to(nothing.dtype), v.to(nothing.dtype)
+        return rwkv_reference(k, v, w, u, nothing, nothing, nothing - 1e30)[0]
+
+    def loop(q, k, v, size, turn):
+        return gateloop(*(x[..., None] for x in (q, k, v)), torch.complex(F.logsigmoid(size), turn)[..., None])[0]
+    print("RWKV-4")
+    bench.check(lambda *x: rwkv(*x)[0], plain, ("twin", plain), lambda t: inputs(2, t, 8), "kvwu")
+    ours, twin = {"kernel": lambda *x: rwkv(*x)[0]}, {"twin": plain}
+    others = bench.peers("fla", rwkv_peers)
+    bench.agree("RWKV-4, t 2048, float32", ours | others, [x.float() for x in inputs(16, 2048)])
+    rows = [(f"RWKV-4, bfloat16, b {32768 // t} c 1024 t {t}", ours | others | (twin if t == 8192 else {}), x,
+             3 * x[0].nbytes, 0) for t in (2048, 8192, 32768) for x in [inputs(32768 // t, t)]]
+    q, k, v, size, turn = (x[:, :, 0].contiguous() for x in bench.random(*[(4, 1024, 1, 8192)] * 5))
+    rows.append(("GateLoop, bfloat16, b 4 c 1024 t 8192", {"kernel": loop}, [q, k, v, size.float() + 3, turn.float()],
+                 4 * q.nbytes + 8 * q.numel(), 0))
+    bench.compare(rows, rates)
+
+
 def main():
     from kernels import bench
     rates = bench.print_machine()
@@ -397,6 +436,7 @@ def main():
     rows.append(("complex64, b 4 c 1024 t 8192", {"kernel": output(scan), "twin": output(reference)},
                  [torch.polar(r, angle), torch.complex(angle, r)], 24 * r.numel(), 0))
     bench.compare(rows, rates)
+    compare_mixers(rates)
 
 
 if __name__ == "__main__":
