@@ -87,11 +87,11 @@ def reference(q, k, v, g, beta, state=None):
         for _, pairs in cuts(G.shape[2], q.device):
             inverse = inverse - inverse @ (A * pairs) @ inverse
         P, inverse = P.to(q.dtype), inverse.to(q.dtype)
-        write = (k_i * (whole - G).exp() * beta_i).to(q.dtype)                               # K'
-        U, W = inverse @ v_i, inverse @ (k_i * G.exp()).to(q.dtype)
-        read, forget = (q_i * G.exp() - P @ W).to(q.dtype), -write.mT @ W                    # Q', F
-        o.append(P @ U + read @ S.to(q.dtype))
-        S = whole.exp().mT * S + write.mT @ U + forget @ S.to(q.dtype)
+        read, write = (q_i * G.exp()).to(q.dtype), (k_i * (whole - G).exp() * beta_i).to(q.dtype)    # e^G Q, K'
+        U, W, S_i = (inverse @ v_i).to(q.dtype), (inverse @ (k_i * G.exp()).to(q.dtype)).to(q.dtype), S.to(q.dtype)
+        N = (U - W @ S_i).to(q.dtype)
+        o.append(P @ N + read @ S_i)
+        S = whole.exp().mT * S + write.mT @ N
     return torch.cat(o, dim=2), S
 
 
@@ -210,10 +210,9 @@ def put(at, x):
 
 
 @triton.jit
-def maps_kernel(q, k, v, G, beta, read, add, forget, give, P_, inverse_, T, H, D: tl.constexpr, E: tl.constexpr,
-                C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """Of each chunk Q' (read), O' (add), F (forget) and B (give), and P and (1 + A)^-1 for the backward; 64 key
+def chunks_kernel(q, k, v, G, beta, read, write, U_, W_, P_, inverse_, T, H, D: tl.constexpr, E: tl.constexpr,
+                  C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Of each chunk P, (1 + A)^-1, U and W; with a decay of each channel also e^G Q (read) and K' (write). 64 key
     channels at a time."""
     chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
     n = b_h * tl.num_programs(1) + chunk
@@ -226,28 +225,34 @@ def maps_kernel(q, k, v, G, beta, read, add, forget, give, P_, inverse_, T, H, D
         P, A = scores(P, A, load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64), G, b_h, rows, d,
                       T, H, D, C, LEVELS, VECTOR, PRECISION)
     P = tl.where(i[:, None] >= i[None, :], P * beta_i[None, :], 0.0).to(q.dtype.element_ty)
+    put(matrix(P_, n, i, i, C, C), P)
     inverse = inverse_of(A * beta_i[None, :], C, LEVELS, PRECISION).to(P.dtype)
-    if P_ is not None:
-        put(matrix(P_, n, i, i, C, C), P)
+    if inverse_ is not None:
         put(matrix(inverse_, n, i, i, C, C), inverse)
-    U = tl.dot(inverse, load(v + value, rows, e, T, H * E, E), input_precision=PRECISION).to(P.dtype)
-    put(matrix(add, n, i, e, C, E), tl.dot(P, U, input_precision=PRECISION))
+    put(matrix(U_, n, i, e, C, E), tl.dot(inverse, load(v + value, rows, e, T, H * E, E), input_precision=PRECISION))
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
+        k_i = load(k + key, rows, d, T, H * D, 64)
         G_i, left = decays(G, b_h, chunk, rows, d, T, H, D, C, VECTOR)
-        known = (load(k + key, rows, d, T, H * D, 64) * tl.exp(G_i)).to(P.dtype)
-        W = tl.dot(inverse, known, input_precision=PRECISION).to(P.dtype)
-        put(matrix(read, n, i, d, C, D),
-            load(q + key, rows, d, T, H * D, 64) * tl.exp(G_i) - tl.dot(P, W, input_precision=PRECISION))
-        for start in range(0, D, 64):
-            r = start + tl.arange(0, 64)
-            if D > 64:
-                _, left = decays(G, b_h, chunk, rows, r, T, H, D, C, VECTOR)
-            k_r = load(k + key, rows, r, T, H * D, 64)
-            write = tl.trans((k_r * tl.exp(left) * beta_i[:, None]).to(P.dtype))
-            put(matrix(forget, n, r, d, D, D), -tl.dot(write, W, input_precision=PRECISION))
-            if first == 0:
-                put(matrix(give, n, r, e, D, E), tl.dot(write, U, input_precision=PRECISION))
+        known = (k_i * tl.exp(G_i)).to(P.dtype)
+        put(matrix(W_, n, i, d, C, D), tl.dot(inverse, known, input_precision=PRECISION))
+        if VECTOR:
+            store(read + key, load(q + key, rows, d, T, H * D, 64) * tl.exp(G_i), rows, d, T, H * D, D)
+            store(write + key, k_i * tl.exp(left) * beta_i[:, None], rows, d, T, H * D, D)
+
+
+@triton.jit
+def of_rows(G, beta, b_h, chunk, C: tl.constexpr, T, H, VECTOR: tl.constexpr):
+    """Of one decay for all channels e^G of the rows of a chunk, and beta e^{whole - G}: (C, 1). With a decay of each
+    channel they are in `read` and `write` already, and this is 1."""
+    if VECTOR:
+        of_read, of_write = 1.0, 1.0
+    else:
+        rows, one = chunk * C + tl.arange(0, C), place(b_h, H, H, T, 1)
+        G_i, left = decays(G, b_h, chunk, rows, rows, T, H, 1, C, VECTOR)
+        beta_i = tl.load(beta + one + rows * H, mask=rows < T, other=0.0).to(tl.float32)[:, None]
+        of_read, of_write = tl.exp(G_i), tl.exp(left) * beta_i
+    return of_read, of_write
 
 
 @triton.jit
@@ -258,60 +263,68 @@ def decay_of(G, b_h, chunk, d, T, H, D: tl.constexpr, C: tl.constexpr, VECTOR: t
 
 
 @triton.jit
-def walk_kernel(G, read, add, forget, give, S0, o, states, S_T, T, H, D: tl.constexpr, E: tl.constexpr,
+def walk_kernel(G, beta, read, write, U, W, P, S0, o, new, states, S_T, T, H, D: tl.constexpr, E: tl.constexpr,
                 BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """O = O' + Q' S,  S <- e^{whole} S + B + F S: a program takes a block of the state's columns through the chunks,
-    and leaves the state before each in `states`. What products multiply Triton asks for early by itself; the rest is
-    asked for one chunk early here."""
+    """N = U - W S,  O = P N + e^G Q S,  S <- e^{whole} S + K'^T N: a program takes a block of the state's columns
+    through the chunks, and leaves N of each in `new` and the state before it in `states`. What products multiply Triton
+    asks for early by itself; the rest is asked for one chunk early here."""
     b_h, i, d, e = tl.program_id(0).to(tl.int64), tl.arange(0, C), tl.arange(0, D), tl.arange(0, BE)
     e += tl.program_id(1) * BE
-    o += place(b_h, H, H, T, E)
+    key, o = place(b_h, H, H, T, D), o + place(b_h, H, H, T, E)
     chunks = tl.cdiv(T, C)
     n = b_h * chunks
     S = tl.zeros((D, BE), tl.float32)
     if S0 is not None:
         S += tl.load(matrix(S0, b_h, d, e, D, E))
-    decay = decay_of(G, b_h, 0, d, T, H, D, C, VECTOR)
-    add_i, give_i = tl.load(matrix(add, n, i, e, C, E)), tl.load(matrix(give, n, d, e, D, E))
+    decay, U_i = decay_of(G, b_h, 0, d, T, H, D, C, VECTOR), tl.load(matrix(U, n, i, e, C, E))
+    of_read, of_write = of_rows(G, beta, b_h, 0, C, T, H, VECTOR)
     for chunk in range(chunks):
-        following = tl.minimum(chunk + 1, chunks - 1)
+        following, rows = tl.minimum(chunk + 1, chunks - 1), chunk * C + i
         next_decay = decay_of(G, b_h, following, d, T, H, D, C, VECTOR)
-        next_add = tl.load(matrix(add, n + following, i, e, C, E))
-        next_give = tl.load(matrix(give, n + following, d, e, D, E))
-        S_i = S.to(read.dtype.element_ty)
+        next_U = tl.load(matrix(U, n + following, i, e, C, E))
+        next_read, next_write = of_rows(G, beta, b_h, following, C, T, H, VECTOR)
+        S_i = S.to(U_i.dtype)
+        N = U_i - tl.dot(tl.load(matrix(W, n + chunk, i, d, C, D)), S_i, input_precision=PRECISION)
+        N_i, write_i = N.to(U_i.dtype), load(write + key, rows, d, T, H * D, D)
         if states is not None:
             put(matrix(states, n + chunk, d, e, D, E), S_i)
-        o_i = tl.dot(tl.load(matrix(read, n + chunk, i, d, C, D)), S_i, input_precision=PRECISION)
-        store(o, o_i + add_i, chunk * C + i, e, T, H * E, E)
-        S = S * decay + give_i
-        S = tl.dot(tl.load(matrix(forget, n + chunk, d, d, D, D)), S_i, acc=S, input_precision=PRECISION)
-        decay, add_i, give_i = next_decay, next_add, next_give
+            put(matrix(new, n + chunk, i, e, C, E), N_i)
+        S = tl.dot(tl.trans(write_i), (N * of_write).to(U_i.dtype), acc=S * decay, input_precision=PRECISION)
+        o_i = of_read * tl.dot(load(read + key, rows, d, T, H * D, D), S_i, input_precision=PRECISION)
+        o_i = tl.dot(tl.load(matrix(P, n + chunk, i, i, C, C)), N_i, acc=o_i, input_precision=PRECISION)
+        store(o, o_i, rows, e, T, H * E, E)
+        decay, U_i, of_read, of_write = next_decay, next_U, next_read, next_write
     tl.store(matrix(S_T, b_h, d, e, D, E), S)
 
 
 @triton.jit
-def walk_back_kernel(G, read, forget, do, dS_T, dstates, dS0, T, H, D: tl.constexpr, E: tl.constexpr,
-                     BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr,
-                     PRECISION: tl.constexpr):
-    """R <- e^{whole} R + F^T R + Q'^T dO, and the gradient of the state after each chunk in `dstates`."""
+def walk_back_kernel(G, beta, read, write, W, P, do, dS_T, dnew, dstates, dS0, T, H, D: tl.constexpr, E: tl.constexpr,
+                     BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """dN = P^T dO + K' R,  R <- e^{whole} R + (e^G Q)^T dO - W^T dN, backwards in time: dN of each chunk, and the
+    gradient R of the state after it."""
     b_h, i, d, e = tl.program_id(0).to(tl.int64), tl.arange(0, C), tl.arange(0, D), tl.arange(0, BE)
     e += tl.program_id(1) * BE
-    do += place(b_h, H, H, T, E)
+    key, do = place(b_h, H, H, T, D), do + place(b_h, H, H, T, E)
     chunks = tl.cdiv(T, C)
     R = tl.zeros((D, BE), tl.float32)
     if dS_T is not None:
         R += tl.load(matrix(dS_T, b_h, d, e, D, E))
     decay = decay_of(G, b_h, chunks - 1, d, T, H, D, C, VECTOR)
+    of_read, of_write = of_rows(G, beta, b_h, chunks - 1, C, T, H, VECTOR)
     for step in range(chunks):
         chunk = chunks - 1 - step
-        n = b_h * chunks + chunk
-        next_decay = decay_of(G, b_h, tl.maximum(chunk - 1, 0), d, T, H, D, C, VECTOR)
-        R_i = R.to(read.dtype.element_ty)
+        n, rows, following = b_h * chunks + chunk, chunk * C + i, tl.maximum(chunk - 1, 0)
+        next_decay = decay_of(G, b_h, following, d, T, H, D, C, VECTOR)
+        next_read, next_write = of_rows(G, beta, b_h, following, C, T, H, VECTOR)
+        R_i, do_i = R.to(do.dtype.element_ty), load(do, rows, e, T, H * E, E)
         put(matrix(dstates, n, d, e, D, E), R_i)
-        do_i, read_i = load(do, chunk * C + i, e, T, H * E, E), tl.load(matrix(read, n, i, d, C, D))
-        R = tl.dot(tl.trans(read_i), do_i, acc=R * decay, input_precision=PRECISION)
-        R = tl.dot(tl.trans(tl.load(matrix(forget, n, d, d, D, D))), R_i, acc=R, input_precision=PRECISION)
-        decay = next_decay
+        dN = of_write * tl.dot(load(write + key, rows, d, T, H * D, D), R_i, input_precision=PRECISION)
+        dN = tl.dot(tl.trans(tl.load(matrix(P, n, i, i, C, C))), do_i, acc=dN, input_precision=PRECISION)
+        dN_i, read_i = dN.to(do_i.dtype), load(read + key, rows, d, T, H * D, D)
+        put(matrix(dnew, n, i, e, C, E), dN_i)
+        R = tl.dot(tl.trans(read_i), (do_i * of_read).to(do_i.dtype), acc=R * decay, input_precision=PRECISION)
+        R -= tl.dot(tl.trans(tl.load(matrix(W, n, i, d, C, D))), dN_i, input_precision=PRECISION)
+        decay, of_read, of_write = next_decay, next_read, next_write
     if dS0 is not None:
         tl.store(matrix(dS0, b_h, d, e, D, E), R)
 
@@ -343,34 +356,17 @@ def given(x, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def pairs_kernel(k, v, G, beta, do, P_, inverse_, states, dstates, dv, new, dP_, dA_, T, H, D: tl.constexpr,
-                 E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
-                 PRECISION: tl.constexpr):
-    """Of each chunk, from the state S before it and the gradient R of the state after it:
-
-        N = (1 + A)^-1 (V - e^G K S)      dN = P^T dO + K' R        dV = (1 + A)^-T dN
-        dP_ts = do_t . N_s                dA_ts = - dv_t . N_s"""
+def pairs_kernel(G, do, inverse_, new, dnew, dv, dP_, dA_, T, H, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
+                 LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Of each chunk dV = (1 + A)^-T dN, dP_ts = do_t . N_s and dA_ts = - dv_t . N_s."""
     chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
     n = b_h * tl.num_programs(1) + chunk
     i, e = tl.arange(0, C), tl.arange(0, E)
-    t, s, rows, one = i[:, None], i[None, :], chunk * C + i, place(b_h, H, H, T, 1)
-    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
-    beta_i = tl.load(beta + one + rows * H, mask=rows < T, other=0.0).to(tl.float32)[:, None]
-    do_i, inverse = load(do + value, rows, e, T, H * E, E), tl.load(matrix(inverse_, n, i, i, C, C))
-    dN = tl.dot(tl.trans(tl.load(matrix(P_, n, i, i, C, C))), do_i, input_precision=PRECISION)
-    known_S = tl.zeros((C, E), tl.float32)
-    for first in range(0, D, 64):
-        d = first + tl.arange(0, 64)
-        k_i = load(k + key, rows, d, T, H * D, 64)
-        G_i, left = decays(G, b_h, chunk, rows, d, T, H, D, C, VECTOR)
-        known, write = (k_i * tl.exp(G_i)).to(k_i.dtype), (k_i * tl.exp(left) * beta_i).to(k_i.dtype)
-        known_S = tl.dot(known, tl.load(matrix(states, n, d, e, D, E)), acc=known_S, input_precision=PRECISION)
-        dN = tl.dot(write, tl.load(matrix(dstates, n, d, e, D, E)), acc=dN, input_precision=PRECISION)
-    dv_i = tl.dot(tl.trans(inverse), dN.to(do_i.dtype), input_precision=PRECISION).to(do_i.dtype)
+    t, s, rows, value = i[:, None], i[None, :], chunk * C + i, place(b_h, H, H, T, E)
+    do_i, N = load(do + value, rows, e, T, H * E, E), tl.load(matrix(new, n, i, e, C, E))
+    inverse = tl.load(matrix(inverse_, n, i, i, C, C))
+    dv_i = tl.dot(tl.trans(inverse), tl.load(matrix(dnew, n, i, e, C, E)), input_precision=PRECISION).to(do_i.dtype)
     store(dv + value, dv_i, rows, e, T, H * E, E)
-    N = (load(v + value, rows, e, T, H * E, E) - known_S).to(do_i.dtype)
-    N = tl.dot(inverse, N, input_precision=PRECISION).to(do_i.dtype)
-    put(matrix(new, n, i, e, C, E), N)
     dP = tl.dot(do_i, tl.trans(N), input_precision=PRECISION)
     dA = -tl.dot(dv_i, tl.trans(N), input_precision=PRECISION)
     if not VECTOR:
@@ -445,15 +441,17 @@ def settings(q, v, g):
     return sizes | chunks, sizes | walk, (b * h, triton.cdiv(t, sizes["C"]))
 
 
-def maps(q, k, v, g, beta, sizes, grid, keep):
-    """G; what each chunk does, Q', O', F and B; with `keep` P and (1 + A)^-1, else None for these two."""
+def chunks(q, k, v, g, beta, sizes, grid, keep):
+    """G; e^G Q and K', or without a decay of each channel Q and K themselves; U, W, P, and (1 + A)^-1 to `keep`."""
     C, d, e = sizes["C"], sizes["D"], sizes["E"]
-    read, add, forget, give = (q.new_empty(*grid, *shape) for shape in ((C, d), (C, e), (d, d), (d, e)))
-    G = torch.empty_like(g)
+    G, read, write = torch.empty_like(g), q, k
     sums_kernel[grid](g, G, *q.shape[1:3], D=g.shape[-1], C=C)
-    P, inverse = (q.new_empty(*grid, C, C) if keep else None for _ in range(2))
-    maps_kernel[grid](q, k, v, G, beta, read, add, forget, give, P, inverse, *q.shape[1:3], **sizes)
-    return G, read, add, forget, give, P, inverse
+    if sizes["VECTOR"]:
+        read, write = torch.empty_like(q), torch.empty_like(k)
+    U, W, P = (q.new_empty(*grid, C, n) for n in (e, d, C))
+    inverse = torch.empty_like(P) if keep else None
+    chunks_kernel[grid](q, k, v, G, beta, read, write, U, W, P, inverse, *q.shape[1:3], **sizes)
+    return G, read, write, U, W, P, inverse
 
 
 def twin(q, k, v, g, beta, state):
@@ -469,29 +467,29 @@ class DeltaRule(torch.autograd.Function):
     def forward(ctx, q, k, v, g, beta, S0, keep):
         sizes, walk, grid = settings(q, v, g)
         (b, t, h, d), e = q.shape, v.shape[-1]
-        G, read, add, forget, give, P, inverse = maps(q, k, v, g, beta, sizes, grid, keep)
+        G, read, write, U, W, P, inverse = chunks(q, k, v, g, beta, sizes, grid, keep)
         o, S_T = torch.empty_like(v), torch.empty(b, h, d, e, device=q.device)
-        states = torch.empty_like(give) if keep else None
-        walk_kernel[grid[0], e // walk["BE"]](G, read, add, forget, give, S0, o, states, S_T, t, h, **walk)
-        ctx.save_for_backward(q, k, v, g, beta, S0, G, read, forget, P, inverse, states)
+        new, states = (torch.empty_like(U), q.new_empty(*grid, d, e)) if keep else (None, None)
+        walk_kernel[grid[0], e // walk["BE"]](G, beta, read, write, U, W, P, S0, o, new, states, S_T, t, h, **walk)
+        ctx.save_for_backward(q, k, v, g, beta, S0, G, read, write, W, P, inverse, new, states)
         ctx.set_materialize_grads(False)
         return o, S_T
 
     @staticmethod
     def backward(ctx, do, dS_T):
-        q, k, v, g, beta, S0, G, read, forget, P, inverse, states = ctx.saved_tensors
+        q, k, v, g, beta, S0, G, read, write, W, P, inverse, new, states = ctx.saved_tensors
         if torch.is_grad_enabled():                              # a gradient of the gradient may be asked for
             return *differentiable_gradients(twin, (q, k, v, g, beta, S0), (do, dS_T)), None
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS_T = None if dS_T is None else dS_T.contiguous()
         sizes, walk, grid = settings(q, v, g)
-        shape, dstates, dS0 = q.shape[1:3], torch.empty_like(states), None if S0 is None else torch.empty_like(S0)
+        shape, dnew, dstates = q.shape[1:3], torch.empty_like(new), torch.empty_like(states)
+        dS0 = None if S0 is None else torch.empty_like(S0)
         columns = (grid[0], v.shape[-1] // walk["BE"])
-        walk_back_kernel[columns](G, read, forget, do, dS_T, dstates, dS0, *shape, **walk)
+        walk_back_kernel[columns](G, beta, read, write, W, P, do, dS_T, dnew, dstates, dS0, *shape, **walk)
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
-        C = sizes["C"]
-        dP, dA, new = (q.new_empty(*grid, C, n) for n in (C, C, v.shape[-1]))
-        pairs_kernel[grid](k, v, G, beta, do, P, inverse, states, dstates, dv, new, dP, dA, *shape, **sizes)
+        dP, dA = torch.empty_like(P), torch.empty_like(P)
+        pairs_kernel[grid](G, do, inverse, new, dnew, dv, dP, dA, *shape, **sizes)
         gradients_kernel[grid](q, k, G, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg, dbeta, *shape, **sizes)
         return dq, dk, dv, dg, dbeta, dS0, None
 

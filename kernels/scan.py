@@ -226,9 +226,9 @@ def chosen(x, which):
 
 @triton.jit
 def tokens(k, v, at, inside):
-    """Keys and values there, in float32; elsewhere those that add nothing."""
-    return (tl.load(k + at, mask=inside, other=LOWEST).to(tl.float32),
-            tl.load(v + at, mask=inside, other=0.0).to(tl.float32))
+    """Keys and values there, in float32; elsewhere those that add nothing. (16 bits have no LOWEST.)"""
+    k_i = tl.load(k + at, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(inside, k_i, LOWEST), tl.load(v + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -75,9 +75,11 @@ def test_gates_near_0_and_strong_ones(kind, strength):
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_the_same_key_again_and_again(beta):
-    """(1 + A)^-1 has entries of 1 and 2 then, but A's powers grow to 10^18."""
+    """(1 + A)^-1 has entries of 1 and 2 then, but A's powers grow to 10^18. (At 2 nothing is ever forgotten, no
+    rounding either: the twin in bfloat16 is up to 0.26 off.)"""
     q, k, v, _, beta_like, S = tensors_of("none", 64, h=1)
-    check_against_lesson((q, k[:, :, :1].expand_as(k).clone(), v, None, torch.full_like(beta_like, beta), S), 5e-5)
+    check_against_lesson((q, k[:, :, :1].expand_as(k).clone(), v, None, torch.full_like(beta_like, beta), S), 5e-5,
+                         0.1 if beta < 2 else 0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

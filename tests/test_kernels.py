@@ -396,6 +396,17 @@ def test_rwkv_in_tiles(monkeypatch):
         check_kernel(rwkv_kernel, rwkv_twin, rwkv_inputs(t, fastest=0.1), 1e-4)
 
 
+def test_rwkv_in_16_bits():
+    """Which do not have float32's lowest number, the exponent of nothing."""
+    for t in (1, 17):
+        tensors = [x.half().double() if i < 2 else x.float().double() for i, x in enumerate(rwkv_inputs(t))]
+        exact = values_and_gradients(rwkv_twin, tensors, torch.float64, DEVICE)
+        found = values_and_gradients(lambda k, v, *more: rwkv_kernel(k.half(), v.half(), *more), tensors, torch.float32,
+                                     DEVICE)
+        for x, y in zip(found, exact, strict=True):
+            check_close(x, y, 5e-3, f"t = {t}")
+
+
 def test_rwkvs_gradients_are_the_lessons():
     """Also through a state that is carried on, whose unit tells autograd nothing; and from no state."""
     k, v, w, u, *_ = rwkv_inputs(40)
