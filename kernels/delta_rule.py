@@ -22,8 +22,9 @@ and the others of all chunks at once, first those of V, P and A, then those of w
 (1 + A)^-1 is found on chip by blocks: that of [[a, 0], [c, b]] is [[a^-1, 0], [-b^-1 c a^-1, b^-1]], so from blocks of
 1 to 2, 4, ... 64, all of a size in two products. (A power series would be as short, but its terms can grow to 10^18.)
 With a decay of each channel the pairs (t, s) are parted by such cuts, too: at each, e^{G_t - G_s} is e^{G_t - G_cut}
-e^{G_cut - G_s}, and no exponent is above 0 (kernels.gla). Blocks of 8 are not cut any more: there one of the two may
-grow, to e^72 at most.
+e^{G_cut - G_s}, and no exponent is above 0 (kernels.gla). But one of the two may grow, too, as long as it cannot
+overflow: blocks that decay by less than e^72 in each half are not cut any more, so that of mild gates one cut of the
+whole chunk takes all pairs, and of strong ones, blocks of 8 and three cuts above them.
 
 Bytes for a token and head, d = e = 64 in bfloat16: 512 for q, k, v and o; P, U and W are 128 each, written and read,
 so 1280 in all; with gradients 4100. FLOPs: 18 products of 64 x 64 x 64 for a chunk, 0.1 ms of an H100 for 32768 tokens
@@ -52,7 +53,7 @@ from kernels.tiles import (
 
 CHUNK = 64
 LEAST = tl.constexpr(-18.0)      # e^-18 is a quarter of float32's spacing: a smaller decay is made one by it
-INSIDE = tl.constexpr(2)         # blocks of 8 are not cut any more: from a cut, a decay is at most e^(4 x 18) there
+MOST = tl.constexpr(72.0)        # e^72 times a token's numbers is far from float32's and bfloat16's largest, 3e38
 
 
 def cuts(n, device):
@@ -96,12 +97,18 @@ def reference(q, k, v, g, beta, state=None):
 
 
 @triton.jit
-def sums_kernel(g, G, T, H, D: tl.constexpr, C: tl.constexpr):
-    """G, the sum of g from the start of its chunk."""
+def sums_kernel(g, G, lowest, T, H, D: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr):
+    """G, the sum of g from the start of its chunk; and of each chunk the largest level at which no half of a block
+    decays by more than e^-MOST: with LEAST at least 2."""
     chunk, b_h, d = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.arange(0, D)
-    rows, at = chunk * C + tl.arange(0, C), place(b_h, H, H, T, D)
+    rows, at, level = chunk * C + tl.arange(0, C), place(b_h, H, H, T, D), 2
     g_i = tl.maximum(load(g + at, rows, d, T, H * D, D), LEAST)
     store(G + at, tl.cumsum(g_i, axis=0), rows, d, T, H * D, D)
+    if lowest is not None:
+        for larger in tl.static_range(3, LEVELS):
+            halves = tl.sum(tl.reshape(g_i, (C >> larger, 1 << larger, D)), axis=1)
+            level = tl.where(tl.min(halves) >= -MOST, larger, level)
+        tl.store(lowest + b_h * tl.num_programs(1) + chunk, level)
 
 
 @triton.jit
@@ -143,14 +150,14 @@ def pairs_at(level, C: tl.constexpr):
 
 
 @triton.jit
-def at_cut(level, G, b_h, rows, d, T, H, D: tl.constexpr, C: tl.constexpr):
+def at_cut(level, lowest, G, b_h, rows, d, T, H, D: tl.constexpr, C: tl.constexpr):
     """Of the cuts h = 2^level in blocks of 2 h: the decay from the cut to each token as a target, and from each token
     to it as a source, and the pairs (t, s) that they part; at the lowest level all pairs of a block. What the decays
     make of other pairs means nothing, and may be infinite."""
     t, s, h = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], 1 << level
     x = sums(G, b_h, rows, d, T, H, D, True) - sums(G, b_h, (rows & -(2 * h)) + h - 1, d, T, H, D, True)
-    pairs = ((t ^ s) < 2 * h) & tl.where(level == INSIDE, s <= t, (t & h) > (s & h))
-    return tl.exp(tl.minimum(x, 72.0)), tl.exp(tl.minimum(-x, 72.0)), pairs
+    pairs = ((t ^ s) < 2 * h) & tl.where(level == lowest, s <= t, (t & h) > (s & h))
+    return tl.exp(tl.minimum(x, MOST)), tl.exp(tl.minimum(-x, MOST)), pairs
 
 
 @triton.jit
@@ -166,13 +173,13 @@ def decay_between(G):
 
 
 @triton.jit
-def scores(P, A, q, k, G, b_h, rows, d, T, H, D: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+def scores(P, A, q, k, G, lowest, b_h, rows, d, T, H, D: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
            VECTOR: tl.constexpr, PRECISION: tl.constexpr):
     """Add these channels' (q_t . k_s) e^{G_t - G_s} for s <= t, and (k_t . k_s) e^{G_t - G_s} for s < t; what they say
     of other pairs means nothing."""
     if VECTOR:
-        for level in range(INSIDE, LEVELS):
-            E, E_source, pairs = at_cut(level, G, b_h, rows, d, T, H, D, C)
+        for level in range(lowest, LEVELS):
+            E, E_source, pairs = at_cut(level, lowest, G, b_h, rows, d, T, H, D, C)
             source = tl.trans(ranged(k * E_source, k))
             P += tl.where(pairs, tl.dot(ranged(q * E, k), source, input_precision=PRECISION), 0.0)
             A += tl.where(pairs, tl.dot(ranged(k * E, k), source, input_precision=PRECISION), 0.0)
@@ -210,7 +217,7 @@ def put(at, x):
 
 
 @triton.jit
-def chunks_kernel(q, k, v, G, beta, read, write, U_, W_, P_, inverse_, T, H, D: tl.constexpr, E: tl.constexpr,
+def chunks_kernel(q, k, v, G, lowest, beta, read, write, U_, W_, P_, inverse_, T, H, D: tl.constexpr, E: tl.constexpr,
                   C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
     """Of each chunk P, (1 + A)^-1, U and W; with a decay of each channel also e^G Q (read) and K' (write). 64 key
     channels at a time."""
@@ -219,11 +226,12 @@ def chunks_kernel(q, k, v, G, beta, read, write, U_, W_, P_, inverse_, T, H, D: 
     i, e = tl.arange(0, C), tl.arange(0, E)
     rows, key, value = chunk * C + i, place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     beta_i = tl.load(beta + place(b_h, H, H, T, 1) + rows * H, mask=rows < T, other=0.0).to(tl.float32)
+    lowest = tl.load(lowest + n) if VECTOR else 0
     P, A = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
-        P, A = scores(P, A, load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64), G, b_h, rows, d,
-                      T, H, D, C, LEVELS, VECTOR, PRECISION)
+        P, A = scores(P, A, load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64), G, lowest, b_h,
+                      rows, d, T, H, D, C, LEVELS, VECTOR, PRECISION)
     P = tl.where(i[:, None] >= i[None, :], P * beta_i[None, :], 0.0).to(q.dtype.element_ty)
     put(matrix(P_, n, i, i, C, C), P)
     inverse = inverse_of(A * beta_i[None, :], C, LEVELS, PRECISION).to(P.dtype)
@@ -377,8 +385,8 @@ def pairs_kernel(G, do, inverse_, new, dnew, dv, dP_, dA_, T, H, D: tl.constexpr
 
 
 @triton.jit
-def gradients_kernel(q, k, G, beta, do, dv, new, dP_, dA_, states, dstates, dq, dk, dg, dbeta, T, H, D: tl.constexpr,
-                     E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
+def gradients_kernel(q, k, G, lowest, beta, do, dv, new, dP_, dA_, states, dstates, dq, dk, dg, dbeta, T, H,
+                     D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
                      PRECISION: tl.constexpr):
     """A key is a source in P, A and K', where beta stands beside it (`written`: the gradient of beta k), and a target
     in A and e^G K. beta's gradient is k . written, and g's the sum from t on of x = q dq + k dk (target) - k dk
@@ -389,6 +397,7 @@ def gradients_kernel(q, k, G, beta, do, dv, new, dP_, dA_, states, dstates, dq, 
     rows, one = chunk * C + i, place(b_h, H, H, T, 1)
     key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     beta_i = tl.load(beta + one + rows * H, mask=rows < T, other=0.0).to(tl.float32)[:, None]
+    lowest = tl.load(lowest + n) if VECTOR else 0
     dbeta_i, x_sum, after_sum = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), 0.0
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
@@ -407,8 +416,8 @@ def gradients_kernel(q, k, G, beta, do, dv, new, dP_, dA_, states, dstates, dq, 
         q_i = load(q + key, rows, d, T, H * D, 64)
         x += given(q_i * dq_i, VECTOR)
         if VECTOR:
-            for level in tl.range(INSIDE, LEVELS, disable_licm=True):        # else numbers wait in registers for it
-                E_t, E_s, pairs = at_cut(level, G, b_h, rows, d, T, H, D, C)
+            for level in range(lowest, LEVELS):
+                E_t, E_s, pairs = at_cut(level, lowest, G, b_h, rows, d, T, H, D, C)
                 dP = tl.where(pairs, tl.load(matrix(dP_, n, i, i, C, C)), 0.0)
                 dA = tl.where(pairs, tl.load(matrix(dA_, n, i, i, C, C)), 0.0)
                 q_i, k_i = load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64)
@@ -442,16 +451,18 @@ def settings(q, v, g):
 
 
 def chunks(q, k, v, g, beta, sizes, grid, keep):
-    """G; e^G Q and K', or without a decay of each channel Q and K themselves; U, W, P, and (1 + A)^-1 to `keep`."""
+    """G and, with a decay of each channel, the lowest levels, e^G Q and K'; without, Q and K themselves; U, W, P, and
+    (1 + A)^-1 to `keep`."""
     C, d, e = sizes["C"], sizes["D"], sizes["E"]
     G, read, write = torch.empty_like(g), q, k
-    sums_kernel[grid](g, G, *q.shape[1:3], D=g.shape[-1], C=C)
+    lowest = torch.empty(*grid, device=q.device, dtype=torch.int32) if sizes["VECTOR"] else None
+    sums_kernel[grid](g, G, lowest, *q.shape[1:3], D=g.shape[-1], C=C, LEVELS=sizes["LEVELS"])
     if sizes["VECTOR"]:
         read, write = torch.empty_like(q), torch.empty_like(k)
     U, W, P = (q.new_empty(*grid, C, n) for n in (e, d, C))
     inverse = torch.empty_like(P) if keep else None
-    chunks_kernel[grid](q, k, v, G, beta, read, write, U, W, P, inverse, *q.shape[1:3], **sizes)
-    return G, read, write, U, W, P, inverse
+    chunks_kernel[grid](q, k, v, G, lowest, beta, read, write, U, W, P, inverse, *q.shape[1:3], **sizes)
+    return G, lowest, read, write, U, W, P, inverse
 
 
 def twin(q, k, v, g, beta, state):
@@ -467,17 +478,17 @@ class DeltaRule(torch.autograd.Function):
     def forward(ctx, q, k, v, g, beta, S0, keep):
         sizes, walk, grid = settings(q, v, g)
         (b, t, h, d), e = q.shape, v.shape[-1]
-        G, read, write, U, W, P, inverse = chunks(q, k, v, g, beta, sizes, grid, keep)
+        G, lowest, read, write, U, W, P, inverse = chunks(q, k, v, g, beta, sizes, grid, keep)
         o, S_T = torch.empty_like(v), torch.empty(b, h, d, e, device=q.device)
         new, states = (torch.empty_like(U), q.new_empty(*grid, d, e)) if keep else (None, None)
         walk_kernel[grid[0], e // walk["BE"]](G, beta, read, write, U, W, P, S0, o, new, states, S_T, t, h, **walk)
-        ctx.save_for_backward(q, k, v, g, beta, S0, G, read, write, W, P, inverse, new, states)
+        ctx.save_for_backward(q, k, v, g, beta, S0, G, lowest, read, write, W, P, inverse, new, states)
         ctx.set_materialize_grads(False)
         return o, S_T
 
     @staticmethod
     def backward(ctx, do, dS_T):
-        q, k, v, g, beta, S0, G, read, write, W, P, inverse, new, states = ctx.saved_tensors
+        q, k, v, g, beta, S0, G, lowest, read, write, W, P, inverse, new, states = ctx.saved_tensors
         if torch.is_grad_enabled():                              # a gradient of the gradient may be asked for
             return *differentiable_gradients(twin, (q, k, v, g, beta, S0), (do, dS_T)), None
         do = torch.zeros_like(v) if do is None else do.contiguous()
@@ -490,7 +501,8 @@ class DeltaRule(torch.autograd.Function):
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
         dP, dA = torch.empty_like(P), torch.empty_like(P)
         pairs_kernel[grid](G, do, inverse, new, dnew, dv, dP, dA, *shape, **sizes)
-        gradients_kernel[grid](q, k, G, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg, dbeta, *shape, **sizes)
+        gradients_kernel[grid](q, k, G, lowest, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg, dbeta, *shape,
+                               **sizes)
         return dq, dk, dv, dg, dbeta, dS0, None
 
 
@@ -567,8 +579,8 @@ def peers(wanted):
         return {}
 
     if chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1:
-        print("flash-linear-attention refuses the gated backward here, as this Triton compiled it wrongly (its issue 640);"
-              " for the table it may: see how far off its gradients are")
+        print("flash-linear-attention refuses the gated backward here, as this Triton compiled it wrongly (its issue "
+              "640); for the table it may: see how far off its gradients are")
         chunk_o.IS_NVIDIA_HOPPER = False
 
     def heads_last(f):
