@@ -73,6 +73,23 @@ def test_gates_near_0_and_strong_ones(kind, strength):
     check_against_lesson((q, k, v, g, beta, S), 1e-3 if strength > 1e3 else 5e-5)
 
 
+@pytest.mark.parametrize("strength, level", [(1.0, 4), (4.0, 4), (6.0, 3), (12.0, 2), (1e4, 2)])
+def test_a_chunk_is_cut_as_often_as_its_gates_ask(monkeypatch, strength, level):
+    """One cut in the middle where a half decays by less than e^72; where a channel decays faster, cuts down to blocks
+    whose halves do not."""
+    chunks, lowest = delta_rule.chunks, []
+
+    def seen(*args):
+        results = chunks(*args)
+        lowest.append(results[1].unique().tolist())
+        return results
+    monkeypatch.setattr(delta_rule, "chunks", seen)
+    q, k, v, g, beta, S = tensors_of("vector", 64, h=1, strength=0.1)
+    g[:, :, :, 3] = -strength
+    check_against_lesson((q, k, v, g, beta, S), 2e-4)
+    assert lowest[0] == [level]
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_the_same_key_again_and_again(beta):
     """(1 + A)^-1 has entries of 1 and 2 then, but A's powers grow to 10^18. (At 2 nothing is ever forgotten, no
