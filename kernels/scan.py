@@ -356,7 +356,7 @@ def rwkv(k, v, w, u, state=None):
                          f"{tuple(w.shape)} and u {tuple(u.shape)} (c,)")
     if state is None:
         state = k.new_zeros(len(k), 3, k.shape[1], dtype=torch.float32)
-        state[:, 2] = LOWEST.value
+        state[:, 2] = torch.finfo(torch.float32).min             # nothing, in any unit
     p, q, m = (x.contiguous() for x in state.float().unbind(1))
     o, *end = RWKV.apply(k.contiguous(), v.contiguous(), w.float().contiguous(), u.float().contiguous(), p, q, m)
     return o, torch.stack(end, dim=1)
