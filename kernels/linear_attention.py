@@ -70,6 +70,8 @@ def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, x, xo, D: tl.cons
             written = (k_i * tl.exp(last)[:, None]).to(k_i.dtype)
         if READ:
             q_i = load(q, rows, d, end, HK * D, D)
+            if xo is not None:
+                x_i = load(x, rows, e, end, HV * E, E)                                       # asked for early
             P = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION)                        # (t, s)
             seen = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
             o_i = tl.dot(q_i, S.to(q_i.dtype), input_precision=PRECISION)
@@ -80,7 +82,7 @@ def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, x, xo, D: tl.cons
             o_i = tl.dot(P, v_i, acc=o_i, input_precision=PRECISION)
             store(o, o_i, rows, e, end, H * E, E)
             if xo is not None:
-                tl.store(xo + rows, tl.sum(o_i * load(x, rows, e, end, HV * E, E), axis=1), mask=rows < end)
+                tl.store(xo + rows, tl.sum(o_i * x_i, axis=1), mask=rows < end)
         if g is not None:
             S *= tl.exp(whole)
             total += whole
