@@ -169,6 +169,26 @@ def test_linear_attention(t, kind, strength):
     check_kernel(kernel, twin, (q, k, v, wide, S if t != 64 else None), 1e-4, 0.1)     # for g's gradient
 
 
+@pytest.mark.skipif(not GPU, reason="errors of 16 bits are those of a GPU")
+@pytest.mark.parametrize("t", [1000, 8192])
+def test_the_gradient_of_a_decay_does_not_drift(t):
+    """In bfloat16, over a long text, and its sum, which is what a decay's own parameter gets (Mamba-2's A)."""
+    q, k, v = (x.bfloat16().double() for x in random((1, 2, t, 64), (1, 2, t, 64), (1, 2, t, 64)))
+    g = -0.1 * random((1, 2, t, 1), seed=1)[0].abs().float().double()
+
+    def dg_of(f, *numbers):
+        def output(q, k, v, g):
+            return f(*(x.to(dtype) for x, dtype in zip((q, k, v, g), numbers, strict=False)))[0]
+        return values_and_gradients(output, (q, k, v, g), torch.float64, DEVICE)[-1]
+    half, exact = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32), (torch.float64,) * 4
+    mine, twins, exact = (dg_of(f, *numbers) for f, numbers in (
+        (linear_attention.linear_attention, half), (linear_attention.reference, half),
+        (linear_attention.reference, exact)))
+    for f in (lambda dg: dg, lambda dg: dg.sum(dim=2)):
+        a, b = ((f(dg) - f(exact)).norm() / f(exact).norm() for dg in (mine, twins))
+        assert a <= 0.01 + 3 * b, f"{a:.1e} off, the twin {b:.1e}"
+
+
 @pytest.mark.parametrize("kind", ["none", "scalar"])
 @pytest.mark.parametrize("segments", [1, 2])
 def test_linear_attention_with_shared_queries_and_keys(monkeypatch, kind, segments):
