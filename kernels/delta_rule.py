@@ -97,18 +97,18 @@ def reference(q, k, v, g, beta, state=None):
 
 
 @triton.jit
-def sums_kernel(g, G, lowest, T, H, D: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr):
-    """G, the sum of g from the start of its chunk; and of each chunk the largest level at which no half of a block
-    decays by more than e^-MOST: with LEAST at least 2."""
-    chunk, b_h, d = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.arange(0, D)
-    rows, at, level = chunk * C + tl.arange(0, C), place(b_h, H, H, T, D), 2
-    g_i = tl.maximum(load(g + at, rows, d, T, H * D, D), LEAST)
+def sums_kernel(g, G, lowest, T, H, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr):
+    """G, the sum of g from the start of its chunk; and of each chunk and 64 channels the largest level at which no half
+    of a block decays by more than e^-MOST: with LEAST at least 2."""
+    chunk, b_h, block = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.program_id(2)
+    rows, d, at = chunk * C + tl.arange(0, C), block * BD + tl.arange(0, BD), place(b_h, H, H, T, D)
+    g_i, level = tl.maximum(load(g + at, rows, d, T, H * D, BD), LEAST), 2
     store(G + at, tl.cumsum(g_i, axis=0), rows, d, T, H * D, D)
     if lowest is not None:
         for larger in tl.static_range(3, LEVELS):
-            halves = tl.sum(tl.reshape(g_i, (C >> larger, 1 << larger, D)), axis=1)
+            halves = tl.sum(tl.reshape(g_i, (C >> larger, 1 << larger, BD)), axis=1)
             level = tl.where(tl.min(halves) >= -MOST, larger, level)
-        tl.store(lowest + b_h * tl.num_programs(1) + chunk, level)
+        tl.store(lowest + (b_h * tl.num_programs(1) + chunk) * tl.num_programs(2) + block, level)
 
 
 @triton.jit
@@ -161,6 +161,19 @@ def at_cut(level, lowest, G, b_h, rows, d, T, H, D: tl.constexpr, C: tl.constexp
 
 
 @triton.jit
+def again(rows, n):
+    """These rows, in a loop over n = 0, 1, ...: as a compiler sees it, others in each round, which it has to load then;
+    else it loads them before the loop and keeps them in registers, of which there are too few."""
+    return rows + tl.minimum(n, 0)
+
+
+@triton.jit
+def lowest_of(lowest, n, block, D: tl.constexpr, VECTOR: tl.constexpr):
+    """The lowest level of chunk n for a block of 64 channels."""
+    return tl.load(lowest + n * (D // 64) + block) if VECTOR else 0
+
+
+@triton.jit
 def ranged(x, like):
     """Rounded as the numbers that are multiplied; in bfloat16 where those are float16, which has not the range."""
     return x.to(tl.bfloat16 if like.dtype == tl.float16 else like.dtype)
@@ -179,14 +192,17 @@ def scores(P, A, q, k, G, lowest, b_h, rows, d, T, H, D: tl.constexpr, C: tl.con
     of other pairs means nothing."""
     if VECTOR:
         for level in range(lowest, LEVELS):
-            E, E_source, pairs = at_cut(level, lowest, G, b_h, rows, d, T, H, D, C)
-            source = tl.trans(ranged(k * E_source, k))
-            P += tl.where(pairs, tl.dot(ranged(q * E, k), source, input_precision=PRECISION), 0.0)
-            A += tl.where(pairs, tl.dot(ranged(k * E, k), source, input_precision=PRECISION), 0.0)
+            here = again(rows, level)
+            E, E_source, pairs = at_cut(level, lowest, G, b_h, here, d, T, H, D, C)
+            q_i, k_i = load(q, here, d, T, H * D, 64), load(k, here, d, T, H * D, 64)
+            source = tl.trans(ranged(k_i * E_source, k_i))
+            P += tl.where(pairs, tl.dot(ranged(q_i * E, k_i), source, input_precision=PRECISION), 0.0)
+            A += tl.where(pairs, tl.dot(ranged(k_i * E, k_i), source, input_precision=PRECISION), 0.0)
     else:
         E = decay_between(sums(G, b_h, rows, d, T, H, D, VECTOR))
-        P += tl.dot(q, tl.trans(k), input_precision=PRECISION) * E
-        A += tl.dot(k, tl.trans(k), input_precision=PRECISION) * E
+        q_i, k_i = load(q, rows, d, T, H * D, 64), load(k, rows, d, T, H * D, 64)
+        P += tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * E
+        A += tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION) * E
     return P, A
 
 
@@ -226,12 +242,11 @@ def chunks_kernel(q, k, v, G, lowest, beta, read, write, U_, W_, P_, inverse_, T
     i, e = tl.arange(0, C), tl.arange(0, E)
     rows, key, value = chunk * C + i, place(b_h, H, H, T, D), place(b_h, H, H, T, E)
     beta_i = tl.load(beta + place(b_h, H, H, T, 1) + rows * H, mask=rows < T, other=0.0).to(tl.float32)
-    lowest = tl.load(lowest + n) if VECTOR else 0
     P, A = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
-        P, A = scores(P, A, load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64), G, lowest, b_h,
-                      rows, d, T, H, D, C, LEVELS, VECTOR, PRECISION)
+        P, A = scores(P, A, q + key, k + key, G, lowest_of(lowest, n, first // 64, D, VECTOR), b_h, rows, d, T, H, D, C,
+                      LEVELS, VECTOR, PRECISION)
     P = tl.where(i[:, None] >= i[None, :], P * beta_i[None, :], 0.0).to(q.dtype.element_ty)
     put(matrix(P_, n, i, i, C, C), P)
     inverse = inverse_of(A * beta_i[None, :], C, LEVELS, PRECISION).to(P.dtype)
@@ -390,50 +405,47 @@ def gradients_kernel(q, k, G, lowest, beta, do, dv, new, dP_, dA_, states, dstat
                      PRECISION: tl.constexpr):
     """A key is a source in P, A and K', where beta stands beside it (`written`: the gradient of beta k), and a target
     in A and e^G K. beta's gradient is k . written, and g's the sum from t on of x = q dq + k dk (target) - k dk
-    (source)."""
-    chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
+    (source). A program has 64 key channels of a chunk; what they give to beta and to a decay of all goes to a place of
+    their own."""
+    chunk, b_h, block = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.program_id(2)
     n = b_h * tl.num_programs(1) + chunk
-    i, e = tl.arange(0, C), tl.arange(0, E)
-    rows, one = chunk * C + i, place(b_h, H, H, T, 1)
-    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
-    beta_i = tl.load(beta + one + rows * H, mask=rows < T, other=0.0).to(tl.float32)[:, None]
-    lowest = tl.load(lowest + n) if VECTOR else 0
-    dbeta_i, x_sum, after_sum = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), 0.0
-    for first in range(0, D, 64):
-        d = first + tl.arange(0, 64)
-        G_i, left = decays(G, b_h, chunk, rows, d, T, H, D, C, VECTOR)
-        S, R = tl.load(matrix(states, n, d, e, D, E)), tl.load(matrix(dstates, n, d, e, D, E))
-        after = tl.exp(whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR)) * tl.sum(S.to(tl.float32) * R, axis=1)
-        written = tl.exp(left) * tl.dot(tl.load(matrix(new, n, i, e, C, E)), tl.trans(R), input_precision=PRECISION)
-        k_i = load(k + key, rows, d, T, H * D, 64)
-        dbeta_i += tl.sum(k_i * written, axis=1)
-        written *= beta_i
-        after += tl.sum(k_i * written, axis=0)
-        dk_i = -tl.exp(G_i) * tl.dot(load(dv + value, rows, e, T, H * E, E), tl.trans(S), input_precision=PRECISION)
-        x = given(k_i * (dk_i - written), VECTOR)
-        dk_i += written
-        dq_i = tl.exp(G_i) * tl.dot(load(do + value, rows, e, T, H * E, E), tl.trans(S), input_precision=PRECISION)
-        q_i = load(q + key, rows, d, T, H * D, 64)
-        x += given(q_i * dq_i, VECTOR)
-        if VECTOR:
-            for level in range(lowest, LEVELS):
-                E_t, E_s, pairs = at_cut(level, lowest, G, b_h, rows, d, T, H, D, C)
-                dP = tl.where(pairs, tl.load(matrix(dP_, n, i, i, C, C)), 0.0)
-                dA = tl.where(pairs, tl.load(matrix(dA_, n, i, i, C, C)), 0.0)
-                q_i, k_i = load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64)
-                dq_i, dk_i, dbeta_i, x = of_pairs(dq_i, dk_i, dbeta_i, x, dP, dA, q_i, k_i, beta_i, E_t, E_s, VECTOR,
-                                                  PRECISION)
-            store(dg + key, tl.cumsum(x, axis=0, reverse=True) + after[None, :], rows, d, T, H * D, D)
-        else:
-            dP, dA = tl.load(matrix(dP_, n, i, i, C, C)), tl.load(matrix(dA_, n, i, i, C, C))
-            dq_i, dk_i, dbeta_i, x = of_pairs(dq_i, dk_i, dbeta_i, x, dP, dA, q_i, k_i, beta_i, 1.0, 1.0, VECTOR,
+    i, e, d = tl.arange(0, C), tl.arange(0, E), block * 64 + tl.arange(0, 64)
+    rows, key, value = chunk * C + i, place(b_h, H, H, T, D), place(b_h, H, H, T, E)
+    one = place(b_h, H, H, T, 1) + rows * H
+    beta_i = tl.load(beta + one, mask=rows < T, other=0.0).to(tl.float32)[:, None]
+    one += block * tl.num_programs(0).to(tl.int64) * T
+    G_i, left = decays(G, b_h, chunk, rows, d, T, H, D, C, VECTOR)
+    S, R = tl.load(matrix(states, n, d, e, D, E)), tl.load(matrix(dstates, n, d, e, D, E))
+    after = tl.exp(whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR)) * tl.sum(S.to(tl.float32) * R, axis=1)
+    written = tl.exp(left) * tl.dot(tl.load(matrix(new, n, i, e, C, E)), tl.trans(R), input_precision=PRECISION)
+    k_i = load(k + key, rows, d, T, H * D, 64)
+    dbeta_i = tl.sum(k_i * written, axis=1)
+    written *= beta_i
+    after += tl.sum(k_i * written, axis=0)
+    dk_i = -tl.exp(G_i) * tl.dot(load(dv + value, rows, e, T, H * E, E), tl.trans(S), input_precision=PRECISION)
+    x = given(k_i * (dk_i - written), VECTOR)
+    dk_i += written
+    dq_i = tl.exp(G_i) * tl.dot(load(do + value, rows, e, T, H * E, E), tl.trans(S), input_precision=PRECISION)
+    q_i = load(q + key, rows, d, T, H * D, 64)
+    x += given(q_i * dq_i, VECTOR)
+    if VECTOR:
+        start = lowest_of(lowest, n, block, D, VECTOR)
+        for level in range(start, LEVELS):
+            here, row = again(rows, level), again(i, level)
+            E_t, E_s, pairs = at_cut(level, start, G, b_h, here, d, T, H, D, C)
+            dP = tl.where(pairs, tl.load(matrix(dP_, n, row, i, C, C)), 0.0)
+            dA = tl.where(pairs, tl.load(matrix(dA_, n, row, i, C, C)), 0.0)
+            q_i, k_i = load(q + key, here, d, T, H * D, 64), load(k + key, here, d, T, H * D, 64)
+            dq_i, dk_i, dbeta_i, x = of_pairs(dq_i, dk_i, dbeta_i, x, dP, dA, q_i, k_i, beta_i, E_t, E_s, VECTOR,
                                               PRECISION)
-            x_sum, after_sum = x_sum + tl.sum(x, axis=1), after_sum + tl.sum(after)
-        store(dq + key, dq_i, rows, d, T, H * D, D)
-        store(dk + key, dk_i, rows, d, T, H * D, D)
-    tl.store(dbeta + one + rows * H, dbeta_i, mask=rows < T)
-    if not VECTOR:
-        tl.store(dg + one + rows * H, tl.cumsum(x_sum, axis=0, reverse=True) + after_sum, mask=rows < T)
+        store(dg + key, tl.cumsum(x, axis=0, reverse=True) + after[None, :], rows, d, T, H * D, D)
+    else:
+        dP, dA = tl.load(matrix(dP_, n, i, i, C, C)), tl.load(matrix(dA_, n, i, i, C, C))
+        dq_i, dk_i, dbeta_i, x = of_pairs(dq_i, dk_i, dbeta_i, x, dP, dA, q_i, k_i, beta_i, 1.0, 1.0, VECTOR, PRECISION)
+        tl.store(dg + one, tl.cumsum(tl.sum(x, axis=1), axis=0, reverse=True) + tl.sum(after), mask=rows < T)
+    store(dq + key, dq_i, rows, d, T, H * D, D)
+    store(dk + key, dk_i, rows, d, T, H * D, D)
+    tl.store(dbeta + one, dbeta_i, mask=rows < T)
 
 
 def settings(q, v, g):
@@ -442,10 +454,11 @@ def settings(q, v, g):
     H100 with Triton 3.6, right ones in the interpreter; the cause was not found."""
     (b, t, h, d), e = q.shape, v.shape[-1]
     sizes = {"D": d, "E": e, "C": CHUNK, "VECTOR": g.shape[-1] > 1, "PRECISION": "tf32", "num_warps": 4}
-    walk = {"BE": 32, "num_stages": 3 if d <= 64 else 2 if shared_memory(q.device) > 120000 else 1}
+    walk = {"BE": min(e, 64) if d > 64 else 32,
+            "num_stages": 3 if d <= 64 else 2 if shared_memory(q.device) > 120000 else 1}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         sizes |= {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8}
-        walk["num_stages"] = 3 if d <= 64 else 1
+        walk = {"BE": 32, "num_stages": 3 if d <= 64 else 1}
     chunks = {"LEVELS": sizes["C"].bit_length() - 1, "num_stages": 1}
     return sizes | chunks, sizes | walk, (b * h, triton.cdiv(t, sizes["C"]))
 
@@ -455,13 +468,18 @@ def chunks(q, k, v, g, beta, sizes, grid, keep):
     (1 + A)^-1 to `keep`."""
     C, d, e = sizes["C"], sizes["D"], sizes["E"]
     G, read, write = torch.empty_like(g), q, k
-    lowest = torch.empty(*grid, device=q.device, dtype=torch.int32) if sizes["VECTOR"] else None
-    sums_kernel[grid](g, G, lowest, *q.shape[1:3], D=g.shape[-1], C=C, LEVELS=sizes["LEVELS"])
+    blocks, lowest = (d // 64 if sizes["VECTOR"] else 1), None
+    if sizes["VECTOR"]:
+        lowest = torch.empty(*grid, blocks, device=q.device, dtype=torch.int32)
+    sums_kernel[*grid, blocks](g, G, lowest, *q.shape[1:3], D=g.shape[-1], BD=g.shape[-1] // blocks, C=C,
+                               LEVELS=sizes["LEVELS"], num_warps=1)
     if sizes["VECTOR"]:
         read, write = torch.empty_like(q), torch.empty_like(k)
     U, W, P = (q.new_empty(*grid, C, n) for n in (e, d, C))
     inverse = torch.empty_like(P) if keep else None
-    chunks_kernel[grid](q, k, v, G, lowest, beta, read, write, U, W, P, inverse, *q.shape[1:3], **sizes)
+    registers = 168 if d == 64 and C == CHUNK and not sizes["VECTOR"] else None          # three programs for two
+    chunks_kernel[grid](q, k, v, G, lowest, beta, read, write, U, W, P, inverse, *q.shape[1:3], maxnreg=registers,
+                        **sizes)
     return G, lowest, read, write, U, W, P, inverse
 
 
@@ -498,12 +516,15 @@ class DeltaRule(torch.autograd.Function):
         dS0 = None if S0 is None else torch.empty_like(S0)
         columns = (grid[0], v.shape[-1] // walk["BE"])
         walk_back_kernel[columns](G, beta, read, write, W, P, do, dS_T, dnew, dstates, dS0, *shape, **walk)
-        dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
-        dP, dA = torch.empty_like(P), torch.empty_like(P)
+        dq, dk, dv, dP, dA = (torch.empty_like(x) for x in (q, k, v, P, P))
+        blocks = q.shape[-1] // 64
+        dg, dbeta = (x.new_empty(1 if x.shape[-1] > 1 else blocks, *x.shape, dtype=torch.float32) for x in (g, beta))
         pairs_kernel[grid](G, do, inverse, new, dnew, dv, dP, dA, *shape, **sizes)
-        gradients_kernel[grid](q, k, G, lowest, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg, dbeta, *shape,
-                               **sizes)
-        return dq, dk, dv, dg, dbeta, dS0, None
+        warps = 8 if sizes["VECTOR"] else sizes["num_warps"]
+        gradients_kernel[*grid, blocks](q, k, G, lowest, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg, dbeta,
+                                        *shape, **sizes | {"num_warps": warps})
+        dg, dbeta = (x[0] if len(x) == 1 else x.sum(dim=0) for x in (dg, dbeta))
+        return dq, dk, dv, dg, dbeta.to(beta.dtype), dS0, None
 
 
 def delta_rule(q, k, v, g, beta, state=None):
@@ -616,19 +637,19 @@ def main():
                   f"{', '.join(f'{x:.1e}' for x in gaps)}; forward and backward take {memory / 2 ** 30:.2f} GiB, its "
                   f"{bench.memory(f, tensors) / 2 ** 30:.2f}", flush=True)
         return others.get(kind, {})
-    kernel, plain, rows, tokens = called(delta_rule), called(reference), [], 32768
+    kernel, plain, tokens = called(delta_rule), called(reference), 32768
     for kind in ("none", "scalar", "vector"):
         print(f"decay: {kind}")
         bench.check(kernel, plain, ("twin", plain), lambda t: shapes(kind, t),                    # noqa: B023
                     ("q", "k", "v", *(["g"] if kind != "none" else []), "beta"), loose="g")
-    for d, t in ((64, 2048), (64, 8192), (128, 2048), (128, 8192)):
-        for kind in ("none", "scalar", "vector"):
+        rows = []
+        for d, t in ((64, 2048), (64, 8192), (128, 2048), (128, 8192)):
             tensors = shapes(kind, t, tokens // t, 16, d)
             rows.append((f"decay {kind}, b {tokens // t} h 16 t {t} d {d}",
                          {"kernel": kernel} | compared(kind, d, t, tensors), tensors,
                          8 * tensors[0].numel() + 4 * sum(x.numel() for x in tensors[3:]),
-                         tokens * 16 * 2 * (10 * CHUNK ** 2 + (4 * CHUNK + 3 * d) * d)))
-    bench.compare(rows, rates)
+                         tokens * 16 * 2 * (10 * CHUNK ** 2 + 5 * CHUNK * d + 3 * d ** 2)))
+        bench.compare(rows, rates)
 
 
 if __name__ == "__main__":
