@@ -642,14 +642,15 @@ def main():
         print(f"decay: {kind}")
         bench.check(kernel, plain, ("twin", plain), lambda t: shapes(kind, t),                    # noqa: B023
                     ("q", "k", "v", *(["g"] if kind != "none" else []), "beta"), loose="g")
-        rows = []
-        for d, t in ((64, 2048), (64, 8192), (128, 2048), (128, 8192)):
-            tensors = shapes(kind, t, tokens // t, 16, d)
-            rows.append((f"decay {kind}, b {tokens // t} h 16 t {t} d {d}",
-                         {"kernel": kernel} | compared(kind, d, t, tensors), tensors,
-                         8 * tensors[0].numel() + 4 * sum(x.numel() for x in tensors[3:]),
-                         tokens * 16 * 2 * (10 * CHUNK ** 2 + 5 * CHUNK * d + 3 * d ** 2)))
-        bench.compare(rows, rates)
+        for d in (64, 128):
+            rows = []
+            for t in (2048, 8192):
+                tensors = shapes(kind, t, tokens // t, 16, d)
+                rows.append((f"decay {kind}, b {tokens // t} h 16 t {t} d {d}",
+                             {"kernel": kernel} | compared(kind, d, t, tensors), tensors,
+                             8 * tensors[0].numel() + 4 * sum(x.numel() for x in tensors[3:]),
+                             tokens * 16 * 2 * (10 * CHUNK ** 2 + 5 * CHUNK * d + 3 * d ** 2)))
+            bench.compare(rows, rates)
 
 
 if __name__ == "__main__":

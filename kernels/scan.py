@@ -419,6 +419,8 @@ def main():
             return torch.cat([h.real, h.imag], dim=-1)
         return g
 
+    compare_mixers(rates)
+    print("the scan")
     bench.check(output(scan), output(reference), ("twin", output(reference)), lambda t: inputs(2, 8, t), "ab",
                 (1, 17, 1000, 8192, 65536), floor=2e-6)
     print("complex")
@@ -436,7 +438,6 @@ def main():
     rows.append(("complex64, b 4 c 1024 t 8192", {"kernel": output(scan), "twin": output(reference)},
                  [torch.polar(r, angle), torch.complex(angle, r)], 24 * r.numel(), 0))
     bench.compare(rows, rates)
-    compare_mixers(rates)
 
 
 if __name__ == "__main__":
