@@ -11,24 +11,25 @@ its row, and `whole` that of all its rows,
     (1 + A) N = V - e^G K S                               K' = beta e^{whole - G} K
     O = P N + e^G Q S                                     S <- e^{whole} S + K'^T N
 
-so N = U - W S with U = (1 + A)^-1 V and W = (1 + A)^-1 e^G K, neither of which knows the state. Put in, a chunk is an
-affine map of the state, made of four small matrices:
+so N = U - W S with U = (1 + A)^-1 V and W = (1 + A)^-1 e^G K, neither of which knows the state. Three steps, then:
+chunks() makes P, U and W of all chunks at once; the walk goes from chunk to chunk with the state on chip, N and then
+S, and leaves both in memory for the backward, where the gradients of N and S come of a walk back,
 
-    O = P U + (e^G Q - P W) S = O' + Q' S                 S <- e^{whole} S + K'^T U - K'^T W S = e^{whole} S + B + F S
+    dN = P^T dO + K' R                                    R <- e^{whole} R + (e^G Q)^T dO - W^T dN
 
-Three kernels: maps() makes Q', O', F and B of all chunks at once; walk() goes from chunk to chunk, two products each,
-one of which the next chunk waits for. The gradient of the state goes back as R <- e^{whole} R + F^T R + Q'^T dO, and
-then gradients() makes those of all chunks at once.
+and the others of all chunks at once, first those of V, P and A, then those of what P and A are made of.
 
 (1 + A)^-1 is found on chip by blocks: that of [[a, 0], [c, b]] is [[a^-1, 0], [-b^-1 c a^-1, b^-1]], so from blocks of
 1 to 2, 4, ... 64, all of a size in two products. (A power series would be as short, but its terms can grow to 10^18.)
-With a decay of each channel the pairs (t, s) are parted by the same cuts: at each, e^{G_t - G_s} is e^{G_t - G_cut}
-e^{G_cut - G_s}, and no exponent is above 0 (kernels.gla).
+With a decay of each channel the pairs (t, s) are parted by such cuts, too: at each, e^{G_t - G_s} is e^{G_t - G_cut}
+e^{G_cut - G_s}, and no exponent is above 0 (kernels.gla). But one of the two may grow, too, as long as it cannot
+overflow: blocks that decay by less than e^72 in each half are not cut any more, so that of mild gates one cut of the
+whole chunk takes all pairs, and of strong ones, blocks of 8 and three cuts above them.
 
-Bytes for a token and head, d = e = 64 in bfloat16: 512 for q, k, v and o; each of the four matrices is 128, written
-and read, so 1536 in all; with gradients 4000. FLOPs: 20 products of 64 x 64 x 64 for a chunk, 0.12 ms of an H100 for
-32768 tokens and 16 heads, where the bytes take 0.27. What bounds it is neither, but waiting: in maps() each product
-needs the one before, and in walk() each chunk.
+Bytes for a token and head, d = e = 64 in bfloat16: 512 for q, k, v and o; P, U and W are 128 each, written and read,
+so 1280 in all; with gradients 4100. FLOPs: 18 products of 64 x 64 x 64 for a chunk, 0.1 ms of an H100 for 32768 tokens
+and 16 heads, where the bytes take 0.23. What bounds it is neither, but waiting: in chunks() each product needs the one
+before, and in the walk each chunk.
 
     python -m kernels.delta_rule [--peers]      check, then a table; with --peers beside flash-linear-attention's
 """
@@ -51,6 +52,8 @@ from kernels.tiles import (
 )
 
 CHUNK = 64
+LEAST = tl.constexpr(-18.0)      # e^-18 is a quarter of float32's spacing: a smaller decay is made one by it
+MOST = tl.constexpr(72.0)        # e^72 times a token's numbers is far from float32's and bfloat16's largest, 3e38
 
 
 def cuts(n, device):
@@ -85,27 +88,58 @@ def reference(q, k, v, g, beta, state=None):
         for _, pairs in cuts(G.shape[2], q.device):
             inverse = inverse - inverse @ (A * pairs) @ inverse
         P, inverse = P.to(q.dtype), inverse.to(q.dtype)
-        write = (k_i * (whole - G).exp() * beta_i).to(q.dtype)                               # K'
-        U, W = inverse @ v_i, inverse @ (k_i * G.exp()).to(q.dtype)
-        read, forget = (q_i * G.exp() - P @ W).to(q.dtype), -write.mT @ W                    # Q', F
-        o.append(P @ U + read @ S.to(q.dtype))
-        S = whole.exp().mT * S + write.mT @ U + forget @ S.to(q.dtype)
+        read, write = (q_i * G.exp()).to(q.dtype), (k_i * (whole - G).exp() * beta_i).to(q.dtype)    # e^G Q, K'
+        U, W, S_i = (inverse @ v_i).to(q.dtype), (inverse @ (k_i * G.exp()).to(q.dtype)).to(q.dtype), S.to(q.dtype)
+        N = (U - W @ S_i).to(q.dtype)
+        o.append(P @ N + read @ S_i)
+        S = whole.exp().mT * S + write.mT @ N
     return torch.cat(o, dim=2), S
 
 
 @triton.jit
-def decays(g, b_h, rows, d, T, H, D: tl.constexpr, VECTOR: tl.constexpr):
-    """G, and `whole` - G, of a chunk: (C, 64) or (C, 1); and `whole`: (64,) or a number. A decay by less than e^-40 is
-    made one by e^-40: nothing, too, but it costs the sums that go over it fewer digits."""
+def sums_kernel(g, G, lowest, T, H, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr):
+    """G, the sum of g from the start of its chunk; and of each chunk and 64 channels the largest level at which no half
+    of a block decays by more than e^-MOST: with LEAST at least 2."""
+    chunk, b_h, block = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.program_id(2)
+    rows, d, at = chunk * C + tl.arange(0, C), block * BD + tl.arange(0, BD), place(b_h, H, H, T, D)
+    g_i, level = tl.maximum(load(g + at, rows, d, T, H * D, BD), LEAST), 2
+    store(G + at, tl.cumsum(g_i, axis=0), rows, d, T, H * D, D)
+    if lowest is not None:
+        for larger in tl.static_range(3, LEVELS):
+            halves = tl.sum(tl.reshape(g_i, (C >> larger, 1 << larger, BD)), axis=1)
+            level = tl.where(tl.min(halves) >= -MOST, larger, level)
+        tl.store(lowest + (b_h * tl.num_programs(1) + chunk) * tl.num_programs(2) + block, level)
+
+
+@triton.jit
+def sums(G, b_h, rows, d, T, H, D: tl.constexpr, VECTOR: tl.constexpr):
+    """G of these rows, the last one in place of those behind it, and channels: (rows, 64); or, of one decay for all
+    channels, (rows, 1)."""
+    rows = tl.minimum(rows, T - 1)
     if VECTOR:
-        g_i = tl.maximum(load(g + place(b_h, H, H, T, D), rows, d, T, H * D, 64), -40.0)
-        G, whole = tl.cumsum(g_i, axis=0), tl.sum(g_i, axis=0)
-        left = tl.minimum(whole[None, :] - G, 0.0)
+        at = G + place(b_h, H, H, T, D) + rows[:, None] * (H * D) + d[None, :]
     else:
-        g_i = tl.maximum(tl.load(g + place(b_h, H, H, T, 1) + rows * H, mask=rows < T, other=0.0), -40.0)
-        G, whole = tl.cumsum(g_i)[:, None], tl.sum(g_i)
-        left = tl.minimum(whole - G, 0.0)
-    return G, left, whole
+        at = G + place(b_h, H, H, T, 1) + rows[:, None] * H
+    return tl.load(at)
+
+
+@triton.jit
+def whole_of(G, b_h, chunk, d, T, H, D: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr):
+    """`whole` of a chunk: (channels,) or a number."""
+    last = tl.minimum(chunk * C + C, T) - 1
+    if VECTOR:
+        at = G + place(b_h, H, H, T, D) + last * (H * D) + d
+    else:
+        at = G + place(b_h, H, H, T, 1) + last * H
+    return tl.load(at)
+
+
+@triton.jit
+def decays(G, b_h, chunk, rows, d, T, H, D: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr):
+    """G, and `whole` - G, of a chunk: (C, 64) or (C, 1)."""
+    G_i = sums(G, b_h, rows, d, T, H, D, VECTOR)
+    whole = whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR)
+    return G_i, (whole[None, :] if VECTOR else whole) - G_i
 
 
 @triton.jit
@@ -116,11 +150,33 @@ def pairs_at(level, C: tl.constexpr):
 
 
 @triton.jit
-def decay_to(level, G, C: tl.constexpr):
-    """From each token to the cut of its block, or from the cut to it."""
-    t, h = tl.arange(0, C)[:, None], 1 << level
-    at = (t & -(2 * h)) + h - 1
-    return tl.exp(-tl.abs(G - tl.gather(G, tl.broadcast_to(at, G.shape), axis=0)))
+def at_cut(level, lowest, G, b_h, rows, d, T, H, D: tl.constexpr, C: tl.constexpr):
+    """Of the cuts h = 2^level in blocks of 2 h: the decay from the cut to each token as a target, and from each token
+    to it as a source, and the pairs (t, s) that they part; at the lowest level all pairs of a block. What the decays
+    make of other pairs means nothing, and may be infinite."""
+    t, s, h = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :], 1 << level
+    x = sums(G, b_h, rows, d, T, H, D, True) - sums(G, b_h, (rows & -(2 * h)) + h - 1, d, T, H, D, True)
+    pairs = ((t ^ s) < 2 * h) & tl.where(level == lowest, s <= t, (t & h) > (s & h))
+    return tl.exp(tl.minimum(x, MOST)), tl.exp(tl.minimum(-x, MOST)), pairs
+
+
+@triton.jit
+def again(rows, n):
+    """These rows, in a loop over n = 0, 1, ...: as a compiler sees it, others in each round, which it has to load then;
+    else it loads them before the loop and keeps them in registers, of which there are too few."""
+    return rows + tl.minimum(n, 0)
+
+
+@triton.jit
+def lowest_of(lowest, n, block, D: tl.constexpr, VECTOR: tl.constexpr):
+    """The lowest level of chunk n for a block of 64 channels."""
+    return tl.load(lowest + n * (D // 64) + block) if VECTOR else 0
+
+
+@triton.jit
+def ranged(x, like):
+    """Rounded as the numbers that are multiplied; in bfloat16 where those are float16, which has not the range."""
+    return x.to(tl.bfloat16 if like.dtype == tl.float16 else like.dtype)
 
 
 @triton.jit
@@ -130,21 +186,23 @@ def decay_between(G):
 
 
 @triton.jit
-def scores(P, A, q, k, G, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+def scores(P, A, q, k, G, lowest, b_h, rows, d, T, H, D: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr,
+           VECTOR: tl.constexpr, PRECISION: tl.constexpr):
     """Add these channels' (q_t . k_s) e^{G_t - G_s} for s <= t, and (k_t . k_s) e^{G_t - G_s} for s < t; what they say
     of other pairs means nothing."""
-    t, s = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     if VECTOR:
-        P += tl.where(t == s, tl.sum(q.to(tl.float32) * k, axis=1)[:, None], 0.0)
-        for level in range(LEVELS):
-            E, pairs = decay_to(level, G, C), pairs_at(level, C)
-            q_E, k_E = (q * E).to(q.dtype), (k * E).to(k.dtype)
-            P += tl.where(pairs, tl.dot(q_E, tl.trans(k_E), input_precision=PRECISION), 0.0)
-            A += tl.where(pairs, tl.dot(k_E, tl.trans(k_E), input_precision=PRECISION), 0.0)
+        for level in range(lowest, LEVELS):
+            here = again(rows, level)
+            E, E_source, pairs = at_cut(level, lowest, G, b_h, here, d, T, H, D, C)
+            q_i, k_i = load(q, here, d, T, H * D, 64), load(k, here, d, T, H * D, 64)
+            source = tl.trans(ranged(k_i * E_source, k_i))
+            P += tl.where(pairs, tl.dot(ranged(q_i * E, k_i), source, input_precision=PRECISION), 0.0)
+            A += tl.where(pairs, tl.dot(ranged(k_i * E, k_i), source, input_precision=PRECISION), 0.0)
     else:
-        E = decay_between(G)
-        P += tl.dot(q, tl.trans(k), input_precision=PRECISION) * E
-        A += tl.dot(k, tl.trans(k), input_precision=PRECISION) * E
+        E = decay_between(sums(G, b_h, rows, d, T, H, D, VECTOR))
+        q_i, k_i = load(q, rows, d, T, H * D, 64), load(k, rows, d, T, H * D, 64)
+        P += tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * E
+        A += tl.dot(k_i, tl.trans(k_i), input_precision=PRECISION) * E
     return P, A
 
 
@@ -175,10 +233,10 @@ def put(at, x):
 
 
 @triton.jit
-def maps_kernel(q, k, v, g, beta, read, add, forget, give, total, P_, inverse_, T, H, D: tl.constexpr, E: tl.constexpr,
-                C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """Of each chunk Q' (read), O' (add), F (forget), B (give), the sum of g, and P and (1 + A)^-1 for the backward;
-    64 key channels at a time."""
+def chunks_kernel(q, k, v, G, lowest, beta, read, write, U_, W_, P_, inverse_, T, H, D: tl.constexpr, E: tl.constexpr,
+                  C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Of each chunk P, (1 + A)^-1, U and W; with a decay of each channel also e^G Q (read) and K' (write). 64 key
+    channels at a time."""
     chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
     n = b_h * tl.num_programs(1) + chunk
     i, e = tl.arange(0, C), tl.arange(0, E)
@@ -187,178 +245,207 @@ def maps_kernel(q, k, v, g, beta, read, add, forget, give, total, P_, inverse_, 
     P, A = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
-        G, _, whole = decays(g, b_h, rows, d, T, H, D, VECTOR)
-        P, A = scores(P, A, load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64), G, C, LEVELS,
-                      VECTOR, PRECISION)
-        if VECTOR:
-            tl.store(total + n * D + d, whole)
-        else:
-            tl.store(total + n, whole)
+        P, A = scores(P, A, q + key, k + key, G, lowest_of(lowest, n, first // 64, D, VECTOR), b_h, rows, d, T, H, D, C,
+                      LEVELS, VECTOR, PRECISION)
     P = tl.where(i[:, None] >= i[None, :], P * beta_i[None, :], 0.0).to(q.dtype.element_ty)
+    put(matrix(P_, n, i, i, C, C), P)
     inverse = inverse_of(A * beta_i[None, :], C, LEVELS, PRECISION).to(P.dtype)
-    if P_ is not None:
-        put(matrix(P_, n, i, i, C, C), P)
+    if inverse_ is not None:
         put(matrix(inverse_, n, i, i, C, C), inverse)
-    U = tl.dot(inverse, load(v + value, rows, e, T, H * E, E), input_precision=PRECISION).to(P.dtype)
-    put(matrix(add, n, i, e, C, E), tl.dot(P, U, input_precision=PRECISION))
+    put(matrix(U_, n, i, e, C, E), tl.dot(inverse, load(v + value, rows, e, T, H * E, E), input_precision=PRECISION))
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
-        G, left, _ = decays(g, b_h, rows, d, T, H, D, VECTOR)
-        known = (load(k + key, rows, d, T, H * D, 64) * tl.exp(G)).to(P.dtype)
-        W = tl.dot(inverse, known, input_precision=PRECISION).to(P.dtype)
-        put(matrix(read, n, i, d, C, D),
-            load(q + key, rows, d, T, H * D, 64) * tl.exp(G) - tl.dot(P, W, input_precision=PRECISION))
-        for start in range(0, D, 64):
-            r = start + tl.arange(0, 64)
-            if D > 64:
-                _, left, _ = decays(g, b_h, rows, r, T, H, D, VECTOR)
-            k_r = load(k + key, rows, r, T, H * D, 64)
-            write = tl.trans((k_r * tl.exp(left) * beta_i[:, None]).to(P.dtype))
-            put(matrix(forget, n, r, d, D, D), -tl.dot(write, W, input_precision=PRECISION))
-            if first == 0:
-                put(matrix(give, n, r, e, D, E), tl.dot(write, U, input_precision=PRECISION))
+        k_i = load(k + key, rows, d, T, H * D, 64)
+        G_i, left = decays(G, b_h, chunk, rows, d, T, H, D, C, VECTOR)
+        known = (k_i * tl.exp(G_i)).to(P.dtype)
+        put(matrix(W_, n, i, d, C, D), tl.dot(inverse, known, input_precision=PRECISION))
+        if VECTOR:
+            store(read + key, load(q + key, rows, d, T, H * D, 64) * tl.exp(G_i), rows, d, T, H * D, D)
+            store(write + key, k_i * tl.exp(left) * beta_i[:, None], rows, d, T, H * D, D)
 
 
 @triton.jit
-def whole_of(total, n, d, D: tl.constexpr, VECTOR: tl.constexpr):
-    """e^{whole} of chunk n: (D, 1) or a number."""
-    return tl.exp(tl.load(total + n * D + d))[:, None] if VECTOR else tl.exp(tl.load(total + n))
+def of_rows(G, beta, b_h, chunk, C: tl.constexpr, T, H, VECTOR: tl.constexpr):
+    """Of one decay for all channels e^G of the rows of a chunk, and beta e^{whole - G}: (C, 1). With a decay of each
+    channel they are in `read` and `write` already, and this is 1."""
+    if VECTOR:
+        of_read, of_write = 1.0, 1.0
+    else:
+        rows, one = chunk * C + tl.arange(0, C), place(b_h, H, H, T, 1)
+        G_i, left = decays(G, b_h, chunk, rows, rows, T, H, 1, C, VECTOR)
+        beta_i = tl.load(beta + one + rows * H, mask=rows < T, other=0.0).to(tl.float32)[:, None]
+        of_read, of_write = tl.exp(G_i), tl.exp(left) * beta_i
+    return of_read, of_write
 
 
 @triton.jit
-def walk_kernel(read, add, forget, give, total, S0, o, states, S_T, T, H, D: tl.constexpr, E: tl.constexpr,
-                BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr,
-                PRECISION: tl.constexpr):
-    """O = O' + Q' S,  S <- e^{whole} S + B + F S: a program takes a block of the state's columns through the chunks,
-    and leaves the state before each in `states`."""
+def decay_of(G, b_h, chunk, d, T, H, D: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr):
+    """e^{whole} of a chunk: (D, 1) or a number."""
+    whole = tl.exp(whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR))
+    return whole[:, None] if VECTOR else whole
+
+
+@triton.jit
+def walk_kernel(G, beta, read, write, U, W, P, S0, o, new, states, S_T, T, H, D: tl.constexpr, E: tl.constexpr,
+                BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """N = U - W S,  O = P N + e^G Q S,  S <- e^{whole} S + K'^T N: a program takes a block of the state's columns
+    through the chunks, and leaves N of each in `new` and the state before it in `states`. What products multiply Triton
+    asks for early by itself; the rest is asked for one chunk early here."""
     b_h, i, d, e = tl.program_id(0).to(tl.int64), tl.arange(0, C), tl.arange(0, D), tl.arange(0, BE)
     e += tl.program_id(1) * BE
-    o += place(b_h, H, H, T, E)
+    key, o = place(b_h, H, H, T, D), o + place(b_h, H, H, T, E)
     chunks = tl.cdiv(T, C)
+    n = b_h * chunks
     S = tl.zeros((D, BE), tl.float32)
     if S0 is not None:
         S += tl.load(matrix(S0, b_h, d, e, D, E))
+    decay, U_i = decay_of(G, b_h, 0, d, T, H, D, C, VECTOR), tl.load(matrix(U, n, i, e, C, E))
+    of_read, of_write = of_rows(G, beta, b_h, 0, C, T, H, VECTOR)
     for chunk in range(chunks):
-        n = b_h * chunks + chunk
-        S_i = S.to(read.dtype.element_ty)
+        following, rows = tl.minimum(chunk + 1, chunks - 1), chunk * C + i
+        next_decay = decay_of(G, b_h, following, d, T, H, D, C, VECTOR)
+        next_U = tl.load(matrix(U, n + following, i, e, C, E))
+        next_read, next_write = of_rows(G, beta, b_h, following, C, T, H, VECTOR)
+        S_i = S.to(U_i.dtype)
+        N = U_i - tl.dot(tl.load(matrix(W, n + chunk, i, d, C, D)), S_i, input_precision=PRECISION)
+        N_i, write_i = N.to(U_i.dtype), load(write + key, rows, d, T, H * D, D)
         if states is not None:
-            put(matrix(states, n, d, e, D, E), S_i)
-        o_i = tl.dot(tl.load(matrix(read, n, i, d, C, D)), S_i, input_precision=PRECISION)
-        o_i += tl.load(matrix(add, n, i, e, C, E)).to(tl.float32)
-        store(o, o_i, chunk * C + i, e, T, H * E, E)
-        S = S * whole_of(total, n, d, D, VECTOR) + tl.load(matrix(give, n, d, e, D, E)).to(tl.float32)
-        S = tl.dot(tl.load(matrix(forget, n, d, d, D, D)), S_i, acc=S, input_precision=PRECISION)
+            put(matrix(states, n + chunk, d, e, D, E), S_i)
+            put(matrix(new, n + chunk, i, e, C, E), N_i)
+        S = tl.dot(tl.trans(write_i), (N * of_write).to(U_i.dtype), acc=S * decay, input_precision=PRECISION)
+        o_i = of_read * tl.dot(load(read + key, rows, d, T, H * D, D), S_i, input_precision=PRECISION)
+        o_i = tl.dot(tl.load(matrix(P, n + chunk, i, i, C, C)), N_i, acc=o_i, input_precision=PRECISION)
+        store(o, o_i, rows, e, T, H * E, E)
+        decay, U_i, of_read, of_write = next_decay, next_U, next_read, next_write
     tl.store(matrix(S_T, b_h, d, e, D, E), S)
 
 
 @triton.jit
-def walk_back_kernel(read, forget, total, do, dS_T, dstates, dS0, T, H, D: tl.constexpr, E: tl.constexpr,
-                     BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr,
-                     PRECISION: tl.constexpr):
-    """R <- e^{whole} R + F^T R + Q'^T dO, and the gradient of the state after each chunk in `dstates`."""
+def walk_back_kernel(G, beta, read, write, W, P, do, dS_T, dnew, dstates, dS0, T, H, D: tl.constexpr, E: tl.constexpr,
+                     BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """dN = P^T dO + K' R,  R <- e^{whole} R + (e^G Q)^T dO - W^T dN, backwards in time: dN of each chunk, and the
+    gradient R of the state after it."""
     b_h, i, d, e = tl.program_id(0).to(tl.int64), tl.arange(0, C), tl.arange(0, D), tl.arange(0, BE)
     e += tl.program_id(1) * BE
-    do += place(b_h, H, H, T, E)
+    key, do = place(b_h, H, H, T, D), do + place(b_h, H, H, T, E)
     chunks = tl.cdiv(T, C)
     R = tl.zeros((D, BE), tl.float32)
     if dS_T is not None:
         R += tl.load(matrix(dS_T, b_h, d, e, D, E))
+    decay = decay_of(G, b_h, chunks - 1, d, T, H, D, C, VECTOR)
+    of_read, of_write = of_rows(G, beta, b_h, chunks - 1, C, T, H, VECTOR)
     for step in range(chunks):
         chunk = chunks - 1 - step
-        n = b_h * chunks + chunk
-        R_i = R.to(read.dtype.element_ty)
+        n, rows, following = b_h * chunks + chunk, chunk * C + i, tl.maximum(chunk - 1, 0)
+        next_decay = decay_of(G, b_h, following, d, T, H, D, C, VECTOR)
+        next_read, next_write = of_rows(G, beta, b_h, following, C, T, H, VECTOR)
+        R_i, do_i = R.to(do.dtype.element_ty), load(do, rows, e, T, H * E, E)
         put(matrix(dstates, n, d, e, D, E), R_i)
-        do_i, read_i = load(do, chunk * C + i, e, T, H * E, E), tl.load(matrix(read, n, i, d, C, D))
-        R = tl.dot(tl.trans(read_i), do_i, acc=R * whole_of(total, n, d, D, VECTOR), input_precision=PRECISION)
-        R = tl.dot(tl.trans(tl.load(matrix(forget, n, d, d, D, D))), R_i, acc=R, input_precision=PRECISION)
+        dN = of_write * tl.dot(load(write + key, rows, d, T, H * D, D), R_i, input_precision=PRECISION)
+        dN = tl.dot(tl.trans(tl.load(matrix(P, n, i, i, C, C))), do_i, acc=dN, input_precision=PRECISION)
+        dN_i, read_i = dN.to(do_i.dtype), load(read + key, rows, d, T, H * D, D)
+        put(matrix(dnew, n, i, e, C, E), dN_i)
+        R = tl.dot(tl.trans(read_i), (do_i * of_read).to(do_i.dtype), acc=R * decay, input_precision=PRECISION)
+        R -= tl.dot(tl.trans(tl.load(matrix(W, n, i, d, C, D))), dN_i, input_precision=PRECISION)
+        decay, of_read, of_write = next_decay, next_read, next_write
     if dS0 is not None:
         tl.store(matrix(dS0, b_h, d, e, D, E), R)
 
 
 @triton.jit
-def gradients_kernel(q, k, v, g, beta, do, P_, inverse_, states, dstates, dq, dk, dv, dg, dbeta, T, H, D: tl.constexpr,
-                     E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
-                     PRECISION: tl.constexpr):
-    """Of each chunk, from the state S before it and the gradient R of the state after it:
+def of_pairs(dq, dk, dbeta, x, dP, dA, q, k, beta, E, E_source, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Add what pairs (t, s) give to the gradients of q, k and beta, where a target has the decay E and a source
+    E_source; and to x, which is made of the same rounded numbers, so that what a pair gives at t and takes at s is the
+    same."""
+    dP, dA, q_E, k_E = ranged(dP, q), ranged(dA, q), ranged(q * E, q), ranged(k * E, q)
+    source = ranged(k * (E_source * beta), q)
+    to_q = tl.dot(dP, source, input_precision=PRECISION)
+    dq += E * to_q
+    x += given(q_E * to_q, VECTOR)
+    to_k = tl.dot(dA, source, input_precision=PRECISION)
+    dk += E * to_k
+    x += given(k_E * to_k, VECTOR)
+    by = tl.dot(tl.trans(dP), q_E, input_precision=PRECISION)
+    by = tl.dot(tl.trans(dA), k_E, acc=by, input_precision=PRECISION)
+    x -= given(source * by, VECTOR)
+    by *= E_source
+    return dq, dk + beta * by, dbeta + tl.sum(k * by, axis=1), x
 
-        N = (1 + A)^-1 (V - e^G K S)      dN = P^T dO + K' R        dV = (1 + A)^-T dN
-        dP_ts = do_t . N_s                dA_ts = - dv_t . N_s
 
-    A key is a source in P, A and K', where beta stands beside it (`written`: the gradient of beta k), and a target in A
-    and e^G K. beta's gradient is k . written, and g's the sum from t on of q dq + k dk (target) - k dk (source)."""
+@triton.jit
+def given(x, VECTOR: tl.constexpr):
+    """To the decay of each channel, or of all: (C, 64) or (C, 1)."""
+    return x if VECTOR else tl.sum(x, axis=1)[:, None]
+
+
+@triton.jit
+def pairs_kernel(G, do, inverse_, new, dnew, dv, dP_, dA_, T, H, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
+                 LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
+    """Of each chunk dV = (1 + A)^-T dN, dP_ts = do_t . N_s and dA_ts = - dv_t . N_s."""
     chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
     n = b_h * tl.num_programs(1) + chunk
     i, e = tl.arange(0, C), tl.arange(0, E)
-    t, s, rows, one = i[:, None], i[None, :], chunk * C + i, place(b_h, H, H, T, 1)
-    key, value = place(b_h, H, H, T, D), place(b_h, H, H, T, E)
-    beta_i = tl.load(beta + one + rows * H, mask=rows < T, other=0.0).to(tl.float32)[:, None]
-    do_i, inverse = load(do + value, rows, e, T, H * E, E), tl.load(matrix(inverse_, n, i, i, C, C))
-    dN = tl.dot(tl.trans(tl.load(matrix(P_, n, i, i, C, C))), do_i, input_precision=PRECISION)
-    known_S = tl.zeros((C, E), tl.float32)
-    for first in range(0, D, 64):
-        d = first + tl.arange(0, 64)
-        k_i = load(k + key, rows, d, T, H * D, 64)
-        G, left, _ = decays(g, b_h, rows, d, T, H, D, VECTOR)
-        known, write = (k_i * tl.exp(G)).to(k_i.dtype), (k_i * tl.exp(left) * beta_i).to(k_i.dtype)
-        known_S = tl.dot(known, tl.load(matrix(states, n, d, e, D, E)), acc=known_S, input_precision=PRECISION)
-        dN = tl.dot(write, tl.load(matrix(dstates, n, d, e, D, E)), acc=dN, input_precision=PRECISION)
-    dv_i = tl.dot(tl.trans(inverse), dN.to(do_i.dtype), input_precision=PRECISION).to(do_i.dtype)
+    t, s, rows, value = i[:, None], i[None, :], chunk * C + i, place(b_h, H, H, T, E)
+    do_i, N = load(do + value, rows, e, T, H * E, E), tl.load(matrix(new, n, i, e, C, E))
+    inverse = tl.load(matrix(inverse_, n, i, i, C, C))
+    dv_i = tl.dot(tl.trans(inverse), tl.load(matrix(dnew, n, i, e, C, E)), input_precision=PRECISION).to(do_i.dtype)
     store(dv + value, dv_i, rows, e, T, H * E, E)
-    new = (load(v + value, rows, e, T, H * E, E) - known_S).to(do_i.dtype)
-    N = tl.dot(inverse, new, input_precision=PRECISION).to(do_i.dtype)
     dP = tl.dot(do_i, tl.trans(N), input_precision=PRECISION)
     dA = -tl.dot(dv_i, tl.trans(N), input_precision=PRECISION)
-    own = tl.sum(tl.where(t == s, dP, 0.0), axis=1)[:, None]
     if not VECTOR:
-        G, _, _ = decays(g, b_h, rows, e, T, H, D, VECTOR)
-        dP *= decay_between(G)
-        dA *= decay_between(G)
-    dP, dA = tl.where(t >= s, dP, 0.0).to(do_i.dtype), tl.where(t > s, dA, 0.0).to(do_i.dtype)
-    dbeta_i, x_sum, after_sum = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), 0.0
-    for first in range(0, D, 64):
-        d = first + tl.arange(0, 64)
-        q_i, k_i = load(q + key, rows, d, T, H * D, 64), load(k + key, rows, d, T, H * D, 64)
-        S, R = tl.load(matrix(states, n, d, e, D, E)), tl.load(matrix(dstates, n, d, e, D, E))
-        G, left, whole = decays(g, b_h, rows, d, T, H, D, VECTOR)
-        written = tl.exp(left) * tl.dot(N, tl.trans(R), input_precision=PRECISION)
-        after = tl.exp(whole) * tl.sum(S.to(tl.float32) * R, axis=1) + tl.sum(k_i * written * beta_i, axis=0)
-        if VECTOR:
-            written += own * q_i
-            for level in range(LEVELS):
-                decay, pairs = decay_to(level, G, C), pairs_at(level, C)
-                q_E, k_E = (q_i * decay).to(q_i.dtype), (k_i * decay).to(q_i.dtype)
-                w = tl.dot(tl.trans(tl.where(pairs, dP, 0.0)), q_E, input_precision=PRECISION)
-                w = tl.dot(tl.trans(tl.where(pairs, dA, 0.0)), k_E, acc=w, input_precision=PRECISION)
-                written += decay * w
-        else:
-            written = tl.dot(tl.trans(dP), q_i, acc=written, input_precision=PRECISION)
-            written = tl.dot(tl.trans(dA), k_i, acc=written, input_precision=PRECISION)
-        dbeta_i += tl.sum(k_i * written, axis=1)
-        written *= beta_i
-        dq_i = tl.exp(G) * tl.dot(do_i, tl.trans(S), input_precision=PRECISION)
-        target = -tl.exp(G) * tl.dot(dv_i, tl.trans(S), input_precision=PRECISION)
-        if VECTOR:
-            dq_i += own * beta_i * k_i
-            for level in range(LEVELS):
-                decay, pairs = decay_to(level, G, C), pairs_at(level, C)
-                source = (k_i * decay * beta_i).to(k_i.dtype)
-                dq_i += decay * tl.dot(tl.where(pairs, dP, 0.0), source, input_precision=PRECISION)
-                target += decay * tl.dot(tl.where(pairs, dA, 0.0), source, input_precision=PRECISION)
-        else:
-            source = (k_i * beta_i).to(k_i.dtype)
-            dq_i = tl.dot(dP, source, acc=dq_i, input_precision=PRECISION)
-            target = tl.dot(dA, source, acc=target, input_precision=PRECISION)
-        store(dq + key, dq_i, rows, d, T, H * D, D)
-        store(dk + key, target + written, rows, d, T, H * D, D)
-        x = q_i * dq_i + k_i * (target - written)
-        if VECTOR:
-            store(dg + key, tl.cumsum(x, axis=0, reverse=True) + after[None, :], rows, d, T, H * D, D)
-        else:
-            x_sum += tl.sum(x, axis=1)
-            after_sum += tl.sum(after)
-    tl.store(dbeta + one + rows * H, dbeta_i, mask=rows < T)
-    if not VECTOR:
-        tl.store(dg + one + rows * H, tl.cumsum(x_sum, axis=0, reverse=True) + after_sum, mask=rows < T)
+        between = decay_between(sums(G, b_h, rows, e, T, H, D, VECTOR))
+        dP, dA = dP * between, dA * between
+    put(matrix(dP_, n, i, i, C, C), tl.where(t >= s, dP, 0.0))
+    put(matrix(dA_, n, i, i, C, C), tl.where(t > s, dA, 0.0))
+
+
+@triton.jit
+def gradients_kernel(q, k, G, lowest, beta, do, dv, new, dP_, dA_, states, dstates, dq, dk, dg, dbeta, T, H,
+                     D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
+                     PRECISION: tl.constexpr):
+    """A key is a source in P, A and K', where beta stands beside it (`written`: the gradient of beta k), and a target
+    in A and e^G K. beta's gradient is k . written, and g's the sum from t on of x = q dq + k dk (target) - k dk
+    (source). A program has 64 key channels of a chunk; what they give to beta and to a decay of all goes to a place of
+    their own."""
+    chunk, b_h, block = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.program_id(2)
+    n = b_h * tl.num_programs(1) + chunk
+    i, e, d = tl.arange(0, C), tl.arange(0, E), block * 64 + tl.arange(0, 64)
+    rows, key, value = chunk * C + i, place(b_h, H, H, T, D), place(b_h, H, H, T, E)
+    one = place(b_h, H, H, T, 1) + rows * H
+    beta_i = tl.load(beta + one, mask=rows < T, other=0.0).to(tl.float32)[:, None]
+    one += block * tl.num_programs(0).to(tl.int64) * T
+    G_i, left = decays(G, b_h, chunk, rows, d, T, H, D, C, VECTOR)
+    S, R = tl.load(matrix(states, n, d, e, D, E)), tl.load(matrix(dstates, n, d, e, D, E))
+    after = tl.exp(whole_of(G, b_h, chunk, d, T, H, D, C, VECTOR)) * tl.sum(S.to(tl.float32) * R, axis=1)
+    written = tl.exp(left) * tl.dot(tl.load(matrix(new, n, i, e, C, E)), tl.trans(R), input_precision=PRECISION)
+    k_i = load(k + key, rows, d, T, H * D, 64)
+    dbeta_i = tl.sum(k_i * written, axis=1)
+    written *= beta_i
+    after += tl.sum(k_i * written, axis=0)
+    dk_i = -tl.exp(G_i) * tl.dot(load(dv + value, rows, e, T, H * E, E), tl.trans(S), input_precision=PRECISION)
+    x = given(k_i * (dk_i - written), VECTOR)
+    dk_i += written
+    dq_i = tl.exp(G_i) * tl.dot(load(do + value, rows, e, T, H * E, E), tl.trans(S), input_precision=PRECISION)
+    q_i = load(q + key, rows, d, T, H * D, 64)
+    x += given(q_i * dq_i, VECTOR)
+    if VECTOR:
+        start = lowest_of(lowest, n, block, D, VECTOR)
+        for level in range(start, LEVELS):
+            here, row = again(rows, level), again(i, level)
+            E_t, E_s, pairs = at_cut(level, start, G, b_h, here, d, T, H, D, C)
+            dP = tl.where(pairs, tl.load(matrix(dP_, n, row, i, C, C)), 0.0)
+            dA = tl.where(pairs, tl.load(matrix(dA_, n, row, i, C, C)), 0.0)
+            q_i, k_i = load(q + key, here, d, T, H * D, 64), load(k + key, here, d, T, H * D, 64)
+            dq_i, dk_i, dbeta_i, x = of_pairs(dq_i, dk_i, dbeta_i, x, dP, dA, q_i, k_i, beta_i, E_t, E_s, VECTOR,
+                                              PRECISION)
+        store(dg + key, tl.cumsum(x, axis=0, reverse=True) + after[None, :], rows, d, T, H * D, D)
+    else:
+        dP, dA = tl.load(matrix(dP_, n, i, i, C, C)), tl.load(matrix(dA_, n, i, i, C, C))
+        dq_i, dk_i, dbeta_i, x = of_pairs(dq_i, dk_i, dbeta_i, x, dP, dA, q_i, k_i, beta_i, 1.0, 1.0, VECTOR, PRECISION)
+        tl.store(dg + one, tl.cumsum(tl.sum(x, axis=1), axis=0, reverse=True) + tl.sum(after), mask=rows < T)
+    store(dq + key, dq_i, rows, d, T, H * D, D)
+    store(dk + key, dk_i, rows, d, T, H * D, D)
+    tl.store(dbeta + one, dbeta_i, mask=rows < T)
 
 
 def settings(q, v, g):
@@ -367,22 +454,33 @@ def settings(q, v, g):
     H100 with Triton 3.6, right ones in the interpreter; the cause was not found."""
     (b, t, h, d), e = q.shape, v.shape[-1]
     sizes = {"D": d, "E": e, "C": CHUNK, "VECTOR": g.shape[-1] > 1, "PRECISION": "tf32", "num_warps": 4}
-    walk = {"BE": 32, "num_stages": 3 if d <= 64 else 2 if shared_memory(q.device) > 120000 else 1}
+    walk = {"BE": min(e, 64) if d > 64 else 32,
+            "num_stages": 3 if d <= 64 else 2 if shared_memory(q.device) > 120000 else 1}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         sizes |= {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8}
-        walk["num_stages"] = 3 if d <= 64 else 1
+        walk = {"BE": 32, "num_stages": 3 if d <= 64 else 1}
     chunks = {"LEVELS": sizes["C"].bit_length() - 1, "num_stages": 1}
     return sizes | chunks, sizes | walk, (b * h, triton.cdiv(t, sizes["C"]))
 
 
-def maps(q, k, v, g, beta, sizes, grid, keep):
-    """What each chunk does: Q', O', F, B and the sum of g; with `keep` P and (1 + A)^-1, else None for these two."""
+def chunks(q, k, v, g, beta, sizes, grid, keep):
+    """G and, with a decay of each channel, the lowest levels, e^G Q and K'; without, Q and K themselves; U, W, P, and
+    (1 + A)^-1 to `keep`."""
     C, d, e = sizes["C"], sizes["D"], sizes["E"]
-    read, add, forget, give = (q.new_empty(*grid, *shape) for shape in ((C, d), (C, e), (d, d), (d, e)))
-    total = torch.empty(*grid, g.shape[-1], device=q.device)
-    P, inverse = (q.new_empty(*grid, C, C) if keep else None for _ in range(2))
-    maps_kernel[grid](q, k, v, g, beta, read, add, forget, give, total, P, inverse, *q.shape[1:3], **sizes)
-    return read, add, forget, give, total, P, inverse
+    G, read, write = torch.empty_like(g), q, k
+    blocks, lowest = (d // 64 if sizes["VECTOR"] else 1), None
+    if sizes["VECTOR"]:
+        lowest = torch.empty(*grid, blocks, device=q.device, dtype=torch.int32)
+    sums_kernel[*grid, blocks](g, G, lowest, *q.shape[1:3], D=g.shape[-1], BD=g.shape[-1] // blocks, C=C,
+                               LEVELS=sizes["LEVELS"], num_warps=1)
+    if sizes["VECTOR"]:
+        read, write = torch.empty_like(q), torch.empty_like(k)
+    U, W, P = (q.new_empty(*grid, C, n) for n in (e, d, C))
+    inverse = torch.empty_like(P) if keep else None
+    registers = 168 if d == 64 and C == CHUNK and not sizes["VECTOR"] else None          # three programs for two
+    chunks_kernel[grid](q, k, v, G, lowest, beta, read, write, U, W, P, inverse, *q.shape[1:3], maxnreg=registers,
+                        **sizes)
+    return G, lowest, read, write, U, W, P, inverse
 
 
 def twin(q, k, v, g, beta, state):
@@ -398,29 +496,35 @@ class DeltaRule(torch.autograd.Function):
     def forward(ctx, q, k, v, g, beta, S0, keep):
         sizes, walk, grid = settings(q, v, g)
         (b, t, h, d), e = q.shape, v.shape[-1]
-        read, add, forget, give, total, P, inverse = maps(q, k, v, g, beta, sizes, grid, keep)
+        G, lowest, read, write, U, W, P, inverse = chunks(q, k, v, g, beta, sizes, grid, keep)
         o, S_T = torch.empty_like(v), torch.empty(b, h, d, e, device=q.device)
-        states = torch.empty_like(give) if keep else None
-        walk_kernel[grid[0], e // walk["BE"]](read, add, forget, give, total, S0, o, states, S_T, t, h, **walk)
-        ctx.save_for_backward(q, k, v, g, beta, S0, read, forget, total, P, inverse, states)
+        new, states = (torch.empty_like(U), q.new_empty(*grid, d, e)) if keep else (None, None)
+        walk_kernel[grid[0], e // walk["BE"]](G, beta, read, write, U, W, P, S0, o, new, states, S_T, t, h, **walk)
+        ctx.save_for_backward(q, k, v, g, beta, S0, G, lowest, read, write, W, P, inverse, new, states)
         ctx.set_materialize_grads(False)
         return o, S_T
 
     @staticmethod
     def backward(ctx, do, dS_T):
-        q, k, v, g, beta, S0, read, forget, total, P, inverse, states = ctx.saved_tensors
+        q, k, v, g, beta, S0, G, lowest, read, write, W, P, inverse, new, states = ctx.saved_tensors
         if torch.is_grad_enabled():                              # a gradient of the gradient may be asked for
             return *differentiable_gradients(twin, (q, k, v, g, beta, S0), (do, dS_T)), None
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS_T = None if dS_T is None else dS_T.contiguous()
         sizes, walk, grid = settings(q, v, g)
-        shape, dstates, dS0 = q.shape[1:3], torch.empty_like(states), None if S0 is None else torch.empty_like(S0)
+        shape, dnew, dstates = q.shape[1:3], torch.empty_like(new), torch.empty_like(states)
+        dS0 = None if S0 is None else torch.empty_like(S0)
         columns = (grid[0], v.shape[-1] // walk["BE"])
-        walk_back_kernel[columns](read, forget, total, do, dS_T, dstates, dS0, *shape, **walk)
-        dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
-        gradients_kernel[grid](q, k, v, g, beta, do, P, inverse, states, dstates, dq, dk, dv, dg, dbeta, *shape,
-                               **sizes)
-        return dq, dk, dv, dg, dbeta, dS0, None
+        walk_back_kernel[columns](G, beta, read, write, W, P, do, dS_T, dnew, dstates, dS0, *shape, **walk)
+        dq, dk, dv, dP, dA = (torch.empty_like(x) for x in (q, k, v, P, P))
+        blocks = q.shape[-1] // 64
+        dg, dbeta = (x.new_empty(1 if x.shape[-1] > 1 else blocks, *x.shape, dtype=torch.float32) for x in (g, beta))
+        pairs_kernel[grid](G, do, inverse, new, dnew, dv, dP, dA, *shape, **sizes)
+        warps = 8 if sizes["VECTOR"] else sizes["num_warps"]
+        gradients_kernel[*grid, blocks](q, k, G, lowest, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg, dbeta,
+                                        *shape, **sizes | {"num_warps": warps})
+        dg, dbeta = (x[0] if len(x) == 1 else x.sum(dim=0) for x in (dg, dbeta))
+        return dq, dk, dv, dg, dbeta.to(beta.dtype), dS0, None
 
 
 def delta_rule(q, k, v, g, beta, state=None):
@@ -487,12 +591,18 @@ def peers(wanted):
     if not wanted:
         return {}
     try:
+        from fla.ops.common import chunk_o
         from fla.ops.delta_rule import chunk_delta_rule
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         from fla.ops.kda import chunk_kda
     except ImportError as missing:
         print(f"no peers: {missing}; pip install flash-linear-attention==0.6.0 einops")
         return {}
+
+    if chunk_o.IS_NVIDIA_HOPPER and chunk_o.TRITON_ABOVE_3_4_0 and not chunk_o.TRITON_ABOVE_3_7_1:
+        print("flash-linear-attention refuses the gated backward here, as this Triton compiled it wrongly (its issue "
+              "640); for the table it may: see how far off its gradients are")
+        chunk_o.IS_NVIDIA_HOPPER = False
 
     def heads_last(f):
         def called(q, k, v, *gates):
@@ -518,35 +628,29 @@ def main():
         return lambda q, k, v, *gates: f(q, k, v, *(gates if len(gates) == 2 else (None, *gates)))[0]
 
     def compared(kind, d, t, tensors):
-        """The peers that do this, too; their outputs and memory are compared on the way."""
-        usable, mine = {}, bench.memory(kernel, tensors) / 2 ** 30
+        """The peers that do this, too; their outputs, gradients and memory are compared on the way."""
+        mine, memory = bench.values_and_gradients(kernel, tensors, torch.bfloat16), bench.memory(kernel, tensors)
         for name, f in others.get(kind, {}).items():
-            gap = bench.error(f(*tensors), kernel(*tensors).double())
-            said = f"  decay {kind}, t {t} d {d}: {name}'s o differs by {gap:.1e}; forward and backward take"
-            try:
-                print(f"{said} {mine:.2f} GiB, {name}'s {bench.memory(f, tensors) / 2 ** 30:.2f}", flush=True)
-                usable[name] = f
-            except RuntimeError as refusal:
-                print(f"{said} {mine:.2f} GiB; {name}'s backward: {str(refusal)[:150]}", flush=True)
-        return usable
-    kernel, plain, both, forward = called(delta_rule), called(reference), [], []
+            gaps = [bench.error(x, y.double()) for x, y in
+                    zip(bench.values_and_gradients(f, tensors, torch.bfloat16), mine, strict=True)]
+            print(f"  decay {kind}, t {t} d {d}: {name}'s output and gradients are off by "
+                  f"{', '.join(f'{x:.1e}' for x in gaps)}; forward and backward take {memory / 2 ** 30:.2f} GiB, its "
+                  f"{bench.memory(f, tensors) / 2 ** 30:.2f}", flush=True)
+        return others.get(kind, {})
+    kernel, plain, tokens = called(delta_rule), called(reference), 32768
     for kind in ("none", "scalar", "vector"):
         print(f"decay: {kind}")
         bench.check(kernel, plain, ("twin", plain), lambda t: shapes(kind, t),                    # noqa: B023
                     ("q", "k", "v", *(["g"] if kind != "none" else []), "beta"), loose="g")
-    for d, t in ((64, 2048), (64, 8192), (128, 2048), (128, 8192)):
-        for kind in ("none", "scalar", "vector"):
-            tensors = shapes(kind, t, 32768 // t, 1024 // d, d)
-            usable = compared(kind, d, t, tensors)
-            row = (tensors, 8 * tensors[0].numel() + 4 * sum(x.numel() for x in tensors[3:]),
-                   32768 // CHUNK * 1024 // d * 2 * CHUNK * (10 * CHUNK ** 2 + (4 * CHUNK + 6 * d) * d))
-            name = f"decay {kind}, b {32768 // t} h {1024 // d} t {t} d {d}"
-            both.append((name, {"kernel": kernel} | usable, *row))
-            if others and not usable:
-                forward.append((name, {"kernel": kernel} | others[kind], *row))
-    bench.compare(both, rates)
-    if forward:
-        bench.compare(forward, rates, gradients=False)
+        for d in (64, 128):
+            rows = []
+            for t in (2048, 8192):
+                tensors = shapes(kind, t, tokens // t, 16, d)
+                rows.append((f"decay {kind}, b {tokens // t} h 16 t {t} d {d}",
+                             {"kernel": kernel} | compared(kind, d, t, tensors), tensors,
+                             8 * tensors[0].numel() + 4 * sum(x.numel() for x in tensors[3:]),
+                             tokens * 16 * 2 * (10 * CHUNK ** 2 + 5 * CHUNK * d + 3 * d ** 2)))
+            bench.compare(rows, rates)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ The gradients are the same walk, with the arguments in other places. From dP_ts 
 
     dV = walk(K, Q, dO) backwards in time      dK = walk(V, dO, Q) backwards      dQ = walk(dO, V, K) forwards
 
-and dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone. (A small difference of large
-sums: of the gradients, g's is the one that suffers from 16 bits, the more the longer the sequence.)
+and dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone. That is a small difference of
+large sums, in which the rounding of 16 bits would grow with the sequence: it is taken over 256 tokens, at whose end the
+state and its gradient say what is behind them.
 
 Few heads leave most of the GPU idle. Then the sequence is cut into segments: a first pass finds the state that each
 segment would leave from zero; in a second, each starts from those before it, added up, and all segments run at once.
@@ -27,9 +28,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import decay_gradient, differentiable_gradients, in_one_piece, load, place, store, without_zeros
+from kernels.tiles import differentiable_gradients, in_one_piece, load, place, store, without_zeros
 
 CHUNK = 64
+SPAN = tl.constexpr(256)         # tokens over which g's gradient is summed up
 
 
 def reference(q, k, v, g=None, state=None):
@@ -50,16 +52,28 @@ def reference(q, k, v, g=None, state=None):
 
 
 @triton.jit
-def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
-         C: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr):
+def state_tile(S, d, e, rows, cols, D: tl.constexpr, E: tl.constexpr):
+    """Pointers to a tile of a state in memory, and which of them are inside. rows, cols: strides."""
+    return S + d[:, None] * rows + e[None, :] * cols, (d[:, None] < D) & (e[None, :] < E)
+
+
+@triton.jit
+def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, x, xo, kept, D: tl.constexpr, E: tl.constexpr,
+         BD: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr):
     """o_t = sum_{s <= t} e^{G_t - G_s} (q_t . k_s) v_s for rows start to end, from the state S: (BD, len(e)).
-    q and k have HK heads, v HV, o H. REVERSE: the sum is over s >= t, with e^{G_s - G_t}. Returns the state behind the
-    last row, and the sum of g."""
+    q and k have HK heads, v and x HV, o H. REVERSE: the sum is over s >= t, with e^{G_s - G_t}. If xo is given, x_t .
+    o_t goes there; if kept is, the state at every SPAN rows: before them, REVERSE behind them. Returns the state behind
+    the last row, and the sum of g."""
     i, d = tl.arange(0, C), tl.arange(0, BD)
     total = 0.0
     chunks = tl.cdiv(end - start, C)
     for n in range(chunks):
-        rows = start + (chunks - 1 - n if REVERSE else n) * C + i
+        first_row = start + (chunks - 1 - n if REVERSE else n) * C
+        rows = first_row + i
+        if kept is not None:
+            at, inside = state_tile(kept + (first_row // SPAN).to(tl.int64) * D * E, d, e, E, 1, D, E)
+            edge = SPAN - C if REVERSE else 0
+            tl.store(at, S.to(kept.dtype.element_ty), mask=inside & (first_row % SPAN == edge))
         k_i = load(k, rows, d, end, HK * D, D)
         v_i = load(v, rows, e, end, HV * E, E)
         written = k_i
@@ -70,6 +84,8 @@ def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, D: tl.constexpr, 
             written = (k_i * tl.exp(last)[:, None]).to(k_i.dtype)
         if READ:
             q_i = load(q, rows, d, end, HK * D, D)
+            if xo is not None:
+                x_i = load(x, rows, e, end, HV * E, E)                                       # asked for early
             P = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION)                        # (t, s)
             seen = i[:, None] <= i[None, :] if REVERSE else i[:, None] >= i[None, :]
             o_i = tl.dot(q_i, S.to(q_i.dtype), input_precision=PRECISION)
@@ -79,17 +95,13 @@ def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, D: tl.constexpr, 
             P = tl.where(seen, P, 0.0).to(v_i.dtype)
             o_i = tl.dot(P, v_i, acc=o_i, input_precision=PRECISION)
             store(o, o_i, rows, e, end, H * E, E)
+            if xo is not None:
+                tl.store(xo + rows, tl.sum(o_i * x_i, axis=1), mask=rows < end)
         if g is not None:
             S *= tl.exp(whole)
             total += whole
         S = tl.dot(tl.trans(written), v_i, acc=S, input_precision=PRECISION)
     return S, total
-
-
-@triton.jit
-def state_tile(S, d, e, rows, cols, D: tl.constexpr, E: tl.constexpr):
-    """Pointers to a tile of a state in memory, and which of them are inside. rows, cols: strides."""
-    return S + d[:, None] * rows + e[None, :] * cols, (d[:, None] < D) & (e[None, :] < E)
 
 
 @triton.jit
@@ -117,8 +129,8 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D:
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
     k, v, S = k + place(b_h, H, HK, T, D), v + place(b_h, H, H, T, E), tl.zeros((BD, BE), tl.float32)
-    S, total = walk(k, k, v, g, v, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H, H, g_t, D, E, BD, C,
-                    REVERSE, False, PRECISION)
+    S, total = walk(k, k, v, g, v, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H, H, g_t, None, None, None,
+                    D, E, BD, C, REVERSE, False, PRECISION)
     this = b_h * tl.num_programs(1) + n
     at, inside = state_tile(states + this * D * E, d, e, E, 1, D, E)
     tl.store(at, S, mask=inside)
@@ -126,27 +138,30 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D:
 
 
 @triton.jit
-def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr,
+def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, kept, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr,
                    E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
     d, e = tl.arange(0, BD), tl.program_id(2) * BE + tl.arange(0, BE)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
     key, value = place(b_h, H, HK, T, D), place(b_h, H, H, T, E)
+    if kept is not None:
+        kept += b_h * tl.cdiv(T, SPAN) * D * E
     S = enter(S0, states, decays, d, e, n, b_h, N, E, 1, D, E, False)
     S, _ = walk(q + key, k + key, v + value, g, o + value, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H,
-                H, g_t, D, E, BD, C, False, True, PRECISION)
+                H, g_t, None, None, kept, D, E, BD, C, False, True, PRECISION)
     if n == N - 1:
         at, inside = state_tile(S_T + b_h * D * E, d, e, E, 1, D, E)
         tl.store(at, S, mask=inside)
 
 
 @triton.jit
-def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, T, H, segment, HK, g_b, g_h,
-                    g_t, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
+def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, x, kept, T, H, segment, HK, g_b,
+                    g_h, g_t, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
                     C: tl.constexpr, PRECISION: tl.constexpr):
     """Three walks at once, over blocks of the E columns of dv, the D columns of dk, and those of dq. The states of dk
-    and dq are those of dv and o, transposed."""
+    and dq are those of dv and o, transposed. If x is given, k . dk and q . dq of a block go there, (blocks, b h, t),
+    and the gradients of the states behind every SPAN tokens to kept."""
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
     start, end, of_dv, of_dk = n * segment, tl.minimum(T, (n + 1) * segment), tl.cdiv(E, BLOCK), tl.cdiv(D, BLOCK)
     p = tl.program_id(2)
@@ -154,23 +169,26 @@ def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, d
     block = (p - (role >= 1) * of_dv - (role == 2) * of_dk) * BLOCK + tl.arange(0, BLOCK)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
+    if x is not None:
+        x += ((p - of_dv) * tl.num_programs(0).to(tl.int64) + b_h) * T
+        kept += b_h * tl.cdiv(T, SPAN) * D * E
     d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, HK, T, D), place(b_h, H, H, T, E)
     if role == 0:
         R = enter(dS_T, dstates, decays, d, block, n, b_h, N, E, 1, D, E, True)
-        R, _ = walk(k + key, q + key, do + value, g, dv + value, R, block, start, end, HK, H, H, g_t, D, E, BD, C, True,
-                    True, PRECISION)
+        R, _ = walk(k + key, q + key, do + value, g, dv + value, R, block, start, end, HK, H, H, g_t, None, None, kept,
+                    D, E, BD, C, True, True, PRECISION)
         if dS0 is not None:
             if n == 0:
                 at, inside = state_tile(dS0 + b_h * D * E, d, block, E, 1, D, E)
                 tl.store(at, R, mask=inside)
     elif role == 1:
         R_T = enter(dS_T, dstates, decays, e, block, n, b_h, N, 1, E, E, D, True)
-        walk(v + value, do + value, q + key, g, dk + place(b_h, H, H, T, D), R_T, block, start, end, H, HK, H, g_t, E,
-             D, BE, C, True, True, PRECISION)
+        walk(v + value, do + value, q + key, g, dk + place(b_h, H, H, T, D), R_T, block, start, end, H, HK, H, g_t,
+             k + key, x, None, E, D, BE, C, True, True, PRECISION)
     else:
         S_T = enter(S0, states, decays, e, block, n, b_h, N, 1, E, E, D, False)
-        walk(do + value, v + value, k + key, g, dq + place(b_h, H, H, T, D), S_T, block, start, end, H, HK, H, g_t, E,
-             D, BE, C, False, True, PRECISION)
+        walk(do + value, v + value, k + key, g, dq + place(b_h, H, H, T, D), S_T, block, start, end, H, HK, H, g_t,
+             q + key, x, None, E, D, BE, C, False, True, PRECISION)
 
 
 def settings(q, v, g):
@@ -186,7 +204,7 @@ def settings(q, v, g):
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         block, sizes = 32, sizes | {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
     segments = max(1, min((128 if g is None else 256) // (b * h * triton.cdiv(e, block)), t // 1024))
-    segment = triton.cdiv(triton.cdiv(t, segments), CHUNK) * CHUNK
+    segment = triton.cdiv(triton.cdiv(t, segments), SPAN.value) * SPAN.value
     strides = (0, 0, 0) if g is None else g.stride()[:3]
     return block, sizes, (t, h, segment, hk, *strides), (b * h, triton.cdiv(t, segment))
 
@@ -209,6 +227,23 @@ def twin(q, k, v, g, S0):
     return o.transpose(1, 2), S
 
 
+def spans(q, v):
+    """Room for a state every SPAN tokens: (b, h, spans, d, e)."""
+    return q.new_empty(*v.shape[:3:2], triton.cdiv(v.shape[1], SPAN.value), q.shape[3], v.shape[3])
+
+
+def decay_gradient(k_dk, q_dq, S, R, S_T, dS_T):
+    """dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, of the rest of a span of tokens only; all that is behind it is R .
+    S, the state at its end and the gradient of that. (Summed up to the end of the text, what rounding leaves would
+    grow.) k_dk, q_dq: (b, h, t), S: before each span, R: behind it. Returns (b, h, t)."""
+    t = k_dk.shape[-1]
+    x = F.pad(q_dq - k_dk, (0, -t % SPAN.value)).unflatten(-1, (-1, SPAN.value))             # (b, h, spans, SPAN)
+    behind = (S[:, :, 1:].float() * R[:, :, :-1]).sum(dim=(-2, -1))
+    last = torch.zeros_like(x[:, :, -1, 0]) if dS_T is None else (S_T * dS_T).sum(dim=(-2, -1))
+    behind = torch.cat([behind, last[..., None]], dim=2)
+    return (x.flip(-1).cumsum(dim=-1).flip(-1) + behind[..., None]).flatten(-2)[..., :t]
+
+
 class LinearAttention(torch.autograd.Function):
     """q, k: (b, t, h or 1, d), v: (b, t, h, e), in one piece; g: (b, h, t) of any strides."""
 
@@ -217,37 +252,35 @@ class LinearAttention(torch.autograd.Function):
         block, sizes, shape, grid = settings(q, v, g)
         o, S_T = torch.empty_like(v), q.new_empty(*v.shape[::2], q.shape[3], v.shape[3], dtype=torch.float32)
         states, decays = segment_states(k, v, g, block, sizes, shape, grid, False)
-        blocks = triton.cdiv(v.shape[-1], block)
-        forward_kernel[(*grid, blocks)](q, k, v, g, S0, states, decays, o, S_T, *shape, BE=block, **sizes)
-        ctx.save_for_backward(q, k, v, g, S0, states, decays, S_T)
+        blocks, kept = triton.cdiv(v.shape[-1], block), spans(q, v) if ctx.needs_input_grad[3] else None
+        forward_kernel[(*grid, blocks)](q, k, v, g, S0, states, decays, o, S_T, kept, *shape, BE=block, **sizes)
+        ctx.save_for_backward(q, k, v, g, S0, states, decays, S_T, kept)
         ctx.set_materialize_grads(False)
         return o, S_T
 
     @staticmethod
     def backward(ctx, do, dS_T):
-        q, k, v, g, S0, states, decays, S_T = ctx.saved_tensors
+        q, k, v, g, S0, states, decays, S_T, kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             return differentiable_gradients(twin, (q, k, v, g, S0), (do, dS_T))
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS_T = None if dS_T is None else dS_T.contiguous()
         block, sizes, shape, grid = settings(q, v, g)
         dstates, _ = segment_states(q, do, g, block, sizes, shape, grid, True)
-        exact = ctx.needs_input_grad[3]                                  # dg is a sum of small differences
-        shared = q.shape[2] < v.shape[2]                                 # then dq and dk are summed over heads
-        more = torch.float32 if exact or shared else q.dtype
-        dq, dk = (q.new_empty(*v.shape[:3], q.shape[3], dtype=more) for _ in "qk")
+        dq, dk = (q.new_empty(*v.shape[:3], q.shape[3]) for _ in "qk")
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
         block = block if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
         sizes["num_stages"] = min(sizes["num_stages"], 4 if g is None else 2)
-        blocks = triton.cdiv(v.shape[-1], block) + 2 * triton.cdiv(q.shape[-1], block)
-        backward_kernel[(*grid, blocks)](
-            q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, *shape, BLOCK=block,
+        of_dk = triton.cdiv(q.shape[-1], block)
+        x, dkept = None, None
+        if kept is not None:
+            x, dkept = torch.empty(2, of_dk, *g.shape, device=q.device), torch.empty_like(kept)      # of dk, of dq
+        backward_kernel[(*grid, triton.cdiv(v.shape[-1], block) + 2 * of_dk)](
+            q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, x, dkept, *shape, BLOCK=block,
             BE=max(16, triton.next_power_of_2(v.shape[-1])), **sizes)
-        dg = None
-        if exact:
-            last = None if dS_T is None else (S_T * dS_T).sum(dim=(-2, -1))[..., None]
-            dg = decay_gradient(q, dq, k, dk, last, False)[..., 0].mT                        # (b, h, t)
-        dq, dk = (x.sum(dim=2, keepdim=True) if shared else x for x in (dq, dk))
+        dg = None if x is None else decay_gradient(*x.sum(dim=1), kept, dkept, S_T, dS_T)
+        if q.shape[2] < v.shape[2]:                                      # shared by the heads
+            dq, dk = (x.sum(dim=2, keepdim=True, dtype=torch.float32) for x in (dq, dk))
         return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dS0
 
 

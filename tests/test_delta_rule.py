@@ -73,11 +73,30 @@ def test_gates_near_0_and_strong_ones(kind, strength):
     check_against_lesson((q, k, v, g, beta, S), 1e-3 if strength > 1e3 else 5e-5)
 
 
+@pytest.mark.parametrize("strength, level", [(1.0, 4), (4.0, 4), (6.0, 3), (12.0, 2), (1e4, 2)])
+def test_a_chunk_is_cut_as_often_as_its_gates_ask(monkeypatch, strength, level):
+    """One cut in the middle where a half decays by less than e^72; where a channel decays faster, cuts down to blocks
+    whose halves do not."""
+    chunks, lowest = delta_rule.chunks, []
+
+    def seen(*args):
+        results = chunks(*args)
+        lowest.append(results[1].unique().tolist())
+        return results
+    monkeypatch.setattr(delta_rule, "chunks", seen)
+    q, k, v, g, beta, S = tensors_of("vector", 64, h=1, strength=0.1)
+    g[:, :, :, 3] = -strength
+    check_against_lesson((q, k, v, g, beta, S), 2e-4)
+    assert lowest[0] == [level]
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_the_same_key_again_and_again(beta):
-    """(1 + A)^-1 has entries of 1 and 2 then, but A's powers grow to 10^18."""
+    """(1 + A)^-1 has entries of 1 and 2 then, but A's powers grow to 10^18. (At 2 nothing is ever forgotten, no
+    rounding either: the twin in bfloat16 is up to 0.26 off.)"""
     q, k, v, _, beta_like, S = tensors_of("none", 64, h=1)
-    check_against_lesson((q, k[:, :, :1].expand_as(k).clone(), v, None, torch.full_like(beta_like, beta), S), 5e-5)
+    check_against_lesson((q, k[:, :, :1].expand_as(k).clone(), v, None, torch.full_like(beta_like, beta), S), 5e-5,
+                         0.1 if beta < 2 else 0.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,25 +184,29 @@ def test_launches_find_room(capability, room, tmp_path):
                             text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     launches, most = map(int, result.stdout.split())
-    assert launches == 60 and 0 < most <= room, f"{launches} launches, of up to {most} bytes"
+    assert launches == 90 and 0 < most <= room, f"{launches} launches, of up to {most} bytes"
 
 
 @pytest.mark.skipif(not GPU, reason="errors of 16 bits are those of a GPU")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("d", [64, 128])
-def test_errors_in_16_bits_are_the_twins(kind, d):
-    """A long text; every gradient at most three times as far off as the twin's in bfloat16."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind, d, strength", [("none", 64, 0.0), ("none", 128, 0.0), ("scalar", 64, 0.1),
+                                               ("scalar", 64, 3.0), ("scalar", 128, 0.1), ("vector", 64, 0.1),
+                                               ("vector", 64, 3.0), ("vector", 128, 0.1)])
+def test_errors_in_16_bits_are_the_twins(kind, d, strength, dtype):
+    """A long text; every gradient at most three times as far off as the twin's. (In float16 a decay of each channel is
+    taken in bfloat16, which has the range.)"""
     from test_kernels import values_and_gradients
-    tensors = [x if x is None else x.bfloat16().double() if i < 3 else x.float().double() for i, x in
-               enumerate(tensors_of(kind, 2048, d, d, h=2, strength=0.1, largest=1.0))]
+    tensors = [x if x is None else x.to(dtype).double() if i < 3 else x.float().double() for i, x in
+               enumerate(tensors_of(kind, 2048, d, d, h=2, strength=strength, largest=1.0))]
 
     def in_16_bits(f):
         def called(q, k, v, *more):
-            o, S = f(q.bfloat16(), k.bfloat16(), v.bfloat16(), *(x if x is None else x.float() for x in more))
+            o, S = f(q.to(dtype), k.to(dtype), v.to(dtype), *(x if x is None else x.float() for x in more))
             return o, S
         return [x for x in values_and_gradients(called, tensors, torch.float64, DEVICE)]
     exact = values_and_gradients(delta_rule.reference, tensors, torch.float64, DEVICE)
     for i, (a, b, x) in enumerate(zip(in_16_bits(delta_rule.delta_rule), in_16_bits(delta_rule.reference), exact,
                                       strict=True)):
         mine, twins = ((y - x).norm() / x.norm() for y in (a, b))
-        assert mine <= max(3 * twins, 2 ** -8), f"result {i}: {mine:.1e}, the twin {twins:.1e}"
+        assert mine <= max(3 * twins, 2 ** -7 if kind == "vector" and dtype == torch.float16 else 2 ** -8), (
+            f"result {i}: {mine:.1e}, the twin {twins:.1e}")

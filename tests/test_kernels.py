@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 import runpy
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -184,6 +185,26 @@ def test_linear_attention(t, kind, strength):
     for a, b in zip(twin(q, k, v, wide, S), linear.recurrent(q, k, v, g, S), strict=True):
         check_close(a, b, 1e-11, "the twin and the lesson")
     check_kernel(kernel, twin, (q, k, v, wide, S if t != 64 else None), 1e-4, 0.1)     # for g's gradient
+
+
+@pytest.mark.skipif(not GPU, reason="errors of 16 bits are those of a GPU")
+@pytest.mark.parametrize("t", [1000, 8192])
+def test_the_gradient_of_a_decay_does_not_drift(t):
+    """In bfloat16, over a long text, and its sum, which is what a decay's own parameter gets (Mamba-2's A)."""
+    q, k, v = (x.bfloat16().double() for x in random((1, 2, t, 64), (1, 2, t, 64), (1, 2, t, 64)))
+    g = -0.1 * random((1, 2, t, 1), seed=1)[0].abs().float().double()
+
+    def dg_of(f, *numbers):
+        def output(q, k, v, g):
+            return f(*(x.to(dtype) for x, dtype in zip((q, k, v, g), numbers, strict=False)))[0]
+        return values_and_gradients(output, (q, k, v, g), torch.float64, DEVICE)[-1]
+    half, exact = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32), (torch.float64,) * 4
+    mine, twins, exact = (dg_of(f, *numbers) for f, numbers in (
+        (linear_attention.linear_attention, half), (linear_attention.reference, half),
+        (linear_attention.reference, exact)))
+    for f in (lambda dg: dg, lambda dg: dg.sum(dim=2)):
+        a, b = ((f(dg) - f(exact)).norm() / f(exact).norm() for dg in (mine, twins))
+        assert a <= 0.01 + 3 * b, f"{a:.1e} off, the twin {b:.1e}"
 
 
 @pytest.mark.parametrize("kind", ["none", "scalar"])
@@ -443,6 +464,95 @@ def test_scan_names_what_does_not_fit():
     z = torch.randn(2, 3, dtype=torch.complex64)
     check_close(scan.scan(x.to(DEVICE) + 0.5, z.conj().imag.to(DEVICE))[0].cpu(),
                 scan.reference(x + 0.5, z.conj().imag)[0], 1e-6, "a minus that is still to be done")
+
+
+@pytest.mark.parametrize("t", (1, 17, 1000, 8192) if GPU else (1, 17, 100))
+def test_gateloop(t):
+    """The kernel's complex scan against the lesson's loop, from a state and to one, with every gradient."""
+    size, turn, q, k, v, S, Si = random(*[(2, 3, t, 1)] * 5, *[(2, 3, 1, 1)] * 2)
+
+    def parts(f):
+        def called(size, turn, q, k, v, S, Si):
+            size, turn, S, Si = (linear.at_least_float32(x) for x in (size, turn, S, Si))
+            o, end = f(q, k, v, torch.complex(torch.nn.functional.logsigmoid(size), turn), state=torch.complex(S, Si))
+            return o, end.real, end.imag
+        return called
+    check_kernel(parts(scan.gateloop), parts(partial(linear.real_part, linear.scanned)),
+                 (size + 3, turn, q, k, v, S, Si), 1e-4)
+
+
+def rwkv_inputs(t, b=2, c=3, size=3.0, fastest=1.0):
+    k, v, w, u, p, q, m = random((b, c, t), (b, c, t), (c,), (c,), (b, c), (b, c), (b, c))
+    return size * k, v, -fastest * w.exp(), u, p, q.exp(), m
+
+
+def rwkv_kernel(k, v, w, u, p, q, m):
+    o, state = scan.rwkv(k, v, w, u, torch.stack([p, q, m], dim=1))
+    return o, *state.unbind(1)[:2]                               # m, the unit, has no gradient
+
+
+def rwkv_twin(*tensors):
+    return scan.rwkv_reference(*tensors)[:3]
+
+
+def rwkv_result(f):
+    """What does not depend on the unit."""
+    def called(*tensors):
+        o, p, q = f(*tensors)
+        return o, p / q
+    return called
+
+
+@pytest.mark.parametrize("size, fastest", [(1.0, 0.01), (30.0, 1.0), (1.0, 1000.0)])
+@pytest.mark.parametrize("t", (1, 17, 1000, 8192) if GPU else (1, 17, 100))
+def test_rwkv(t, size, fastest):
+    """With sums that outlive hundreds of tokens, keys of a size that e^k does not have, and sums that fade at once."""
+    k, v, w, u, p, q, m = tensors = rwkv_inputs(t, size=size, fastest=fastest)
+    state = torch.stack([p, q, m], dim=1)
+    for x, y in zip((scan.rwkv_reference(*tensors)[0], torch.stack(scan.rwkv_reference(*tensors)[1:], dim=1)),
+                    linear.rwkv_recurrent(k, v, w, u, state), strict=True):
+        check_close(x, y, 1e-11, "the twin and the lesson")
+    check_kernel(rwkv_kernel, rwkv_twin, tensors, 1e-4)
+
+
+def test_rwkv_in_tiles(monkeypatch):
+    monkeypatch.setattr(scan, "tile", lambda *_: (32, 1))
+    for t in (31, 32, 33, 64, 100):
+        check_kernel(rwkv_kernel, rwkv_twin, rwkv_inputs(t, fastest=0.1), 1e-4)
+
+
+def test_rwkv_in_16_bits():
+    """Which do not have float32's lowest number, the exponent of nothing."""
+    for t in (1, 17):
+        tensors = [x.half().double() if i < 2 else x.float().double() for i, x in enumerate(rwkv_inputs(t))]
+        exact = values_and_gradients(rwkv_twin, tensors, torch.float64, DEVICE)
+        found = values_and_gradients(lambda k, v, *more: rwkv_kernel(k.half(), v.half(), *more), tensors, torch.float32,
+                                     DEVICE)
+        for x, y in zip(found, exact, strict=True):
+            check_close(x, y, 5e-3, f"t = {t}")
+
+
+def test_rwkvs_gradients_are_the_lessons():
+    """Also through a state that is carried on, whose unit tells autograd nothing; and from no state."""
+    k, v, w, u, *_ = rwkv_inputs(40)
+
+    def in_two(f, empty):
+        def called(k, v, w, u):
+            o, state = f(k[..., :23], v[..., :23], w, u, empty(k))
+            return torch.cat([o, f(k[..., 23:], v[..., 23:], w, u, state)[0]], dim=-1)
+        return called
+
+    def nothing(k):
+        return torch.stack([torch.zeros_like(k[..., 0])] * 2 + [torch.full_like(k[..., 0], -1e30)], dim=1)
+    check_kernel(in_two(scan.rwkv, lambda k: None), in_two(linear.rwkv_recurrent, nothing), (k, v, w, u), 1e-4)
+
+
+def test_rwkv_names_what_does_not_fit():
+    k, v, w, u, *_ = (x.float() for x in rwkv_inputs(5))
+    with pytest.raises(ValueError, match=r"should be \(b, c, t\) with a time step"):
+        scan.rwkv(k, v[..., :4], w, u)
+    with pytest.raises(ValueError, match="k of torch.float64"):
+        scan.rwkv(k.double(), v, w, u)
 
 
 def selective_inputs(t, b=2, c=6, n=5, steps=1.0):
@@ -735,6 +845,7 @@ def twice_differentiated():
         "StateOf": (taylor_attention.state_of, encoder, (k, v)),
         "DeltaRule": (delta_rule.delta_rule, linear.delta_parallel, (q, k, v, g, beta, S)),
         "Scan": (scan.scan, step_by_step, (u.sigmoid(), pre, h0)),
+        "RWKV": (rwkv_result(rwkv_kernel), rwkv_result(rwkv_twin), rwkv_inputs(6, 1, 2, 1.0)),
         "SelectiveScan": (selective_scan.selective_scan, selective_scan.reference, selective_inputs(7, n=3)),
         "FFTConv": (fft_conv.fft_conv, gated_conv, (u, K, pre, post))}
 
