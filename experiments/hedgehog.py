@@ -13,6 +13,7 @@ import torch
 from lab import train
 
 lesson = importlib.import_module("02_linear_attention")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = {"elu": "elu + 1", "relu": "relu", "performer": "Performer", "rfa": "RFA", "cosformer": "cosFormer",
          "hedgehog": "Hedgehog", "taylor": "Taylor", "rebased": "ReBased"}
 
@@ -35,8 +36,8 @@ def trained_layer(args):
             "steps": args.steps or (60 if args.quick else 800)}
 
     def take(model):
-        block = model.blocks[0]
-        return torch.no_grad()(lambda ids: block.mixer.project(block.norm(model.embed(ids)))[:2])
+        block = model.to(DEVICE).blocks[0]
+        return torch.no_grad()(lambda ids: block.mixer.project(block.norm(model.embed(ids.to(DEVICE))))[:2])
     return lab.trained(cell, then=take), train.Text(lab.parsed(cell))
 
 
@@ -52,7 +53,7 @@ def fit(phi_q, phi_k, project, text, steps, lr, seed):
 
 def divergence(q, k, phi_q, phi_k):
     """Of the map's weights from softmax's, in nats a target [Zhang et al. 2024, eq. 7, less the entropy]."""
-    future = torch.ones(2 * q.shape[2:3], dtype=torch.bool).triu(1)
+    future = torch.ones(2 * q.shape[2:3], dtype=torch.bool, device=q.device).triu(1)
     log_P = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(future, -torch.inf).log_softmax(dim=-1)
     W = lesson.normalise((phi_q(q) @ phi_k(k).mT).clamp(min=0).masked_fill(future, 0))       # RFA's can be negative
     return (log_P.exp() * (log_P - W.clamp(min=1e-30).log()).masked_fill(future, 0)).sum(dim=-1).mean()
@@ -67,7 +68,7 @@ if __name__ == "__main__":
 
     def measure(cell):
         torch.manual_seed(cell["seed"])
-        phi_q, phi_k = (Learned(cell["map"], test[0].shape[3], test[0].shape[1]) for _ in range(2))
+        phi_q, phi_k = (Learned(cell["map"], test[0].shape[3], test[0].shape[1]).to(DEVICE) for _ in range(2))
         entropy, monotone, *_ = mimicry[cell["map"]]
         with torch.no_grad():
             start = divergence(*test, phi_q, phi_k).item()

@@ -281,7 +281,7 @@ class Pack:
                 data.order = order if epoch == 0 else data.order.copy_(order)                # (seeds, batches, b)
                 data.at = torch.zeros_like(self.done) if epoch == 0 else data.at.zero_()
                 for _ in range(order.shape[1]):
-                    if step == steps or step % 100 == 99 and time_is_up():
+                    if step == steps or step % 20 == 19 and time_is_up():
                         return step
                     if enough and step % 1000 == 999 and min(self.ask(VALIDATION)[0]) >= enough:
                         return step
@@ -343,7 +343,7 @@ def add_row(path, row, cell):
     """A row at the end. A result may be a new column; what names the run, cell, may not."""
     before = read_text(path)
     names = list(dict.fromkeys([*(before[0] if before else ()), *row]))
-    if before and not set(cell) <= set(before[0]):
+    if before and (not set(cell) <= set(before[0]) or "failed" not in {*row, *before[0]} and names != list(before[0])):
         sys.exit(f"{path} has other columns than these runs: move it away, or name another folder with --out")
     if not before or names != list(before[0]):
         with open(path, "w", newline="") as f:
@@ -408,7 +408,8 @@ def attempt(measure, cells, threads=None):
     try:
         results = measure(cells)
     except Exception as e:                                       # new ones: e holds on to the model that failed
-        results = [train.BadInput(f"{type(e).__name__}: {e}") for _ in cells]
+        text = str(e) if isinstance(e, train.BadInput) else f"{type(e).__name__}: {e}"
+        results = [train.BadInput(text) for _ in cells]
     return results, time.perf_counter() - start
 
 
