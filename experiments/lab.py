@@ -16,11 +16,10 @@ import os
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from contextlib import nullcontext, suppress
-from functools import cache, partial
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +36,7 @@ def options(doc, argv=None, **more):
     """The flags of every experiment, and more of its own: name="help"."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="a small version, for a CPU; writes to runs/quick/")
-    p.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
-    p.add_argument("--threads", action="store_true", help="these as threads, that share one GPU at any moment")
+    p.add_argument("--jobs", type=int, default=1, help="runs (or packs of runs) at the same time (default 1)")
     p.add_argument("--steps", type=int, help="another number of training steps")
     p.add_argument("--cells", type=int, help="only the first so many runs")
     p.add_argument("--minutes", type=float, help="after so many no run is begun, and what runs is cut off where it is")
@@ -109,7 +107,6 @@ def trained(cell, then=None, enough=None):
 
 
 VALIDATION, TEST = -1, -2                                        # the seeds of these sets; training's are from 0 on
-ONE_AT_A_TIME = threading.RLock()                                # what threads must not do at once: draw, record
 
 
 def seeded(seed, n):
@@ -142,8 +139,7 @@ class Examples:
     def __init__(self, spec, seeds, device, args, progress=1.0):
         self.spec, (task, n) = spec.strip(), spec.split()
         self.n, self.vocab_size = int(n), train.Task(argparse.Namespace(**vars(args) | {"task": task})).vocab_size
-        with ONE_AT_A_TIME:
-            batches = [batch for seed in seeds for batch in made(task, args.transform, self.n, seed, progress)]
+        batches = [batch for seed in seeds for batch in made(task, args.transform, self.n, seed, progress)]
 
         def kept(arrays, dtype=torch.int32):
             return torch.from_numpy(np.concatenate(arrays)).unflatten(0, (len(seeds), self.n)).to(device, dtype)
@@ -166,6 +162,14 @@ class Examples:
         return ids, targets.gather(2, places).flatten(1), (places + starts[:, None]).flatten(1)
 
 
+def one_after_the_other(function, along, randomness):
+    """What vmap does, without vmap."""
+    def all_of_them(theta, buffers, ids, places):
+        return torch.stack([function(row, {name: b[i] for name, b in buffers.items()}, ids[i],
+                                     places if places is None else places[i]) for i, row in enumerate(theta)])
+    return all_of_them
+
+
 class Pack:
     """k models that differ in learning rate and seed alone, trained as one: their parameters are the rows of a matrix,
     and vmap gives every operation one more axis, so that small models cost hardly more than a single one. On a GPU a
@@ -183,7 +187,8 @@ class Pack:
                                 for spec in cells[0].get("test", train_on).split(",")] for part in (VALIDATION, TEST)}
         self.seed = torch.tensor([[seeds.index(c["seed"])] for c in cells], device=self.device)              # (k, 1)
         self.seeds, self.graphs, self.memory = seeds, {}, None
-        with ONE_AT_A_TIME:
+        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None            # None: the usual one
+        with torch.cuda.stream(self.stream):
             self.stack([train.build_model(args, self.sets[0].vocab_size) for args in self.args])
             self.choose_form()
 
@@ -210,13 +215,19 @@ class Pack:
                                   device=self.device)
 
     def choose_form(self):
-        """The mixers' own choice, or the first form whose operations vmap knows."""
+        """The mixers' own choice, or the first form whose operations vmap knows. With --form the models are run one
+        after the other: what vmap does not know, a Triton kernel, say, may still be the fastest."""
+        self.vmap = vmap
+        if self.args[0].form:
+            self.vmap = one_after_the_other
+            return
         for form in (None, "scan", "parallel"):
             for block in self.model.blocks:
                 block.form = form if form in block.mixer.forms else None
             with suppress(RuntimeError):
-                return self.logits(self.sets[0], *self.sets[0].take(self.seed, self.seed * 0)[::2])
-        raise train.BadInput(f"--mixer {self.args[0].mixer} has no form that vmap knows: use trained()")
+                self.logits(self.sets[0], *self.sets[0].take(self.seed, self.seed * 0)[::2])
+                return
+        raise train.BadInput(f"--mixer {self.args[0].mixer}: vmap knows none of its forms; name one with --form")
 
     def logits(self, data, ids, places):
         """ids (k, b, t), places (k, m) or None: for all b t. -> (k, m, v)"""
@@ -225,13 +236,14 @@ class Pack:
             weights = {name: x.view(shape) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
             return functional_call(self.model, (weights, buffers), (ids, data.extras, places))
         along = 0, 0, 0, None if places is None else 0
-        return vmap(one, along, randomness="different")(self.theta, self.buffers, ids, places).flatten(1, -2)
+        return self.vmap(one, along, randomness="different")(self.theta, self.buffers, ids, places).flatten(1, -2)
 
     def step(self, data):
         rows = data.order.index_select(1, data.at)[:, 0][self.seed[:, 0]]                    # (k, b)
         ids, targets, places = data.take(self.seed, rows)
-        logits = self.logits(data, ids, places)
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        logits = self.logits(data, ids, places).flatten(0, 1)
+        nats = (F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none") if places is None
+                else train.cross_entropy(logits, targets.flatten()))
         loss = nats.view_as(targets).sum(dim=1) / (targets != -100).sum(dim=1)               # (k,)
         gradient, = torch.autograd.grad(loss.sum(), self.theta)
         with torch.no_grad():
@@ -251,35 +263,35 @@ class Pack:
 
     def advance(self, data):
         """A step; on a GPU the first is done as usual, the second is recorded, if it can be, and then replayed."""
-        if self.graphs.get(data):
-            return self.graphs[data].replay()
-        with ONE_AT_A_TIME:
-            if self.device.type == "cuda" and self.graphs.get(data, "new") is None:
+        with torch.cuda.stream(self.stream):
+            if self.stream and self.graphs.get(data, "new") is None:
                 self.graphs[data] = self.recorded(data)
+            if self.graphs.setdefault(data):
+                self.graphs[data].replay()
             else:
-                self.graphs.setdefault(data)
                 self.step(data)
-                return None
-        return self.advance(data)
 
     def recorded(self, data):
         graph = torch.cuda.CUDAGraph()
-        with suppress(RuntimeError), torch.cuda.graph(graph, pool=self.memory, capture_error_mode="thread_local"):
-            self.step(data)
-        with suppress(RuntimeError):                             # where nothing was recorded
+        with suppress(RuntimeError):                             # a step that no graph can hold
+            with torch.cuda.graph(graph, pool=self.memory):
+                self.step(data)
             self.memory = graph.pool()
             return graph
         return False
 
     def train(self, enough=None):
-        """To the last step, or until all models have the accuracy `enough`, looked at every 1000 steps. -> that step"""
+        """To the last step, or until all models have the accuracy `enough`, looked at every 1000 steps. A generator,
+        to be trained in turn with others; at the end it returns the step."""
         size, steps, step = self.args[0].batch_size, self.args[0].steps, 0
         for epoch in itertools.count():
             for data in self.sets:
                 mixed = [torch.randperm(data.n, generator=seeded(seed, epoch)) for seed in self.seeds]
-                order = torch.stack(mixed)[:, :data.n // size * size].unflatten(1, (-1, size)).to(self.device)
-                data.order = order if epoch == 0 else data.order.copy_(order)                # (seeds, batches, b)
-                data.at = torch.zeros_like(self.done) if epoch == 0 else data.at.zero_()
+                order = torch.stack(mixed)[:, :data.n // size * size].unflatten(1, (-1, size))
+                with torch.cuda.stream(self.stream):
+                    order = order.to(self.device)                                            # (seeds, batches, b)
+                    data.order = order if epoch == 0 else data.order.copy_(order)
+                    data.at = torch.zeros_like(self.done) if epoch == 0 else data.at.zero_()
                 for _ in range(order.shape[1]):
                     if step == steps or step % 20 == 19 and time_is_up():
                         return step
@@ -287,14 +299,17 @@ class Pack:
                         return step
                     self.advance(data)
                     step += 1
+                    if step % 10 == 0:
+                        yield
 
     @torch.no_grad()
     def accuracy(self, data):
         """(k,): the share of right answers in a set that is the same for all models."""
         self.model.eval()
         right, asked, k = 0, 0, len(self.seed)
-        each = data.ids.shape[2] if data.places is None else data.places.shape[2]
-        for rows in torch.arange(data.n, device=self.device).split(max(1, 2 ** 27 // (k * each * data.vocab_size))):
+        t, each = data.ids.shape[2], (data.ids if data.places is None else data.places).shape[2]
+        size = max(1, min(2 ** 27 // (k * each * data.vocab_size), 2 ** 16 // (k * t)))      # so that it fits
+        for rows in torch.arange(data.n, device=self.device).split(size):
             ids, targets, places = data.take(self.seed * 0, rows.expand(k, -1))
             answer, counts = self.logits(data, ids, places).argmax(dim=-1), targets != -100
             hit = answer == targets
@@ -306,18 +321,18 @@ class Pack:
 
     def ask(self, part):
         """The mean accuracy of each model over the tests, and those on each."""
-        each = torch.stack([self.accuracy(data) for data in self.held_out[part]]).cpu().double()
+        with torch.cuda.stream(self.stream):
+            each = torch.stack([self.accuracy(data) for data in self.held_out[part]]).cpu().double()
         return each.mean(dim=0).tolist(), [dict(zip((x.spec for x in self.held_out[part]), a, strict=True))
                                            for a in each.T.tolist()]
 
 
 def packed(cells, enough=None):
     """What became of each cell of a pack: accuracies on the validation and the test set (and on each of several tests),
-    the step at which it ended, and whether its loss was finite until then."""
-    with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
-        pack = Pack(cells)
-        ended, k = pack.train(enough), len(cells)
-        (val, _), (test, each) = pack.ask(VALIDATION), pack.ask(TEST)
+    the step at which it ended, and whether its loss was finite until then. A generator, as Pack.train is."""
+    pack, k = Pack(cells), len(cells)
+    ended = yield from pack.train(enough)
+    (val, _), (test, each) = pack.ask(VALIDATION), pack.ask(TEST)
     finite = pack.finite.tolist()
     failed = [f"the loss was no number at step {n + 1}" if n < ended else "" for n in finite]
     return [{"val_accuracy": math.nan if failed[i] else round(val[i], 5), "accuracy": math.nan if failed[i] else
@@ -380,41 +395,66 @@ class Here(Executor):
         return future
 
 
-def in_turn(measure, due, jobs, together=False):
-    """(cells, results) as they are finished; several at a time in processes of their own, over all GPUs. due(busy):
-    lists of cells that can be measured now. The result of a run that cannot be finished is the error."""
+def in_turn(measure, due, jobs):
+    """(cell, result, seconds) as they are finished; several at a time in processes of their own, over all GPUs. due():
+    what can be measured now. The result of a run that cannot be finished is the error."""
     threads, spawn, running = max(1, torch.get_num_threads() // jobs), multiprocessing.get_context("spawn"), {}
-    processes = partial(ProcessPoolExecutor, jobs, spawn, take_a_gpu, (spawn.Value("i", 0),))
-    with Here() if jobs == 1 else ThreadPoolExecutor(jobs) if together else processes() as pool:
+    with ProcessPoolExecutor(jobs, spawn, take_a_gpu, (spawn.Value("i", 0),)) if jobs > 1 else Here() as pool:
         while True:
-            busy = [cell for cells in running.values() for cell in cells]
-            for cells in [cells for cells in due(busy) if not any(c in busy for c in cells)][:jobs - len(running)]:
-                running[pool.submit(attempt, measure, cells, threads if jobs > 1 and not together else None)] = cells
+            for cell in [cell for cell in due() if cell not in running.values()][:jobs - len(running)]:
+                running[pool.submit(attempt, measure, cell, threads if jobs > 1 else None)] = cell
             if not running:
                 return
             share = len(running)                                                             # of the machine
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                results, seconds = future.result()
-                cells = running.pop(future)
-                yield cells, [result if isinstance(result, Exception) else
-                              result | {"seconds": round(seconds / len(cells) / share, 1)} for result in results]
+                result, seconds = future.result()
+                yield running.pop(future), result, seconds / share
 
 
-def attempt(measure, cells, threads=None):
-    """The results of the cells, or in place of each the error, which leaves the other runs, and the seconds of all."""
+def attempt(measure, cell, threads=None):
+    """The result, or the error, which leaves the other runs, and the seconds that it took."""
     if threads:
         torch.set_num_threads(threads)
     start = time.perf_counter()
     try:
-        results = measure(cells)
-    except Exception as e:                                       # new ones: e holds on to the model that failed
-        text = str(e) if isinstance(e, train.BadInput) else f"{type(e).__name__}: {e}"
-        results = [train.BadInput(text) for _ in cells]
-    return results, time.perf_counter() - start
+        result = measure(cell)
+    except Exception as e:
+        result = failure(e)
+    return result, time.perf_counter() - start
 
 
-def each(measure, cells):
-    return [measure(cell) for cell in cells]
+def failure(e):
+    """A new error, for e holds on to the model that failed."""
+    return train.BadInput(str(e) if isinstance(e, train.BadInput) else f"{type(e).__name__}: {e}")
+
+
+def side_by_side(measure, due, jobs, size):
+    """The same for packs, of up to `size` cells that differ in learning rate and seed: some steps of each in turn, all
+    in this process. A GPU runs what comes from one process at the same time, of several processes one at a time."""
+    running, mark = [], time.perf_counter()                      # [cells, the generator, its seconds]
+    while True:
+        busy, packs = [cell for cells, *_ in running for cell in cells], {}
+        for cell in (cell for cell in due() if cell not in busy):
+            packs.setdefault(str({k: v for k, v in cell.items() if k not in ("lr", "seed")}), []).append(cell)
+        free = [cells[i:i + size] for cells in packs.values() for i in range(0, len(cells), size)]
+        running += [[cells, measure(cells), 0.0] for cells in free[:jobs - len(running)]]
+        if not running:
+            return
+        ended = []
+        while not ended:
+            for job in running:
+                try:
+                    next(job[1])
+                except StopIteration as e:
+                    ended.append((job, e.value))
+                except Exception as e:
+                    ended.append((job, [failure(e)] * len(job[0])))
+            mark, before = time.perf_counter(), mark
+            for job in running:
+                job[2] += (mark - before) / len(running)
+        for (cells, _, seconds), results in ended:
+            yield from ((cell, result, seconds / len(cells)) for cell, result in zip(cells, results, strict=True))
+        running = [job for job in running if all(job is not done for done, _ in ended)]
 
 
 def sweep(args, name, cells, measure, by=None, score=None, pack=1, enough=math.inf):
@@ -424,7 +464,7 @@ def sweep(args, name, cells, measure, by=None, score=None, pack=1, enough=math.i
     by: names of columns. Among the rows that are equal in them the first cell's seed chooses ("use" is then "choose"):
     it tries all learning rates, and those beyond the grid as long as the best is at its edge and has less than
     `enough`. The other seeds are trained with the one that had the best score (-score: the smallest).
-    pack: measure is given lists of up to so many cells that differ in learning rate and seed alone."""
+    pack: measure is given lists of up to so many cells that differ in learning rate and seed alone, see packed()."""
     path, failed = args.out / f"{name}.csv", set()
     cells = [cell | ({"steps": args.steps} if args.steps and "steps" in cell else {}) for cell in cells[:args.cells]]
     chooser, groups = cells[0].get("seed"), {}
@@ -455,19 +495,16 @@ def sweep(args, name, cells, measure, by=None, score=None, pack=1, enough=math.i
             ready, waiting = ready + todo, waiting + len(others) * bool(todo)
         return ready, waiting
 
-    def due(busy):
-        packs = {}
-        for cell in (cell for cell in plan()[0] if cell not in busy and not time_is_up()):
-            packs.setdefault(kind(cell, cells[0]), []).append(cell)
-        return [cells[i:i + pack] for cells in packs.values() for i in range(0, len(cells), pack)]
+    def due():
+        return [] if time_is_up() else plan()[0]
 
     def ahead():
         ready, waiting = plan()
         return len(ready) + waiting
 
     start, where, n = time.perf_counter(), machine(), 0
-    todo = () if args.draw else in_turn(measure if pack > 1 else partial(each, measure), due, args.jobs, args.threads)
-    for cell, result in ((c, r) for cs, rs in todo for c, r in zip(cs, rs, strict=True)):
+    results = in_turn(measure, due, args.jobs) if pack == 1 else side_by_side(measure, due, args.jobs, pack)
+    for cell, result, seconds in () if args.draw else results:
         n, said = n + 1, "  ".join(f"{k}={v}" for k, v in cell.items())
         if isinstance(result, Exception) and "loss" not in str(result):
             failed.add(key(cell, cells[0]))
@@ -475,7 +512,7 @@ def sweep(args, name, cells, measure, by=None, score=None, pack=1, enough=math.i
             continue
         result = {"failed": str(result)} if isinstance(result, Exception) else result
         use = {"use": "choose" if cell["seed"] == chooser else "report"} if by else {}
-        add_row(path, cell | use | result | where, cell)
+        add_row(path, cell | use | result | {"seconds": round(seconds, 1)} | where, cell)
         left = int((time.perf_counter() - start) / n * ahead())
         said += "  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items())
         print(f"{n}/{n + ahead()}, {left // 60}:{left % 60:02d} left   {said}", flush=True)

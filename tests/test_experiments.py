@@ -106,13 +106,25 @@ def best_comes_late(cell):
     return {"score": -abs(cell["lr"] - 2)}
 
 
-@pytest.mark.parametrize("how", [[], ["--threads"]])
-def test_several_at_a_time_wait_for_all_learning_rates(tmp_path, capsys, how):
-    args = lab.options("", ["--out", str(tmp_path), "--jobs", "2", *how])
-    rows = lab.sweep(args, "table", lab.grid(a=[1, 2], seed=[0, 1], lr=[1, 2, 3]), best_comes_late, ("a",), "score")
+def packs_that_come_late(cells):
+    asked.append(cells)
+    for _ in range(len(asked)):
+        yield
+    return [best_comes_late(cell) for cell in cells]
+
+
+asked = []
+
+
+@pytest.mark.parametrize("measure, pack", [(best_comes_late, 1), (packs_that_come_late, 2)])
+def test_several_at_a_time_wait_for_all_learning_rates(tmp_path, capsys, measure, pack):
+    asked.clear()
+    args = lab.options("", ["--out", str(tmp_path), "--jobs", "2"])
+    rows = lab.sweep(args, "table", lab.grid(a=[1, 2], seed=[0, 1], lr=[1, 2, 3]), measure, ("a",), "score", pack=pack)
+    assert max(map(len, asked), default=pack) == pack and len({tuple(map(str, cells)) for cells in asked}) == len(asked)
     assert sorted((row["a"], row["seed"], row["lr"]) for row in rows) == [
         (a, *more) for a in (1, 2) for more in ((0, 1), (0, 2), (0, 3), (1, 2))]
-    assert sum(row["seconds"] for row in rows) < 1.2                                     # of the two that sleep 0.4
+    assert sum(row["seconds"] for row in rows) < 2                                       # of the four that sleep 0.4
 
 
 def test_a_run_that_ends_at_no_number_leaves_a_row_and_is_not_chosen(tmp_path, capsys):
@@ -200,6 +212,14 @@ def test_a_run_that_may_end_early_is_told_so(monkeypatch):
 # ------------------------------------------------------------------------------------------------- many models at once
 
 
+def finished(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as e:
+            return e.value
+
+
 PACK = {"d_model": 32, "batch_size": 8, "steps": 6, "warmup": 3}
 
 
@@ -233,7 +253,7 @@ def test_a_pack_is_trained_as_train_py_would(flags):
 def test_a_pack_learns_and_says_what_of_it_failed():
     cells = [PACK | {"mixer": "attention", "task": "h3_induction:length=4:vocab_size=4:all_tokens=false 640",
                      "d_model": 16, "mlp": 0, "lr": lr, "seed": 0, "steps": 60} for lr in (1e-2, 1e38)]
-    good, bad = lab.packed(cells)
+    good, bad = finished(lab.packed(cells))
     assert good["accuracy"] > 0.9 and good["ended"] == 60 and good["failed"] == ""
     assert math.isnan(bad["accuracy"]) and bad["failed"] == f"the loss was no number at step {bad['ended']}"
     assert 1 < bad["ended"] < 60
@@ -242,7 +262,7 @@ def test_a_pack_learns_and_says_what_of_it_failed():
 def test_a_pack_is_cut_off_when_its_time_is_up(monkeypatch):
     cell = PACK | {"mixer": "attention", "task": "h3_induction 64", "lr": 1e-3, "seed": 0, "steps": 5000}
     monkeypatch.setenv("LAB_DEADLINE", "0")
-    assert lab.packed([cell])[0]["ended"] == 19
+    assert finished(lab.packed([cell]))[0]["ended"] == 19
 
 
 def test_training_validation_and_test_examples_differ():
