@@ -70,7 +70,9 @@ def machine():
 
 
 def parsed(cell, *flags):
-    return train.parse([*(word for name, value in cell.items() for word in (f"--{name}", str(value))), *flags])[0]
+    """train.py's arguments for these flags; one whose value is "" is left out."""
+    words = [word for name, value in cell.items() if value != "" for word in (f"--{name}", str(value))]
+    return train.parse([*words, *flags])[0]
 
 
 def state_bytes(cell, t):
@@ -173,7 +175,8 @@ def one_after_the_other(function, along, randomness):
 class Pack:
     """k models that differ in learning rate and seed alone, trained as one: their parameters are the rows of a matrix,
     and vmap gives every operation one more axis, so that small models cost hardly more than a single one. On a GPU a
-    step is a CUDA graph. The recipe is train.py's (AdamW, warm-up, cosine, clipped gradients), in float32.
+    step is a CUDA graph. The recipe is train.py's (AdamW, warm-up, cosine, clipped gradients), in float32 (matrix
+    products on a GPU: TF32).
 
     A cell's task is "TASK N", or several with commas between: N fixed examples (others for each seed), seen again and
     again, in every epoch those of the first task first. "test", the same, is what is asked at the end."""
@@ -187,6 +190,7 @@ class Pack:
                                 for spec in cells[0].get("test", train_on).split(",")] for part in (VALIDATION, TEST)}
         self.seed = torch.tensor([[seeds.index(c["seed"])] for c in cells], device=self.device)              # (k, 1)
         self.seeds, self.graphs, self.memory = seeds, {}, None
+        torch.backends.cuda.matmul.allow_tf32 = True
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None            # None: the usual one
         with torch.cuda.stream(self.stream):
             self.stack([train.build_model(args, self.sets[0].vocab_size) for args in self.args])
