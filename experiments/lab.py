@@ -9,6 +9,7 @@ that differ in learning rate and seed alone are trained together: see Pack.
 """
 import argparse
 import csv
+import hashlib
 import itertools
 import math
 import multiprocessing
@@ -39,7 +40,7 @@ def options(doc, argv=None, **more):
     p.add_argument("--jobs", type=int, default=1, help="runs (or packs of runs) at the same time (default 1)")
     p.add_argument("--steps", type=int, help="another number of training steps")
     p.add_argument("--cells", type=int, help="only the first so many runs")
-    p.add_argument("--minutes", type=float, help="after so many no run is begun, and what runs is cut off where it is")
+    p.add_argument("--minutes", type=float, help="after so many no run is begun, and packs are kept for next time")
     p.add_argument("--draw", action="store_true", help="run nothing: draw what the table has")
     p.add_argument("--out", type=Path, help="folder for table and picture (default experiments/results)")
     for name, text in more.items():
@@ -189,12 +190,14 @@ class Pack:
         self.held_out = {part: [Examples(spec, [part], self.device, self.args[0])
                                 for spec in cells[0].get("test", train_on).split(",")] for part in (VALIDATION, TEST)}
         self.seed = torch.tensor([[seeds.index(c["seed"])] for c in cells], device=self.device)              # (k, 1)
-        self.seeds, self.graphs, self.memory = seeds, {}, None
+        self.seeds, self.graphs, self.memory, self.kept = seeds, {}, None, ("theta", "m", "v", "done", "finite")
+        self.file = ROOT / "runs" / "packs" / f"{hashlib.sha256(str(cells).encode()).hexdigest()[:16]}.pt"
         torch.backends.cuda.matmul.allow_tf32 = True
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None            # None: the usual one
         with torch.cuda.stream(self.stream):
             self.stack([train.build_model(args, self.sets[0].vocab_size) for args in self.args])
             self.choose_form()
+            self.go_on()
 
     def stack(self, models):
         """theta (k, p): the parameters of a model in a row; peak and decay, the same: their rates and weight decays."""
@@ -287,24 +290,42 @@ class Pack:
     def train(self, enough=None):
         """To the last step, or until all models have the accuracy `enough`, looked at every 1000 steps. A generator,
         to be trained in turn with others; at the end it returns the step."""
-        size, steps, step = self.args[0].batch_size, self.args[0].steps, 0
+        steps, start, begun = self.args[0].steps, 0, self.done.item()        # begun: those of an earlier process
         for epoch in itertools.count():
             for data in self.sets:
-                mixed = [torch.randperm(data.n, generator=seeded(seed, epoch)) for seed in self.seeds]
-                order = torch.stack(mixed)[:, :data.n // size * size].unflatten(1, (-1, size))
-                with torch.cuda.stream(self.stream):
-                    order = order.to(self.device)                                            # (seeds, batches, b)
-                    data.order = order if epoch == 0 else data.order.copy_(order)
-                    data.at = torch.zeros_like(self.done) if epoch == 0 else data.at.zero_()
-                for _ in range(order.shape[1]):
-                    if step == steps or step % 20 == 19 and time_is_up():
+                end = start + data.n // self.args[0].batch_size
+                if begun < end:
+                    self.shuffle(data, epoch, at=max(0, begun - start))
+                for step in range(max(start, begun), end):
+                    if step == steps or enough and step % 1000 == 999 and min(self.ask(VALIDATION)[0]) >= enough:
                         return step
-                    if enough and step % 1000 == 999 and min(self.ask(VALIDATION)[0]) >= enough:
-                        return step
+                    if step % 20 == 19 and time_is_up():
+                        self.put_away(step)
                     self.advance(data)
-                    step += 1
                     if step % 10 == 0:
                         yield
+                start = end
+
+    def shuffle(self, data, epoch, at):
+        """The examples of each seed in a new order: (seeds, batches, b), the next batch being number `at`."""
+        size = self.args[0].batch_size
+        mixed = [torch.randperm(data.n, generator=seeded(seed, epoch)) for seed in self.seeds]
+        with torch.cuda.stream(self.stream):
+            order = torch.stack(mixed)[:, :data.n // size * size].unflatten(1, (-1, size)).to(self.device)
+            first = not hasattr(data, "order")                               # later in the same place: a graph reads it
+            data.order = order if first else data.order.copy_(order)
+            data.at = (torch.zeros_like(self.done) if first else data.at).fill_(at)
+
+    def put_away(self, step):
+        """When time is up: a file from which the same cells go on."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: getattr(self, name).detach() for name in self.kept}, self.file)
+        raise train.BadInput(f"time is up at step {step} of {self.args[0].steps}, for next time see {self.file}")
+
+    def go_on(self):
+        if self.file.exists():
+            for name, tensor in torch.load(self.file, map_location=self.device).items():
+                getattr(self, name).detach().copy_(tensor)
 
     @torch.no_grad()
     def accuracy(self, data):
@@ -336,6 +357,7 @@ def packed(cells, enough=None):
     the step at which it ended, and whether its loss was finite until then. A generator, as Pack.train is."""
     pack, k = Pack(cells), len(cells)
     ended = yield from pack.train(enough)
+    pack.file.unlink(missing_ok=True)
     (val, _), (test, each) = pack.ask(VALIDATION), pack.ask(TEST)
     finite = pack.finite.tolist()
     failed = [f"the loss was no number at step {n + 1}" if n < ended else "" for n in finite]

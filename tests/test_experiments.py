@@ -259,10 +259,20 @@ def test_a_pack_learns_and_says_what_of_it_failed():
     assert 1 < bad["ended"] < 60
 
 
-def test_a_pack_is_cut_off_when_its_time_is_up(monkeypatch):
-    cell = PACK | {"mixer": "attention", "task": "h3_induction 64", "lr": 1e-3, "seed": 0, "steps": 5000}
+def test_a_pack_whose_time_is_up_goes_on_from_there(monkeypatch, tmp_path):
+    """Two tasks of 2 and 3 batches; put away at step 19, in the fourth epoch; the same numbers as without a break."""
+    cells = [PACK | {"mixer": "attention", "task": "h3_induction 16, h3_induction:length=20 24", "lr": lr, "seed": 0,
+                     "steps": 24} for lr in (1e-3, 1e-2)]
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    whole = lab.Pack(cells, "cpu")
+    assert finished(whole.train()) == 24
     monkeypatch.setenv("LAB_DEADLINE", "0")
-    assert finished(lab.packed([cell]))[0]["ended"] == 19
+    with pytest.raises(train.BadInput, match="time is up at step 19 of 24"):
+        finished(lab.packed(cells))
+    monkeypatch.delenv("LAB_DEADLINE")
+    later = lab.Pack(cells, "cpu")
+    assert later.done.item() == 19 and finished(later.train()) == 24 and torch.equal(later.theta, whole.theta)
+    assert [row["ended"] for row in finished(lab.packed(cells))] == [24, 24] and not list(tmp_path.rglob("*.pt"))
 
 
 def test_training_validation_and_test_examples_differ():
