@@ -116,19 +116,22 @@ def seeded(seed, n):
     return torch.Generator().manual_seed((seed * 2654435761 + n) % 2 ** 31)
 
 
-def some(task, transform, seed, start, n, progress):
-    """n examples, as arrays: ids and targets (n, t), and what else the task says of each of them, or of all."""
+def some(task, transform, seed, start, n):
+    """n examples, as arrays: ids and targets (n, t), and what else the task says of each of them, or of all. Seeds
+    below 0: to be held out."""
     data = train.Task(parsed({"task": task} | ({"transform": transform} if transform else {})))
-    ids, targets, extras = data.batch(n, seeded(seed, start), progress)
+    generator = seeded(seed, start)
+    batch = data.batch(n, generator, 0.0) if seed >= 0 else data.transform(data.examples(n, generator))
+    ids, targets, extras = batch
     extras = {k: v for k, v in extras.items() if k != "weights" and (k != "valid" or seed < 0)}      # for tests only
     return ids.numpy(), targets.numpy(), {k: v.numpy() if torch.is_tensor(v) else v for k, v in extras.items()}
 
 
 @cache
-def made(task, transform, n, seed, progress):
+def made(task, transform, n, seed):
     """n examples of a task, by 500: kept for the next pack. Many are made by all cores."""
     starts = range(0, n, 500)
-    parts = [(task, transform, seed, start, min(500, n - start), progress) for start in starts]
+    parts = [(task, transform, seed, start, min(500, n - start)) for start in starts]
     if len(parts) < 50 or os.cpu_count() < 4:
         return [some(*part) for part in parts]
     with ProcessPoolExecutor(os.cpu_count() // 2, multiprocessing.get_context("spawn")) as pool:
@@ -139,10 +142,10 @@ class Examples:
     """n examples of a task for each of the seeds, kept on the device: ids and targets (seed, n, t), as train.Task makes
     them; places (seed, n, asked), where something is asked, if all examples ask equally often (else None)."""
 
-    def __init__(self, spec, seeds, device, args, progress=1.0):
+    def __init__(self, spec, seeds, device, args):
         self.spec, (task, n) = spec.strip(), spec.split()
         self.n, self.vocab_size = int(n), train.Task(argparse.Namespace(**vars(args) | {"task": task})).vocab_size
-        batches = [batch for seed in seeds for batch in made(task, args.transform, self.n, seed, progress)]
+        batches = [batch for seed in seeds for batch in made(task, args.transform, self.n, seed)]
 
         def kept(arrays, dtype=torch.int32):
             return torch.from_numpy(np.concatenate(arrays)).unflatten(0, (len(seeds), self.n)).to(device, dtype)
@@ -186,7 +189,7 @@ class Pack:
         flags, self.device = vars(train.parse([])[0]), train.Machine(device).device
         self.args = [parsed({k: v for k, v in c.items() if k in flags} | {"task": c["task"].split()[0]}) for c in cells]
         seeds, train_on = sorted({c["seed"] for c in cells}), cells[0]["task"]
-        self.sets = [Examples(spec, seeds, self.device, self.args[0], progress=0.0) for spec in train_on.split(",")]
+        self.sets = [Examples(spec, seeds, self.device, self.args[0]) for spec in train_on.split(",")]
         self.held_out = {part: [Examples(spec, [part], self.device, self.args[0])
                                 for spec in cells[0].get("test", train_on).split(",")] for part in (VALIDATION, TEST)}
         self.seed = torch.tensor([[seeds.index(c["seed"])] for c in cells], device=self.device)              # (k, 1)
@@ -232,7 +235,8 @@ class Pack:
             for block in self.model.blocks:
                 block.form = form if form in block.mixer.forms else None
             with suppress(RuntimeError):
-                self.logits(self.sets[0], *self.sets[0].take(self.seed, self.seed * 0)[::2])
+                for data in (*self.sets, *self.held_out[TEST]):                  # a longer text may want another form
+                    self.logits(data, *data.take(self.seed * 0, self.seed * 0)[::2])
                 return
         raise train.BadInput(f"--mixer {self.args[0].mixer}: vmap knows none of its forms; name one with --form")
 
@@ -622,6 +626,27 @@ def figure(*size, rows=1, columns=1, **settings):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     return plt.subplots(rows, columns, figsize=size, layout="constrained", **settings)
+
+
+def reporter(path):
+    """A print() that also writes to the file: what is said of a table is kept beside it, and READMEs quote that."""
+    path.write_text("")
+
+    def say(line):
+        print(line)
+        with open(path, "a") as f:
+            f.write(line.rstrip() + "\n")
+    return say
+
+
+def spread(mean, low, high, form=".3f"):
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+
+
+def bars(points):
+    """(mean, low, high) of several points -> the means, and what errorbar() wants."""
+    mean, low, high = zip(*points, strict=True)
+    return mean, [[m - x for m, x in zip(mean, low, strict=True)], [x - m for m, x in zip(mean, high, strict=True)]]
 
 
 def save(fig, path):
