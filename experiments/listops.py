@@ -24,7 +24,8 @@ def cells(quick):
         common |= {"d_model": 32, "n_layers": 2, "batch_size": 16, "test": "listops:length=30 500"}
         length, n, steps, rates, seeds, mixers = 30, 1000, 150, (3e-3,), (0,), ("s4d", "attention")
     return [common | {"mixer": mixer, "task": f"listops:length={length} {n}", "lr": lr, "seed": seed, "steps": steps,
-                      "warmup": steps // 10} for mixer in mixers for seed in seeds for lr in rates]
+                      "warmup": steps // 10, "form": "triton" if mixer == "mamba" else ""}
+            for mixer in mixers for seed in seeds for lr in rates]
 
 
 def value(tokens, depth):

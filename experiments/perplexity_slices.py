@@ -117,19 +117,20 @@ if __name__ == "__main__":
                 ("{:8.0%} ({:.0%} to {:.0%})".format(*share) if share else ""))
     ax = axes[-1]
     for name, points in shares_by_threshold(found).items() if len(texts) == 3 else ():
-        ax.errorbar([tokens for _, tokens, _ in points], *lab.bars([share for *_, share in points]), fmt="o-", capsize=3,
-                    label=name)
-        for limit, tokens, share in points:
-            say(f"rare: up to {limit:4} times, {tokens:.1f}% of the tokens: {name} {lab.spread(*share, '.0f')}% of the gap")
-        if name == "H3":
-            for limit, tokens, share in points:
-                ax.annotate(f"up to {limit} times", (tokens, share[0]), xytext=(-6, 6), textcoords="offset points",
+        _, tokens, of_gap = zip(*points, strict=True)
+        ax.errorbar(tokens, *lab.bars(of_gap), fmt="o-", capsize=3, label=name)
+        for limit, n, share in points:
+            say(f"rare: up to {limit:4} times, {n:.1f}% of the tokens: {name} {lab.spread(*share, '.0f')}% of the gap")
+            if name == "H3":
+                ax.annotate(f"up to {limit} times", (n, share[0]), xytext=(-6, 6), textcoords="offset points",
                             ha="right", fontsize=8)
     for name, share in PAPER.items():
         ax.plot(6.4, share, "D", color="gray", ms=5)
-        ax.annotate(f"paper: {name}", (6.4, share), xytext=(6, -3), textcoords="offset points", fontsize=8, color="gray")
-    ax.set(xscale="log", xlabel="% of the tokens that are recall", xlim=(0.4, 60), ylim=(0, 104), xticks=[1, 2, 5, 10, 30],
-           xticklabels=[1, 2, 5, 10, 30], title=f"{TITLES['more code']}: % of the gap that is recall")
+        ax.annotate(f"paper: {name}", (6.4, share), xytext=(-6, -3), textcoords="offset points", fontsize=8,
+                    color="gray", ha="right")
+    ax.set(xscale="log", xlabel="% of the tokens that are recall", xlim=(0.4, 60), ylim=(0, 104),
+           xticks=(1, 2, 5, 10, 30), xticklabels=(1, 2, 5, 10, 30),
+           title=f"{TITLES['more code']}: % of the gap that is recall")
     ax.minorticks_off()
     ax.legend(fontsize=8, loc="lower right")
     lab.save(fig, args.out / "perplexity_slices.png")

@@ -156,8 +156,10 @@ def test_a_table_is_neither_mixed_nor_drawn_empty(tmp_path, capsys):
     lab.sweep(args, "table", lab.grid(a=[1]), lambda cell: {"b": 1})
     before = (tmp_path / "table.csv").read_text()
     with pytest.raises(SystemExit, match="table.csv has other columns"):
-        lab.sweep(args, "table", lab.grid(a=[2]), lambda cell: {"b": 1, "c": 2})
+        lab.sweep(args, "table", lab.grid(c=[2]), lambda cell: {"b": 1})
     assert (tmp_path / "table.csv").read_text() == before
+    lab.sweep(args, "table", lab.grid(a=[2]), lambda cell: {"b": 1, "d": 5})             # a new column of results
+    assert [(row["a"], row["d"]) for row in lab.read(tmp_path / "table.csv")] == [(1, ""), (2, 5)]
 
 
 def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):
