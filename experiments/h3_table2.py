@@ -5,7 +5,7 @@
 The paper's settings: two layers, 32 wide; associative recall with 10 tokens, length 20, induction heads with 20 tokens,
 length 30 (random: 25% and 5%); 5,000 examples, 200 times over in batches of 32, rate 0.0005 with 10% warm-up, the loss
 on all tokens. Nothing is chosen: three seeds of weights and examples, tested on 2,000 others. Dotted: what the most
-frequent value of the text reaches. Writes h3_table2.csv and .png.
+frequent value of the text reaches. Writes h3_table2.csv, .txt and .png.
 """
 import lab
 import torch
@@ -41,6 +41,7 @@ if __name__ == "__main__":
     rows = run(args)
     results = lab.best(rows, ("task", "mixer"), "accuracy")
     guess = {"h3_induction": 5.0, "h3_recall": most_frequent_value()}
+    say = lab.reporter(args.out / "h3_table2.txt")
     fig, axes = lab.figure(9, 3.6, columns=2, sharey=True)
     for ax, (task, title), column in zip(axes, TASKS.items(), (0, 1), strict=True):
         for i, (mixer, paper) in enumerate(PAPER.items()):
@@ -49,13 +50,13 @@ if __name__ == "__main__":
                 mean, low, high = (100 * x for x in found[0])
                 ax.errorbar(i + 0.12, mean, [[mean - low], [high - mean]], fmt="o", color="C0", capsize=4,
                             label="here, three seeds" if i == 0 else None)
-                print(f"{task:14}{mixer:11} paper {paper[column]:5.1f}   here {mean:5.1f} ({low:.1f} to {high:.1f})")
+                say(f"{task:14}{mixer:11} paper {paper[column]:5.1f}   here {mean:5.1f} ({low:.1f} to {high:.1f})")
         ax.axhline(guess[task], color="black", lw=0.8, ls=":")
         ax.text(-0.4, guess[task] + 1, ("guessing", "naming the most frequent value")[column], fontsize=8)
         ax.set_xticks(range(len(PAPER)), NAMES.values())
         ax.set(title=title, ylim=(0, 104), xlim=(-0.5, 3.5))
         ax.grid(alpha=0.3)
-    print(f"the most frequent value is right in {guess['h3_recall']:.1f}%")
+    say(f"the most frequent value is right in {guess['h3_recall']:.1f}%")
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(loc="center right")
     lab.save(fig, args.out / "h3_table2.png")

@@ -4,7 +4,8 @@
 
 A one-layer attention model is trained on the plays; then every feature map, behind a learned matrix that starts as the
 identity, is fitted to that layer's attention weights (cross-entropy), on another eight passages at each step, and
-compared on passages of plays that neither has seen. Divergences in nats for each target. Writes hedgehog.csv and .png.
+compared on passages of plays that neither has seen. Divergences in nats for each target. Writes hedgehog.csv, .txt and
+.png.
 """
 import importlib
 
@@ -86,6 +87,7 @@ if __name__ == "__main__":
              for lr in ([1e-2] if args.quick else [1e-3, 3e-3, 1e-2])]
     rows = lab.sweep(args, "hedgehog", cells, measure, ("map",), "-validation")
     results = {key: lab.best(rows, ("map",), key, judge="-validation") for key in ("at_first", "test")}
+    say = lab.reporter(args.out / "hedgehog.txt")
     fig, (left, right) = lab.figure(12, 4.2, columns=2)
     for name, (entropy, monotone, *_) in mimicry.items():
         left.plot(entropy, monotone, "o", color="black" if name == "softmax" else "C0")
@@ -99,7 +101,7 @@ if __name__ == "__main__":
         right.errorbar(mean, torch.arange(len(order)) + 0.24 * j - 0.12, xerr=[mean - low, high - mean], fmt="so"[j],
                        color=("gray", "C0")[j], mfc=("white", "C0")[j], capsize=3, label=label)
     for name in order:
-        print(f"{name[0]:18}" + "   ".join("{} {:.3f} ({:.3f} to {:.3f})".format(key, *results[key][name])
+        say(f"{name[0]:18}" + "   ".join("{} {:.3f} ({:.3f} to {:.3f})".format(key, *results[key][name])
                                            for key in ("at_first", "test")))
     right.set_yticks(range(len(order)), [NAMES.get(name, name) for name, in order])
     right.invert_yaxis()

@@ -5,7 +5,7 @@
 Each text comes from an automaton of its own; right is any letter that may come next. A layer of n-gram heads (orders 1
 to 3) is set before two layers of a mixer; without it, a third layer of that mixer stands there. 128 wide, dropout 0.1
 of the embedding, 30,000 steps of 32 texts, of 40,000 for each seed. Dotted: what counting reaches, without a model:
-what followed the last 0 to 3 letters most often? Writes icll.csv and .png.
+what followed the last 0 to 3 letters most often? Writes icll.csv, .txt and .png.
 """
 from collections import Counter, defaultdict
 
@@ -55,16 +55,17 @@ if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = run(args)
     results = lab.best(rows, ("model", "ngram"), "accuracy", judge="val_accuracy")
+    say = lab.reporter(args.out / "icll.txt")
     fig, ax = lab.figure(9, 4)
     models = [model for model in MIXERS if (model, 0) in results or (model, 1) in results]
     for (model, ngram), (mean, low, high) in results.items():
         ax.errorbar(models.index(model) + 0.2 * ngram - 0.1, mean, [[mean - low], [high - mean]], fmt="os"[ngram],
                     color=("gray", "C0")[ngram], capsize=4, label=("three layers", "n-gram heads and two layers")[ngram]
                     if model == models[0] else None)
-        print(f"{model:18}{'with' if ngram else 'without'} n-gram heads: {mean:.4f} ({low:.4f} to {high:.4f})")
+        say(f"{model:18}{'with' if ngram else 'without'} n-gram heads: {mean:.4f} ({low:.4f} to {high:.4f})")
     for order in range(4):
         accuracy = counting(order, rows[0]["test"].split()[0])
-        print(f"counting what followed the last {order} letters: {accuracy:.4f}")
+        say(f"counting what followed the last {order} letters: {accuracy:.4f}")
         ax.axhline(accuracy, color="black", lw=0.8, ls=":")
         ax.text(len(models) - 0.45, accuracy, f"the last {order} letters counted", fontsize=8, ha="right",
                 va="bottom" if order == 3 else "top")

@@ -4,7 +4,7 @@
 
 Nested MIN, MAX, MEDIAN and SUM-MOD of digits, the result asked for at the end; 25 to 100 tokens (the benchmark: 500 to
 2000). Four layers, 64 wide. How much of it needs nesting? Dotted: what is right if whatever stands deeper than so many
-brackets is left out. Writes listops.csv and .png.
+brackets is left out. Writes listops.csv, .txt and .png.
 """
 import importlib
 
@@ -59,13 +59,14 @@ if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = run(args)
     results = lab.best(rows, ("mixer",), "accuracy", judge="val_accuracy")
+    say = lab.reporter(args.out / "listops.txt")
     fig, ax = lab.figure(6, 3.8)
     for i, ((name,), (mean, low, high)) in enumerate(sorted(results.items(), key=lambda item: item[1])):
         ax.errorbar(i, mean, [[mean - low], [high - mean]], fmt="o", color="C0", capsize=5)
-        print(f"{name:18} {mean:.3f} ({low:.3f} to {high:.3f})")
+        say(f"{name:18} {mean:.3f} ({low:.3f} to {high:.3f})")
     ax.set_xticks(range(len(results)), [NAMES[name] for _, (name,) in sorted((v, k) for k, v in results.items())])
     for depth, share in without_nesting(rows[0]["test"].split()[0], 500 if args.quick else 6000).items():
-        print(f"leaving out what stands deeper than {depth}: {share:.3f}")
+        say(f"leaving out what stands deeper than {depth}: {share:.3f}")
         ax.axhline(share, color="black", lw=0.8, ls=":")
         ax.text(len(results) - 0.5, share, f"depth {depth} alone", fontsize=8, va="bottom", ha="right")
     ax.set(ylabel="accuracy", title="ListOps, up to 100 tokens", xlim=(-0.5, len(results) - 0.5))

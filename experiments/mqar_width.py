@@ -8,7 +8,7 @@ of 512 (256 tokens: 256), four rates from 0.0001 to 0.01 and beyond if the best 
 embedding, linear weights N(0, 0.02^2); learned positions for attention alone; BaseConv with 3 taps, then with as many
 as tokens; H3 with head_dim 2 and as many states as tokens. A run ends when all of its kind have an accuracy of 0.99
 (the authors stop there, too). Panels of lengths that have not been run so are from mqar_width_small.csv: 10,000 steps
-of 128 or 64 examples, rates up to 0.003. Writes mqar_width.csv and .png.
+of 128 or 64 examples, rates up to 0.003. Writes mqar_width.csv, .txt and .png.
 """
 import lab
 
@@ -54,7 +54,7 @@ def smaller():
                     ("task", "layers", "d_model"), "accuracy")
 
 
-def draw(ax, results, n, style, paper):
+def draw(ax, results, n, style, paper, say):
     for name in LAYERS:
         points = sorted((d, *y) for (task, layers, d), y in results.items()
                         if (task.split()[0].split(":")[0], layers) == (f"mqar_{n}", name))
@@ -63,7 +63,7 @@ def draw(ax, results, n, style, paper):
             ax.errorbar(d, mean, [[m - lo for m, lo in zip(mean, low, strict=True)],
                                   [h - m for m, h in zip(mean, high, strict=True)]], fmt=style, ms=5, capsize=3,
                         color=COLOURS[name], label=name)
-            print(f"{n:5} tokens {name:17}" + "".join("  {}: {:.3f} ({:.3f} to {:.3f})".format(*p) for p in points))
+            say(f"{n:5} tokens {name:17}" + "".join("  {}: {:.3f} ({:.3f} to {:.3f})".format(*p) for p in points))
         if name in paper:
             ax.plot(WIDTHS, paper[name], ":", color="gray", lw=1)
             ax.annotate(name, (WIDTHS[0], paper[name][0]), xytext=(-4, 0), textcoords="offset points", fontsize=6,
@@ -74,13 +74,14 @@ if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = run(args)
     results = lab.best(rows, ("task", "layers", "d_model"), "accuracy", judge="val_accuracy")
+    say = lab.reporter(args.out / "mqar_width.txt")
     if args.quick:
         for (_, name, d), (mean, *_) in results.items():
-            print(f"width {d}: {name} {mean:.3f}")
+            say(f"width {d}: {name} {mean:.3f}")
     fig, axes = lab.figure(13, 4.4, columns=3, sharey=True)
     for ax, n in zip(axes, PAPER, strict=True):
         here = {key: y for key, y in results.items() if key[0].startswith(f"mqar_{n} ")}
-        draw(ax, here or smaller(), n, "o-" if here else "s--", PAPER[n])
+        draw(ax, here or smaller(), n, "o-" if here else "s--", PAPER[n], say)
         ax.axhline(16 / n, color="black", lw=0.8, ls="--")
         ax.set(xscale="log", xlabel="model width", ylim=(-0.02, 1.03), xlim=(44, 600),
                title=f"{n} tokens, {n // 16} pairs{'' if here else ': fewer examples'}")

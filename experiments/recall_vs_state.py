@@ -58,12 +58,12 @@ def run(args):
     return lab.sweep(args, "recall_vs_state", cells(args.quick), measure, ("family", "mixer"), "val_accuracy", pack=4)
 
 
-def draw(ax, results, title):
+def draw(ax, results, title, say):
     for family, (style, colour) in STYLES.items():
         points = sorted((size, *y) for (f, _, size), y in results.items() if f == family)
         if points:
             size, mean, low, high = zip(*points, strict=True)
-            print(f"{family:26}" + "".join("  {:,} B: {:.3f} ({:.3f} to {:.3f})".format(*point) for point in points))
+            say(f"{family:26}" + "".join("  {:,} B: {:.3f} ({:.3f} to {:.3f})".format(*point) for point in points))
             ax.errorbar(size, mean, [[m - lo for m, lo in zip(mean, low, strict=True)],
                                      [h - m for m, h in zip(mean, high, strict=True)]], fmt=style, color=colour, ms=5,
                         capsize=2)
@@ -77,11 +77,13 @@ if __name__ == "__main__":
     args = lab.options(__doc__)
     results = lab.best(run(args), ("family", "mixer", "state_bytes"), "accuracy", judge="val_accuracy")
     small = lab.read(lab.ROOT / "experiments" / "results" / "recall_vs_state_small.csv")
+    say = lab.reporter(args.out / "recall_vs_state.txt")
     fig, (left, right) = lab.figure(13, 5, columns=2, sharey=True)
     for points in PAPER.values():
         left.plot(*zip(*points, strict=True), ".:", color="gray", lw=1)
-    draw(left, results, "the authors' mixture, mean of seven tests (gray: the paper)")
-    draw(right, lab.best(small, ("family", "mixer", "state_bytes"), "accuracy"), "32 pairs in 128 tokens alone")
+    draw(left, results, "the authors' mixture, mean of seven tests (gray: the paper)", say)
+    draw(right, lab.best(small, ("family", "mixer", "state_bytes"), "accuracy"), "32 pairs in 128 tokens alone",
+         say)
     right.axhline(1 / 32, color="black", lw=0.8, ls=":")
     left.set_ylabel("accuracy")
     lab.save(fig, args.out / "recall_vs_state.png")

@@ -95,8 +95,9 @@ def measure(cell):
 
 def large(args):
     """The paper's comparison, a line for each model."""
-    cells = [{"size": size, "name": name, "mixer": LAYERS[size][name], "vocab_size": 50304, "length": 1280, "batch": 128,
-              "new_tokens": 512} | flags for size, flags in LARGE.items() for name in LAYERS[size]]
+    common = {"vocab_size": 50304, "length": 1280, "batch": 128, "new_tokens": 512}
+    cells = [{"size": size, "name": name, "mixer": LAYERS[size][name]} | common | flags
+             for size, flags in LARGE.items() for name in LAYERS[size]]
     say = lab.reporter(args.out / "throughput_large.txt")
     rows = lab.sweep(args, "throughput_large", cells, measure)
     for row in rows:

@@ -2,7 +2,9 @@
 import importlib
 import importlib.util
 import math
+import re
 import runpy
+import shutil
 import sys
 import time
 
@@ -338,6 +340,75 @@ def test_counting_by_hand(text, right, monkeypatch):
     monkeypatch.setattr(train, "from_lessons", lambda table: {"task": task})
     counting = importlib.import_module("icll").counting
     assert [counting(order, "task") for order in (0, 1, 2)] == right
+
+
+# ------------------------------------------------------------------------------------------- what the READMEs say of it
+#
+# A number in a README's table of results, in the caption of a picture or, with a decimal point or a %, in the text, is
+# one of results/, rounded: of NAME.txt, which the script writes when it draws, or of NAME.csv where there is none. A
+# paper's numbers stand in a column "paper" or "claim", or in brackets that begin with "paper:".
+
+RESULTS = FOLDER / "results"
+NUMBER = re.compile(r"(?<![\w.,])\d(?:[\d,]*\d)?(?:\.\d+)?(?![\w])")
+
+
+def numbers_of(text):
+    return [word.replace(",", "") for word in NUMBER.findall(text)]
+
+
+def in_results():
+    """Every number of results/: of NAME.txt, or else of NAME.csv."""
+    files = [path for path in sorted(RESULTS.glob("*.csv")) if not path.with_suffix(".txt").exists()]
+    return {float(word) for path in [*files, *RESULTS.glob("*.txt")] for word in numbers_of(path.read_text())}
+
+
+def claimed(page):
+    """The numbers of a page that must be in results/, with the line that has them."""
+    text = re.sub(r"```.*?```|\(paper:[^)]*\)|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+    text = text if page.parent == FOLDER else text.partition("## The papers' results")[2].partition("\n## ")[0]
+    quoted, header = set(), False
+    for line in text.splitlines():
+        captions = re.findall(r"!\[([^]]*)\]", line)
+        line = re.sub(r"\]\([^)]*\)", "]", line)
+        if line.lstrip().startswith("|"):
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+            if not header:
+                quoted = {i for i, cell in enumerate(cells) if cell in ("paper", "claim")}
+            header = True
+            yield from ((word, line) for i, cell in enumerate(cells) if i not in quoted for word in numbers_of(cell))
+        else:
+            header = False
+            yield from ((word, line) for caption in captions for word in numbers_of(caption))
+            yield from ((word, line) for word in numbers_of(line) if "." in word or f"{word}%" in line)
+
+
+@pytest.mark.parametrize("page", [train.ROOT / "README.md", FOLDER / "README.md"], ids=["README", "experiments"])
+def test_every_number_of_a_result_is_in_the_results(page):
+    known = in_results()
+    for word, line in claimed(page):
+        places = len(word.partition(".")[2])
+        near = [x for x in known if abs(x - float(word)) <= 10 ** -places]
+        assert any(f"{x:.{places}f}" == word for x in near), f"{word} in: {line}"
+
+
+def test_a_number_that_was_not_measured_is_found(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    monkeypatch.setitem(globals(), "FOLDER", tmp_path)
+    page.write_text("| claim | paper | here |\n|---|---|---|\n| 82% | 0.3 | [0.41](x_0.5.csv), 7 (paper: 0.6) |\n\n"
+                    "![a 0.7](p.png) It took 12 steps, `--lr 0.1`, and has 0.8, or 90%.\n")
+    assert [word for word, _ in claimed(page)] == ["0.41", "7", "0.7", "0.7", "0.8", "90"]
+
+
+REPORTS = sorted(path.stem for path in RESULTS.glob("*.txt") if (FOLDER / f"{path.stem}.py").exists())
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_what_is_reported_follows_from_the_table(name, tmp_path, monkeypatch, capsys):
+    """NAME.txt is what the script says of NAME.csv."""
+    shutil.copy(RESULTS / f"{name}.csv", tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "--draw", "--out", str(tmp_path)])
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert (tmp_path / f"{name}.txt").read_text() == (RESULTS / f"{name}.txt").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------- conversion
