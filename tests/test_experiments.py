@@ -213,6 +213,23 @@ def test_a_run_that_may_end_early_is_told_so(monkeypatch):
     assert asked == [(0.9, 1000), (None, 10 ** 9)]
 
 
+def test_zoologys_start_and_dropout():
+    """--init_std: weights of linear layers, and nothing else. --dropout: in training alone."""
+    flags = {"mixer": "h3", "dropout": 0.5}
+    usual, small = (train.build_model(lab.parsed(flags | {"init_std": std}), 64) for std in (0, 0.02))
+    for (name, p), q in zip(small.named_parameters(), usual.parameters(), strict=True):
+        layer = small.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, torch.nn.Linear) and name.endswith("weight"):
+            assert p.std().item() == pytest.approx(0.02, rel=0.05)
+        else:
+            assert torch.equal(p, q)
+    ids = torch.randint(64, (2, 9))
+    assert not torch.equal(small(ids), small(ids)) and torch.equal(small.eval()(ids), small(ids))
+    for flags in (["--dropout", "1"], ["--init_std", "-1"], ["--dropout", "nan"]):
+        with pytest.raises(train.BadInput, match="--dropout"):
+            train.parse(flags)
+
+
 # ------------------------------------------------------------------------------------------------- many models at once
 
 
