@@ -89,7 +89,7 @@ def trained(cell, then=None, enough=None):
     what it returns for the model. enough: the accuracy at which the training ends early, looked at every 1000 steps."""
     with tempfile.TemporaryDirectory() as folder:
         often = ("--eval_every", "1000", "--enough", str(enough)) if enough else ("--eval_every", str(10 ** 9))
-        args = parsed(cell, "--out", f"{folder}/run", "--n_tokens", "1", *often)
+        args = parsed(cell, "--out", f"{folder}/run", "--n_tokens", "0", *often)
         args.capture = torch.cuda.is_available()
         try:
             scores = train.train(args, say=lambda *_, **__: None)
