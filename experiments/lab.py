@@ -129,12 +129,12 @@ def some(task, transform, seed, start, n):
 
 @cache
 def made(task, transform, n, seed):
-    """n examples of a task, by 500: kept for the next pack. Many are made by all cores."""
+    """n examples of a task, by 500: kept for the next pack. Many are made by several cores."""
     starts = range(0, n, 500)
     parts = [(task, transform, seed, start, min(500, n - start)) for start in starts]
     if len(parts) < 50 or os.cpu_count() < 4:
         return [some(*part) for part in parts]
-    with ProcessPoolExecutor(os.cpu_count() // 2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(8, os.cpu_count() // 2), multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(some, *zip(*parts, strict=True)))
 
 
