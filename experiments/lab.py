@@ -487,14 +487,15 @@ def side_by_side(measure, due, jobs, size):
         running = [job for job in running if all(job is not done for done, _ in ended)]
 
 
-def sweep(args, name, cells, measure, by=None, score=None, pack=1, enough=math.inf):
+def sweep(args, name, cells, measure, by=None, score=None, pack=1, enough=math.inf, needed=True):
     """Measure the cells that NAME.csv does not have yet, in their order, a row each as soon as it is there. Returns the
     cells' rows.
 
     by: names of columns. Among the rows that are equal in them the first cell's seed chooses ("use" is then "choose"):
     it tries all learning rates, and those beyond the grid as long as the best is at its edge and has less than
     `enough`. The other seeds are trained with the one that had the best score (-score: the smallest).
-    pack: measure is given lists of up to so many cells that differ in learning rate and seed alone, see packed()."""
+    pack: measure is given lists of up to so many cells that differ in learning rate and seed alone, see packed().
+    needed: without a row there is nothing to draw."""
     path, failed = args.out / f"{name}.csv", set()
     cells = [cell | ({"steps": args.steps} if args.steps and "steps" in cell else {}) for cell in cells[:args.cells]]
     chooser, groups = cells[0].get("seed"), {}
@@ -546,7 +547,7 @@ def sweep(args, name, cells, measure, by=None, score=None, pack=1, enough=math.i
         left = int((time.perf_counter() - start) / n * ahead())
         said += "  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in result.items())
         print(f"{n}/{n + ahead()}, {left // 60}:{left % 60:02d} left   {said}", flush=True)
-    if not rows():
+    if not rows() and needed:
         sys.exit(f"{path} has no rows of these runs: there is nothing to draw")
     if ahead():
         print(f"{len(rows())} runs are in {path}, {ahead()} are still to be done")
@@ -613,7 +614,7 @@ def best(rows, by, score, judge=None):
     other things have with several, is left out: of an interrupted sweep."""
     groups = {name: [row[score] for row in seeds if row[score] != ""]
               for name, seeds in chosen(rows, by, judge or score).items()}
-    least = min(2, max(map(len, groups.values())))
+    least = min(2, max(map(len, groups.values()), default=0))
     return {name: (statistics.mean(scores), min(scores), max(scores))
             for name, scores in groups.items() if len(scores) >= max(1, least)}
 

@@ -45,7 +45,7 @@ def measure(cells):
 
 def run(args):
     return lab.sweep(args, "mqar_width", cells(args.quick), measure, ("task", "layers", "d_model"), "val_accuracy",
-                     pack=4, enough=0.99)
+                     pack=4, enough=0.99, needed=False)
 
 
 def smaller():

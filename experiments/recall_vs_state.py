@@ -55,35 +55,37 @@ def measure(cells):
 
 
 def run(args):
-    return lab.sweep(args, "recall_vs_state", cells(args.quick), measure, ("family", "mixer"), "val_accuracy", pack=4)
+    return lab.sweep(args, "recall_vs_state", cells(args.quick), measure, ("family", "mixer"), "val_accuracy", pack=4,
+                     needed=False)
 
 
 def draw(ax, results, title, say):
+    """Mistakes, on a log axis, against bytes; each line is labelled where its state is smallest."""
     for family, (style, colour) in STYLES.items():
         points = sorted((size, *y) for (f, _, size), y in results.items() if f == family)
         if points:
-            size, mean, low, high = zip(*points, strict=True)
             say(f"{family:26}" + "".join("  {:,} B: {:.3f} ({:.3f} to {:.3f})".format(*point) for point in points))
-            ax.errorbar(size, mean, [[m - lo for m, lo in zip(mean, low, strict=True)],
-                                     [h - m for m, h in zip(mean, high, strict=True)]], fmt=style, color=colour, ms=5,
-                        capsize=2)
-            ax.annotate(family, (size[-1], mean[-1]), xytext=(5, -3), textcoords="offset points", fontsize=8,
-                        color=colour)
-    ax.set(xscale="log", xlabel="state for each sequence, bytes", ylim=(-0.03, 1.05), title=title)
+            wrong = [[1 - x for x in (mean, high, low)] for _, mean, low, high in points]
+            ax.errorbar([point[0] for point in points], *lab.bars(wrong), fmt=style, color=colour, ms=5, capsize=2)
+            ax.annotate(family, (points[0][0], wrong[0][0]), xytext=(-5, -11 if family == "Taylor" else 4), ha="right",
+                        textcoords="offset points", fontsize=8, color=colour)
+    ax.set(xscale="log", yscale="log", xlabel="state for each sequence, bytes", ylim=(1.3, 0.001), title=title)
     ax.grid(alpha=0.3)
 
 
 if __name__ == "__main__":
     args = lab.options(__doc__)
-    results = lab.best(run(args), ("family", "mixer", "state_bytes"), "accuracy", judge="val_accuracy")
+    rows = run(args)
+    results = lab.best(rows, ("family", "mixer", "state_bytes"), "accuracy", judge="val_accuracy")
     small = lab.read(lab.ROOT / "experiments" / "results" / "recall_vs_state_small.csv")
     say = lab.reporter(args.out / "recall_vs_state.txt")
-    fig, (left, right) = lab.figure(13, 5, columns=2, sharey=True)
-    for points in PAPER.values():
-        left.plot(*zip(*points, strict=True), ".:", color="gray", lw=1)
-    draw(left, results, "the authors' mixture, mean of seven tests (gray: the paper)", say)
-    draw(right, lab.best(small, ("family", "mixer", "state_bytes"), "accuracy"), "32 pairs in 128 tokens alone",
-         say)
-    right.axhline(1 / 32, color="black", lw=0.8, ls=":")
-    left.set_ylabel("accuracy")
+    fig, axes = lab.figure(12 if rows else 7.5, 5, columns=2 if rows else 1, squeeze=False)
+    if rows:
+        for points in PAPER.values():
+            axes[0, 0].plot([n for n, _ in points], [1 - x + 1e-3 for _, x in points], ".:", color="gray", lw=1)
+        draw(axes[0, 0], results, "the authors' mixture, mean of seven tests (gray: the paper)", say)
+    draw(axes[0, -1], lab.best(small, ("family", "mixer", "state_bytes"), "accuracy"), "32 pairs in 128 tokens", say)
+    axes[0, -1].axhline(31 / 32, color="black", lw=0.8, ls=":")
+    axes[0, 0].set_ylabel("share of wrong answers (dotted: naming any of the values)")
+    axes[0, -1].set_xlim(2e3, 2e5)
     lab.save(fig, args.out / "recall_vs_state.png")

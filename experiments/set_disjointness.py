@@ -44,7 +44,8 @@ def cells(quick):
 
 
 def run(args):
-    return lab.sweep(args, "set_disjointness", cells(args.quick), lab.packed, ("model",), "val_accuracy", pack=4)
+    return lab.sweep(args, "set_disjointness", cells(args.quick), lab.packed, ("model",), "val_accuracy", pack=4,
+                     needed=False)
 
 
 def scores(rows):
@@ -99,11 +100,12 @@ if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = run(args)
     say = lab.reporter(args.out / "set_disjointness.txt")
-    fig, (left, middle, right) = lab.figure(14, 4.2, columns=3)
-    draw_untrained(left, (4, 8, 16) if args.quick else (4, 6, 8, 12, 16, 24), say)
-    draw(middle, scores(rows), say, "36 wide, f = 4: small set first, the gain")
+    fig, axes = lab.figure(14 if rows else 9.5, 4.2, columns=3 if rows else 2)
+    draw_untrained(axes[0], (4, 8, 16) if args.quick else (4, 6, 8, 12, 16, 24), say)
+    if rows:
+        draw(axes[1], scores(rows), say, "36 wide, f = 4: small set first, the gain")
     small = lab.read(lab.ROOT / "experiments" / "results" / "set_disjointness_small.csv")
-    draw(right, small_scores(small), say, "64 wide, f = 8, fewer steps")
+    draw(axes[-1], small_scores(small), say, "64 wide, f = 8, fewer steps")
     for row in (row for row in small if row["model"] == "JRT-RNN" and row["seed"] == 0):
         say(f"64 wide, JRT-RNN, rate {row['lr']}, one seed: 16 then 256 {row['16+256']:.3f}, 256 then 16 "
             f"{row['256+16']:.3f}")
