@@ -137,4 +137,9 @@ if __name__ == "__main__":
         ahead = [t for t in lengths if speed.get((mixer, t), 0) > speed.get(("attention", t), float("inf"))]
         where = f"from {min(ahead)} tokens on" if ahead else "at no length here"
         say(f"{NAMES[mixer]} generates faster than attention {where}")
+    larger = {row["mixer"]: row for row in lab.read(args.out / "throughput.csv") if row["new_tokens"] == 1024}
+    for mixer, row in larger.items():
+        rate, base = row["generated_tokens_per_s"], larger["attention"]["generated_tokens_per_s"]
+        say(f"{row['parameters'] / 1e6:.0f}M parameters, 128 x 1024 tokens: {mixer} {rate / 1000:.1f} tokens/ms, "
+            f"{rate / base:.1f} times attention's, at most {row['peak_bytes'] / 1e9:.1f} GB")
     lab.save(fig, args.out / "throughput.png")
