@@ -62,9 +62,10 @@ def divergence(q, k, phi_q, phi_k):
 
 if __name__ == "__main__":
     args = lab.options(__doc__)
-    project, text = trained_layer(args)
-    passages = torch.cat([ids for ids, *_ in text.held_out(8, 8)])
-    validation, test = project(passages[::2]), project(passages[1::2])                       # 32 each
+    if not args.draw:
+        project, text = trained_layer(args)
+        passages = torch.cat([ids for ids, *_ in text.held_out(8, 8)])
+        validation, test = project(passages[::2]), project(passages[1::2])                   # 32 each
     mimicry = lesson.mimicry()
 
     def measure(cell):

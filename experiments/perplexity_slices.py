@@ -132,5 +132,6 @@ if __name__ == "__main__":
            xticks=(1, 2, 5, 10, 30), xticklabels=(1, 2, 5, 10, 30),
            title=f"{TITLES['more code']}: % of the gap that is recall")
     ax.minorticks_off()
-    ax.legend(fontsize=8, loc="lower right")
+    if len(texts) == 3:
+        ax.legend(fontsize=8, loc="lower right")
     lab.save(fig, args.out / "perplexity_slices.png")
