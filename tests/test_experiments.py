@@ -422,7 +422,7 @@ REPORTS = sorted(path.stem for path in RESULTS.glob("*.txt") if (FOLDER / f"{pat
 @pytest.mark.parametrize("name", REPORTS)
 def test_what_is_reported_follows_from_the_table(name, tmp_path, monkeypatch, capsys):
     """NAME.txt is what the script says of NAME.csv."""
-    for path in RESULTS.glob(f"{name}.csv"):                 # not there yet, if all that is drawn are older, smaller runs
+    for path in RESULTS.glob(f"{name}.csv"):                 # not there, if all that is drawn are older, smaller runs
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(sys, "argv", [name, "--draw", "--out", str(tmp_path)])
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
