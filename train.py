@@ -185,9 +185,9 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Embedding, blocks, norm, and a head that shares the embedding's weights. ids: (b, t) -> logits: (b, t, v)."""
 
-    def __init__(self, mixers, vocab_size, d_model, mlp, form=None):
+    def __init__(self, mixers, vocab_size, d_model, mlp, form=None, dropout=0.0):
         super().__init__()
-        self.embed = nn.Embedding(vocab_size, d_model)
+        self.embed, self.drop = nn.Embedding(vocab_size, d_model), nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(mixer, d_model, mlp, form) for mixer in mixers)
         self.norm = nn.LayerNorm(d_model, bias=False)
         nn.init.normal_(self.embed.weight, std=0.02)
@@ -198,7 +198,7 @@ class Model(nn.Module):
     def forward(self, ids, extras=None, asked=None):
         """asked: (n,) places in the flattened ids. Then logits for these only, (n, v)."""
         extras = {"ids": ids} | (extras or {})
-        x = self.embed(ids)                                                                  # (b, t, c)
+        x = self.drop(self.embed(ids))                                                       # (b, t, c)
         for block in self.blocks:
             x = block(x, extras)
         return self.head(x if asked is None else x.flatten(0, 1).index_select(0, asked))
@@ -236,7 +236,10 @@ def build_model(args, vocab_size, device="cpu"):
         if args.form and not any(args.form in mixer.forms for mixer in mixers):
             raise BadInput(f"--form {args.form}: --mixer {args.mixer} has " + ", ".join(
                 dict.fromkeys(form for mixer in mixers for form in mixer.forms)))
-        return Model(mixers, vocab_size, args.d_model, args.mlp, args.form).to(device)
+        model = Model(mixers, vocab_size, args.d_model, args.mlp, args.form, args.dropout)
+    for layer in (layer for layer in model.blocks.modules() if args.init_std and isinstance(layer, nn.Linear)):
+        nn.init.normal_(layer.weight, std=args.init_std)
+    return model.to(device)
 
 
 @torch.no_grad()
@@ -819,6 +822,8 @@ def parse(argv):
     add("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
     add("--warmup", type=int, default=50, help="steps of warm-up (default %(default)s)")
     add("--weight_decay", type=float, default=0.1, help="default %(default)s")
+    add("--dropout", type=float, default=0.0, help="share of the embedding's numbers left out (default %(default)s)")
+    add("--init_std", type=float, default=0.0, help="of the weights of linear layers at first (0: the mixers' own)")
     add("--seed", type=int, default=0, help="of the weights and the order of the data (default %(default)s)")
     add("--enough", type=float, metavar="ACCURACY", help="end a task's training once the held-out accuracy is as high")
     add("--rare", type=int, default=10, help="how often a bigram of the recall slice may be in the training text (10)")
@@ -865,6 +870,8 @@ def parse(argv):
         raise BadInput(f"--enough {args.enough}: the accuracy above 0, at most 1, at which a task ends (text has none)")
     if not 0 < args.lr < math.inf:
         raise BadInput(f"--lr must be above 0, not {args.lr}")
+    if not (0 <= args.dropout < 1 and 0 <= args.init_std < math.inf):
+        raise BadInput(f"--dropout {args.dropout} must be below 1, and --init_std {args.init_std} a number; both >= 0")
     return args, checkpoint
 
 

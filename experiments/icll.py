@@ -3,8 +3,10 @@
     python experiments/icll.py [--jobs 8] [--quick]
 
 Each text comes from an automaton of its own; right is any letter that may come next. A layer of n-gram heads (orders 1
-to 3) is set before two layers of a mixer; without it, a third layer of that mixer stands there. Dotted: what counting
-reaches, without a model: what followed the last 0 to 3 letters most often? Writes icll.csv and .png.
+to 3) is set before two layers of a mixer; without it, a third layer of that mixer stands there. The authors' rate and
+budget: 0.0005 with 10% warm-up, 30,000 steps of 32 texts (of 40,000 for each seed), 128 wide, dropout 0.1 of the
+embedding. Nothing is chosen. Hollow: icll_small.csv, 64 wide, 5,000 steps, rates 0.001 and 0.003. Dotted: what counting
+reaches, without a model: what followed the last 0 to 3 letters most often? Writes icll.csv, .txt and .png.
 """
 from collections import Counter, defaultdict
 
@@ -12,24 +14,25 @@ import lab
 import torch
 from lab import train
 
-MIXERS = ("attention", "linear_attention", "retnet", "gla", "mamba", "short_conv,based", "hyena")
-
-
-def measure(cell):
-    flags = {name: value for name, value in cell.items() if name not in ("model", "ngram")}
-    return {"accuracy": lab.trained(flags)["accuracy"]}
+MIXERS = {"attention": "attention", "mamba": "Mamba", "linear_attention": "linear attention", "retnet": "RetNet",
+          "short_conv,based": "Based", "gla": "GLA", "hyena": "Hyena"}
 
 
 def cells(quick):
-    common = {"d_model": 64, "batch_size": 32}
-    models, lrs, seeds, steps, length = MIXERS, (1e-3, 3e-3), (0, 1, 2), 5000, 256
+    common = {"d_model": 128, "batch_size": 32, "dropout": 0.1, "test": "icll:length=256 1000"}
+    models, lr, seeds, steps, task = MIXERS, 5e-4, (0, 1, 2), 30000, "icll:length=256 40000"
     if quick:
-        models, lrs, seeds, steps, length = MIXERS[:2], (3e-3,), (0,), 60, 96
+        common |= {"d_model": 64, "test": "icll:length=96 200"}
+        models, lr, seeds, steps, task = ("attention", "linear_attention"), 3e-3, (0,), 60, "icll:length=96 2000"
     layers = {False: lambda m: f"{m.split(',')[-1]},{m}" if "," in m else f"{m},{m},{m}",
               True: lambda m: f"ngram,{m}" if "," in m else f"ngram,{m},{m}"}
-    return [common | {"model": m, "ngram": int(ngram), "mixer": layers[ngram](m), "task": f"icll:length={length}",
-                      "lr": lr, "seed": seed, "steps": steps}
-            for m in models for ngram in (False, True) for seed in seeds for lr in lrs]
+    return [common | {"model": m, "ngram": int(ngram), "mixer": layers[ngram](m), "task": task, "lr": lr, "seed": seed,
+                      "steps": steps, "warmup": steps // 10}
+            for m in models for ngram in (False, True) for seed in seeds]
+
+
+def run(args):
+    return lab.sweep(args, "icll", cells(args.quick), lab.packed, pack=3)
 
 
 def counting(order, task, texts=128):
@@ -49,24 +52,30 @@ def counting(order, task, texts=128):
     return right / asked
 
 
+def draw(ax, results, models, filled, say, title):
+    for (model, ngram), accuracy in results.items():
+        label = ("three layers", "n-gram heads and two layers")[ngram] if filled and model == models[0] else None
+        ax.errorbar(models.index(model) + 0.2 * ngram - (0.1 if filled else 0.16), *lab.bars([accuracy]), capsize=4,
+                    fmt="os"[ngram], color=("gray", "C0")[ngram], mfc=None if filled else "white", label=label)
+        say(f"{title}: {model:18}{'with' if ngram else 'without'} n-gram heads {lab.spread(*accuracy, '.4f')}")
+
+
 if __name__ == "__main__":
     args = lab.options(__doc__)
-    rows = lab.sweep(args, "icll", cells(args.quick), measure, ("model", "ngram"), "accuracy")
-    results = lab.best(rows, ("model", "ngram"), "accuracy")
-    fig, ax = lab.figure(10, 4)
-    models = [model for model in MIXERS if (model, 0) in results or (model, 1) in results]
-    for (model, ngram), (mean, low, high) in results.items():
-        ax.bar(models.index(model) + 0.4 * ngram - 0.2, mean, 0.38, yerr=[[mean - low], [high - mean]], capsize=3,
-               color=("C7", "C0")[ngram], label=("three layers", "n-gram heads and two layers")[ngram]
-               if model == models[0] else None)
-        print(f"{model:18}{'with' if ngram else 'without'} n-gram heads: {mean:.4f} ({low:.4f} to {high:.4f})")
+    rows = run(args)
+    say = lab.reporter(args.out / "icll.txt")
+    small = lab.read(lab.ROOT / "experiments" / "results" / "icll_small.csv")
+    fig, ax = lab.figure(9, 4)
+    models = list(MIXERS)
+    draw(ax, lab.best(rows, ("model", "ngram"), "accuracy"), models, True, say, "30,000 steps")
+    draw(ax, lab.best(small, ("model", "ngram"), "accuracy"), models, False, say, "5,000 steps, 64 wide")
     for order in range(4):
-        accuracy = counting(order, rows[0]["task"])
-        print(f"counting what followed the last {order} letters: {accuracy:.4f}")
+        accuracy = counting(order, rows[0]["test"].split()[0])
+        say(f"counting what followed the last {order} letters: {accuracy:.4f}")
         ax.axhline(accuracy, color="black", lw=0.8, ls=":")
-        ax.text(1.005, accuracy, f"last {order}", transform=ax.get_yaxis_transform(), fontsize=7,
+        ax.text(len(models) - 0.45, accuracy, f"the last {order} letters counted", fontsize=8, ha="right",
                 va="bottom" if order == 3 else "top")
-    ax.set_xticks(range(len(models)), models)
-    ax.set(ylabel="accuracy", ylim=(0.4, 1.05), title="Random automata")
-    ax.legend(loc="upper center", ncols=2)
+    ax.set_xticks(range(len(models)), [MIXERS[model] for model in models])
+    ax.set(ylabel="accuracy", title="Random automata", xlim=(-0.5, len(models) - 0.4))
+    ax.legend(loc="center right")
     lab.save(fig, args.out / "icll.png")

@@ -8,9 +8,10 @@ overall - attention's), capped at 100% (Zoology, section 3). Attention alone is 
 the gap is that to attention behind short convolutions, as Based has them. The width is chosen so that all models have
 about as many parameters. Three texts: the plays; code, the folder _inductor of the torch that is installed; more code,
 all text in torch's folder, for eight times as many tokens, and once more with the paper's own meaning of rare, at most
-1250 times. Writes perplexity_slices.csv and .png.
+1250 times. The share depends on that threshold: it is drawn against it. Writes perplexity_slices.csv, .txt and .png.
 """
 import math
+import statistics
 from pathlib import Path
 
 import lab
@@ -18,11 +19,14 @@ import torch
 from lab import train
 
 BASE = "conv + attention"
+PAPER = {"long convolution": 40, "H3": 66, "Hyena": 98, "mean of 17 models": 82}                 # per cent of the gap
 MIXERS = {BASE: "short_conv,attention", "Hyena": "hyena", "H3": "h3", "BaseConv": "baseconv", "attention": "attention",
           "Based": "short_conv,based", "Mamba": "mamba", "S4D": "s4d", "linear attention": "linear_attention",
           "GLA": "gla", "RetNet": "retnet", "RWKV-6": "rwkv6", "window 64": "window:window=64"}
 GATED = (BASE, "BaseConv", "H3", "Hyena")
 TORCH = Path(torch.__file__).parent
+TITLES = {"plays": "the plays", "code": "code", "more code": "ten times the code",
+          "more code, rare: 1250": "the same, rare: up to 1250 times"}
 TEXTS = {"plays": {}, "code": {"data": TORCH / "_inductor"}, "more code": {"data": TORCH},
          "more code, rare: 1250": {"data": TORCH, "rare": 1250}}
 SCORES = ("loss", "recall", "recall_share", "recall_new", "recall_new_share", "rest", "bits_per_byte")
@@ -58,33 +62,76 @@ def cells(quick):
             for text, name, batch, steps in runs for seed in (0, 1, 2) for lr in (1e-3, 3e-3)]
 
 
-def share_of_gap(m, base):
-    """How much of the distance to the loss of base lies on the recall tokens; None for what is not behind it."""
-    gap = m["loss"] - base["loss"] if base else 0
-    return min(1, (m["recall"] - base["recall"]) * m["recall_share"] / gap) if gap > 0 else None
+def share_of_gap(row, base, slice_="recall"):
+    """How much of the distance to the loss of base lies on the tokens of the slice; None for what is not behind it."""
+    gap = row["loss"] - base["loss"]
+    return min(1, (row[slice_] - base[slice_]) * row[slice_ + "_share"] / gap) if gap > 0 else None
+
+
+def shares(rows, bases, slice_="recall"):
+    """Of the same seeds: (mean, smallest, largest)."""
+    values = [share_of_gap(row, base, slice_) for row in rows for base in bases if row["seed"] == base["seed"]]
+    return (statistics.mean(values), min(values), max(values)) if values and None not in values else None
+
+
+def shares_by_threshold(found):
+    """{name: [(threshold, % of the tokens, (mean, low, high) of the % of the gap)]} on the most code."""
+    rare = {0: ("more code", "recall_new"), 10: ("more code", "recall"), 1250: ("more code, rare: 1250", "recall")}
+    return {name: [(limit, 100 * found[text, name][0][part + "_share"],
+                    [100 * share for share in shares(found[text, name], found[text, BASE], part)])
+                   for limit, (text, part) in rare.items()] for name in GATED[1:]}
+
+
+def dots(ax, models, title):
+    """Perplexity overall, on recall and on the rest, a row for each model, smallest to largest of the seeds."""
+    names = sorted(models, key=lambda name: -models[name]["loss"][0])
+    for key, colour in (("loss", "black"), ("recall", "C3"), ("rest", "C0")):
+        mean, ends = lab.bars([[math.exp(x) for x in models[name][key]] for name in names])
+        ax.errorbar(mean, range(len(names)), xerr=ends, fmt="o", ms=4, color=colour, capsize=2,
+                    label={"loss": "all tokens"}.get(key, f"on {key}"))
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xscale="log", title=title)
+    ax.grid(alpha=0.3)
 
 
 if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = lab.sweep(args, "perplexity_slices", cells(args.quick), measure, ("text", "name"), "-loss")
-    mean = {}
-    for key in ("loss", "recall", "recall_share", "rest"):
-        for (text, name), (value, *_) in lab.best(rows, ("text", "name"), key, judge="-loss").items():
-            mean.setdefault(text, {}).setdefault(name, {})[key] = value
-    heights = [len(models) + 3 for models in mean.values()]                                  # of bars, and a title
-    fig, axes = lab.figure(13, 0.27 * sum(heights), rows=len(mean), columns=3, squeeze=False, height_ratios=heights)
-    for row, (text, models) in zip(axes, mean.items(), strict=True):
-        print(f"{text:22}{'overall':>9}{'recall':>9}{'rest':>9}{'% of the gap':>14}")
-        for name, m in sorted(models.items(), key=lambda item: item[1]["loss"]):
-            share = share_of_gap(m, models.get(BASE))
-            print(f"{name:22}" + "".join(f"{math.exp(m[key]):9.2f}" for key in ("loss", "recall", "rest")) +
-                  (f"{share:14.0%}" if share is not None else ""))
-        for ax, key in zip(row, ("loss", "recall", "rest"), strict=True):
-            names = sorted(models, key=lambda name: models[name][key])
-            bars = ax.barh(names, [math.exp(models[name][key]) for name in names])
-            ax.bar_label(bars, fmt="%.4g", fontsize=7, padding=2)
-            ax.margins(x=0.15)
-            ax.set_title(f"{text}: {'overall' if key == 'loss' else 'on ' + key}")
-            ax.invert_yaxis()
-    fig.suptitle("Perplexity")
+    say = lab.reporter(args.out / "perplexity_slices.txt")
+    found, models = lab.chosen(rows, ("text", "name"), "-loss"), {}
+    for key in ("loss", "recall", "rest"):
+        for (text, name), value in lab.best(rows, ("text", "name"), key, judge="-loss").items():
+            models.setdefault(text, {}).setdefault(name, {})[key] = value
+    texts = [text for text in models if text != "more code, rare: 1250"]
+    fig, axes = lab.figure(11, 4 * math.ceil((len(texts) + 1) / 2), rows=math.ceil((len(texts) + 1) / 2), columns=2)
+    axes = axes.flatten()
+    for ax, text in zip(axes, texts, strict=False):
+        dots(ax, models[text], f"{TITLES[text]}: perplexity")
+    axes[0].legend(fontsize=8, loc="lower right")
+    for text, of_text in models.items():
+        recall = 100 * found[text, BASE][0]["recall_share"]
+        say(f"{TITLES[text]}: {recall:.1f}% of the tokens are recall; perplexity overall, on recall, on the rest; gap")
+        for name, scores in sorted(of_text.items(), key=lambda item: item[1]["loss"]):
+            share = shares(found[text, name], found[text, BASE]) if name != BASE else None
+            say(f"{name:18}" + "".join(f"{lab.spread(*map(math.exp, scores[key]), '.4g'):>28}" for key in scores) +
+                ("{:8.0%} ({:.0%} to {:.0%})".format(*share) if share else ""))
+    ax = axes[-1]
+    for name, points in shares_by_threshold(found).items() if len(texts) == 3 else ():
+        _, tokens, of_gap = zip(*points, strict=True)
+        ax.errorbar(tokens, *lab.bars(of_gap), fmt="o-", capsize=3, label=name)
+        for limit, n, share in points:
+            say(f"rare: up to {limit:4} times, {n:.1f}% of the tokens: {name} {lab.spread(*share, '.0f')}% of the gap")
+            if name == "H3":
+                ax.annotate(f"up to {limit} times", (n, share[0]), xytext=(-6, 6), textcoords="offset points",
+                            ha="right", fontsize=8)
+    for name, share in PAPER.items():
+        ax.plot(6.4, share, "D", color="gray", ms=5)
+        ax.annotate(f"paper: {name}", (6.4, share), xytext=(-6, -3), textcoords="offset points", fontsize=8,
+                    color="gray", ha="right")
+    ax.set(xscale="log", xlabel="% of the tokens that are recall", xlim=(0.4, 60), ylim=(0, 104),
+           xticks=(1, 2, 5, 10, 30), xticklabels=(1, 2, 5, 10, 30),
+           title=f"{TITLES['more code']}: % of the gap that is recall")
+    ax.minorticks_off()
+    if len(texts) == 3:
+        ax.legend(fontsize=8, loc="lower right")
     lab.save(fig, args.out / "perplexity_slices.png")

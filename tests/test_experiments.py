@@ -1,7 +1,10 @@
-"""Every experiment runs, small; a sweep goes on where it stopped; the best learning rate is that of the best mean."""
+"""Every experiment runs, small; a sweep goes on where it stopped; one seed chooses, others are reported."""
 import importlib
 import importlib.util
+import math
+import re
 import runpy
+import shutil
 import sys
 import time
 
@@ -45,63 +48,101 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     assert all(row["torch"] and row["machine"] for row in rows)
 
 
-def test_all_learning_rates_with_one_seed_and_the_best_one_with_the_others(tmp_path, capsys):
-    def measure(cell):
-        asked.append(cell)
-        return {"loss": abs(cell["lr"] - {"a": 1e-3, "b": 1e-2}[cell["mixer"]]) + 0.02 * cell["seed"]}
+def peak(cell):
+    """The best rate of mixer a is 1e-3, that of b is 1e-2."""
+    return {"loss": abs(math.log10(cell["lr"]) + {"a": 3, "b": 2}[cell["mixer"]]) + 0.02 * cell["seed"]}
 
+
+def test_one_seed_chooses_the_learning_rate_and_the_others_are_reported(tmp_path, capsys):
     asked, args = [], lab.options("", ["--out", str(tmp_path)])
-    cells = lab.grid(seed=[0, 1], mixer=["a", "b"], lr=[1e-3, 1e-2])
-    rows = lab.sweep(args, "table", cells, measure, ("mixer",), "-loss")
-    later = lab.grid(seed=[1], mixer=["a"], lr=[1e-3]) + lab.grid(seed=[1], mixer=["b"], lr=[1e-2])
-    assert asked == cells[:4] + later
-    assert len(rows) == 6 and lab.sweep(args, "table", cells, None, ("mixer",), "-loss") == rows
-    found = lab.best(rows, ("mixer",), "loss", "-loss")                                   # of both seeds, though worse
-    assert found == {(name,): (pytest.approx(0.01), 0, 0.02) for name in "ab"}
+    cells = lab.grid(seed=[0, 1, 2], mixer=["a", "b"], lr=[1e-4, 1e-3, 1e-2, 1e-1])
+    rows = lab.sweep(args, "table", cells, lambda cell: asked.append(cell) or peak(cell), ("mixer",), "-loss")
+    assert [cell for cell in asked if cell["seed"] == 0] == sorted(cells[:8], key=lambda cell: cell["mixer"])
+    assert [(c["mixer"], c["lr"], c["seed"]) for c in asked if c["seed"]] == [
+        ("a", 1e-3, 1), ("a", 1e-3, 2), ("b", 1e-2, 1), ("b", 1e-2, 2)]
+    assert [row["use"] for row in rows] == ["report" if row["seed"] else "choose" for row in rows]
+    assert lab.sweep(args, "table", cells, None, ("mixer",), "-loss") == rows
+    assert lab.best(rows, ("mixer",), "loss", "-loss") == {(name,): (pytest.approx(0.03), 0.02, 0.04) for name in "ab"}
+
+
+def test_a_grid_whose_best_rate_is_at_its_edge_is_widened(tmp_path, capsys):
+    asked, args = [], lab.options("", ["--out", str(tmp_path)])
+    cells = lab.grid(seed=[0, 1], mixer=["a", "b"], lr=[3e-3, 1e-2])
+    lab.sweep(args, "table", cells, lambda cell: asked.append(cell) or peak(cell), ("mixer",), "-loss")
+    assert [cell["lr"] for cell in asked if cell["mixer"] == "a"] == [3e-3, 1e-2, 9e-4, 2.7e-4, 9e-4]
+    assert [cell["lr"] for cell in asked if cell["mixer"] == "b"] == [3e-3, 1e-2, 0.033, 1e-2]
+    asked.clear()
+    lab.sweep(args, "other", lab.grid(seed=[0, 1], lr=[1, 2]), lambda cell: asked.append(cell["lr"]) or {"score": 0.99},
+              ("seed",), "score", enough=0.99)
+    assert 4 not in asked and 0.5 not in asked                                           # it was good enough
+
+
+def test_of_equally_good_rates_one_inside_the_grid_is_taken():
+    assert lab.best_rate({1: 0.9, 2: 1.0, 3: 1.0, 4: 1.0}) == 2 and lab.best_rate({1: 1.0, 2: 1.0}) == 1
+    assert lab.next_rate({1: 0.5, 2: 0.7}, 2) == 4 and lab.next_rate({1: 0.5}, 1) is None
+    assert lab.next_rate({1: -math.inf, 2: -math.inf}, 2) is None
 
 
 def test_what_comes_first_in_the_list_is_measured_first_with_all_its_seeds(tmp_path, capsys):
     asked, args = [], lab.options("", ["--out", str(tmp_path)])
-    cells = lab.grid(mixer=["a", "b"], seed=[0, 1, 2], lr=[1e-3, 1e-2])
-    lab.sweep(args, "table", cells, lambda cell: asked.append(cell) or {"score": cell["lr"]}, ("mixer",), "score")
-    assert asked == [cell for cell in cells if cell["seed"] == 0 or cell["lr"] == 1e-2]
-    assert "8/8, 0:00 left" in capsys.readouterr().out
+    cells = lab.grid(mixer=["a", "b"], seed=[0, 1, 2], lr=[1e-4, 1e-3, 1e-2, 1e-1])
+    lab.sweep(args, "table", cells, lambda cell: asked.append(cell) or peak(cell), ("mixer",), "-loss")
+    assert asked == [c for c in cells if c["seed"] == 0 or c["lr"] == {"a": 1e-3, "b": 1e-2}[c["mixer"]]]
+    assert "12/12, 0:00 left" in capsys.readouterr().out
 
 
 def test_what_is_left_is_counted_also_after_another_learning_rate_has_won(tmp_path, capsys):
     args = lab.options("", ["--out", str(tmp_path)])
-    for lrs in ([1], [1, 2]):
+    for lrs in ([1], [1, 2, 3]):
         cells = lab.grid(mixer=["a"], seed=[0, 1, 2], lr=lrs)
-        lab.sweep(args, "table", cells, lambda cell: {"score": cell["lr"]}, ("mixer",), "score")
-    counts = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
-    assert counts == ["1/3", "2/3", "3/3", "1/3", "2/3", "3/3"]
+        lab.sweep(args, "table", cells, lambda cell: {"score": -abs(cell["lr"] - 2)}, ("mixer",), "score")
+    counts = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if "left" in line]
+    assert counts == ["1/3", "2/3", "3/3", "1/4", "2/4", "3/4", "4/4"]
     args = lab.options("", ["--out", str(tmp_path), "--draw"])
-    lab.sweep(args, "table", lab.grid(mixer=["a", "b"], seed=[0, 1, 2], lr=[1, 2]), None, ("mixer",), "score")
-    assert "6 runs are in" in (out := capsys.readouterr().out) and "4 are still to be done" in out
+    lab.sweep(args, "table", lab.grid(mixer=["a", "b"], seed=[0, 1, 2], lr=[1, 2, 3]), None, ("mixer",), "score")
+    assert "7 runs are in" in (out := capsys.readouterr().out) and "5 are still to be done" in out
 
 
 def best_comes_late(cell):
     time.sleep(0.4 * (cell["lr"] == 2))
-    return {"score": cell["lr"]}
+    return {"score": -abs(cell["lr"] - 2)}
 
 
-def test_several_processes_wait_for_all_learning_rates(tmp_path, capsys):
+def packs_that_come_late(cells):
+    asked.append(cells)
+    for _ in range(len(asked)):
+        yield
+    return [best_comes_late(cell) for cell in cells]
+
+
+asked = []
+
+
+@pytest.mark.parametrize("measure, pack", [(best_comes_late, 1), (packs_that_come_late, 2)])
+def test_several_at_a_time_wait_for_all_learning_rates(tmp_path, capsys, measure, pack):
+    asked.clear()
     args = lab.options("", ["--out", str(tmp_path), "--jobs", "2"])
-    rows = lab.sweep(args, "table", lab.grid(a=[1, 2], seed=[0, 1], lr=[1, 2]), best_comes_late, ("a",), "score")
+    rows = lab.sweep(args, "table", lab.grid(a=[1, 2], seed=[0, 1], lr=[1, 2, 3]), measure, ("a",), "score", pack=pack)
+    assert max(map(len, asked), default=pack) == pack and len({tuple(map(str, cells)) for cells in asked}) == len(asked)
     assert sorted((row["a"], row["seed"], row["lr"]) for row in rows) == [
-        (a, *more) for a in (1, 2) for more in ((0, 1), (0, 2), (1, 2))]
+        (a, *more) for a in (1, 2) for more in ((0, 1), (0, 2), (0, 3), (1, 2))]
+    assert sum(row["seconds"] for row in rows) < 2                                       # of the four that sleep 0.4
 
 
-def test_a_learning_rate_that_fails_is_tried_once(tmp_path, capsys):
+def test_a_run_that_ends_at_no_number_leaves_a_row_and_is_not_chosen(tmp_path, capsys):
     def measure(cell):
         asked.append((cell["lr"], cell["seed"]))
         if cell["lr"] == 1e-2:
-            raise train.BadInput("the loss is nan")
-        return {"loss": 1.0}
+            raise train.BadInput("the loss is nan at step 7")
+        return {"loss": cell["lr"]}
 
     asked, args = [], lab.options("", ["--out", str(tmp_path)])
-    lab.sweep(args, "table", lab.grid(seed=[0, 1], mixer=["a"], lr=[1e-3, 1e-2]), measure, ("mixer",), "-loss")
-    assert asked == [(1e-3, 0), (1e-2, 0), (1e-3, 1)]
+    cells = lab.grid(seed=[0, 1], mixer=["a"], lr=[1e-3, 2e-3, 1e-2])
+    rows = lab.sweep(args, "table", cells, measure, ("mixer",), "-loss")
+    assert asked[:3] == [(1e-3, 0), (2e-3, 0), (1e-2, 0)] and (1e-2, 0) not in asked[3:]
+    failed, = [row for row in rows if row["failed"]]
+    assert failed["lr"] == 1e-2 and failed["failed"] == "the loss is nan at step 7" and failed["loss"] == ""
+    assert lab.best(rows, ("mixer",), "loss", "-loss")["a",][0] < 1e-3
 
 
 def test_no_number_is_worse_than_any():
@@ -117,19 +158,21 @@ def test_a_table_is_neither_mixed_nor_drawn_empty(tmp_path, capsys):
     lab.sweep(args, "table", lab.grid(a=[1]), lambda cell: {"b": 1})
     before = (tmp_path / "table.csv").read_text()
     with pytest.raises(SystemExit, match="table.csv has other columns"):
-        lab.sweep(args, "table", lab.grid(a=[2]), lambda cell: {"b": 1, "c": 2})
+        lab.sweep(args, "table", lab.grid(c=[2]), lambda cell: {"b": 1})
     assert (tmp_path / "table.csv").read_text() == before
+    lab.sweep(args, "table", lab.grid(a=[2]), lambda cell: {"b": 1, "d": 5})             # a new column of results
+    assert [(row["a"], row["d"]) for row in lab.read(tmp_path / "table.csv")] == [(1, ""), (2, 5)]
 
 
 def test_a_run_that_fails_leaves_the_others(tmp_path, capsys):
     def measure(cell):
         if cell["a"] == 2:
-            raise train.BadInput("the loss is nan")
+            raise ValueError("a mistake")
         return {"b": cell["a"]}
 
     args = lab.options("", ["--out", str(tmp_path)])
     assert [row["b"] for row in lab.sweep(args, "table", lab.grid(a=[1, 2, 3]), measure)] == [1, 3]
-    assert "2/3, no result: the loss is nan   a=2" in capsys.readouterr().out
+    assert "2/3, no result: ValueError: a mistake   a=2" in capsys.readouterr().out
     args = lab.options("", ["--out", str(tmp_path), "--draw"])
     assert [row["b"] for row in lab.sweep(args, "table", lab.grid(a=[1, 2, 3]), None)] == [1, 3]
 
@@ -145,7 +188,8 @@ def test_what_cannot_be_recorded_is_trained_as_usual(monkeypatch):
     asked = []
     monkeypatch.setattr(lab.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(train, "train", train_)
-    assert lab.trained({"task": "mqar"}) == {"accuracy": 1.0} and asked == [True, False]
+    monkeypatch.setattr(train, "load_checkpoint", lambda folder: {"step": 5})
+    assert lab.trained({"task": "mqar"}) == {"accuracy": 1.0, "ended": 5} and asked == [True, False]
 
 
 def test_the_best_setting_is_that_of_the_best_mean():
@@ -162,10 +206,143 @@ def test_what_has_one_seed_only_is_left_out():
 
 def test_a_run_that_may_end_early_is_told_so(monkeypatch):
     asked = []
-    monkeypatch.setattr(train, "train", lambda args, say: asked.append((args.enough, args.eval_every)))
+    monkeypatch.setattr(train, "train", lambda args, say: asked.append((args.enough, args.eval_every)) or {})
+    monkeypatch.setattr(train, "load_checkpoint", lambda folder: {"step": 5})
     lab.trained({"task": "mqar"}, enough=0.9)
     lab.trained({"task": "mqar"})
     assert asked == [(0.9, 1000), (None, 10 ** 9)]
+
+
+def test_zoologys_start_and_dropout():
+    """--init_std: weights of linear layers, and nothing else. --dropout: in training alone."""
+    flags = {"mixer": "h3", "dropout": 0.5}
+    usual, small = (train.build_model(lab.parsed(flags | {"init_std": std}), 64) for std in (0, 0.02))
+    for (name, p), q in zip(small.named_parameters(), usual.parameters(), strict=True):
+        layer = small.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, torch.nn.Linear) and name.endswith("weight"):
+            assert p.std().item() == pytest.approx(0.02, rel=0.05)
+        else:
+            assert torch.equal(p, q)
+    ids = torch.randint(64, (2, 9))
+    assert not torch.equal(small(ids), small(ids)) and torch.equal(small.eval()(ids), small(ids))
+    for flags in (["--dropout", "1"], ["--init_std", "-1"], ["--dropout", "nan"]):
+        with pytest.raises(train.BadInput, match="--dropout"):
+            train.parse(flags)
+
+
+# ------------------------------------------------------------------------------------------------- many models at once
+
+
+def finished(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as e:
+            return e.value
+
+
+PACK = {"d_model": 32, "batch_size": 8, "steps": 6, "warmup": 3}
+
+
+@pytest.mark.parametrize("flags", [
+    {"mixer": "h3", "task": "h3_recall"}, {"mixer": "ngram,attention", "task": "icll:length=96"},
+    {"mixer": "short_conv,taylor", "task": "mqar:vocab_size=128", "mlp": 0, "init_std": 0.02},
+    {"mixer": "short_conv,jrt", "task": "set_disjointness:first=4:second=8:vocab_size=64"}], ids=lambda f: f["mixer"])
+def test_a_pack_is_trained_as_train_py_would(flags):
+    """Three models at once, of two seeds and two rates, against one after the other."""
+    cells = [PACK | flags | {"task": flags["task"] + " 64", "lr": lr, "seed": seed}
+             for lr, seed in ((1e-3, 0), (1e-2, 0), (1e-3, 5))]
+    pack = lab.Pack(cells, "cpu")
+    data, machine, before = pack.sets[0], train.Machine("cpu"), pack.theta.detach().clone()
+    data.order, data.at = torch.arange(64).view(1, 8, 8).expand(2, -1, -1), torch.zeros(1, dtype=torch.long)
+    for _ in range(6):
+        pack.advance(data)
+    for i, args in enumerate(pack.args):
+        model = train.build_model(args, data.vocab_size)
+        optimizer, which = train.optimizer_for(model, args), pack.seed[i, 0]
+        for step in range(6):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * train.schedule(step + 1, args)
+            ids, targets = (x[which, 8 * step:8 * step + 8].long() for x in (data.ids, data.targets))
+            train.train_step(model, optimizer, (ids, targets, {"weights": (targets != -100).float()} | data.extras),
+                             args, machine)
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+        assert (pack.theta[i] - after).norm() < 1e-4 * (after - before[i]).norm()
+    assert pack.finite.tolist() == [6, 6, 6]
+
+
+def test_a_pack_learns_and_says_what_of_it_failed():
+    cells = [PACK | {"mixer": "attention", "task": "h3_induction:length=4:vocab_size=4:all_tokens=false 640",
+                     "d_model": 16, "mlp": 0, "lr": lr, "seed": 0, "steps": 60} for lr in (1e-2, 1e38)]
+    good, bad = finished(lab.packed(cells))
+    assert good["accuracy"] > 0.9 and good["ended"] == 60 and good["failed"] == ""
+    assert math.isnan(bad["accuracy"]) and bad["failed"] == f"the loss was no number at step {bad['ended']}"
+    assert 1 < bad["ended"] < 60
+
+
+def test_a_pack_whose_time_is_up_goes_on_from_there(monkeypatch, tmp_path):
+    """Two tasks of 2 and 3 batches; put away at step 19, in the fourth epoch; the same numbers as without a break."""
+    cells = [PACK | {"mixer": "attention", "task": "h3_induction 16, h3_induction:length=20 24", "lr": lr, "seed": 0,
+                     "steps": 24} for lr in (1e-3, 1e-2)]
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    whole = lab.Pack(cells, "cpu")
+    assert finished(whole.train()) == 24
+    monkeypatch.setenv("LAB_DEADLINE", "0")
+    with pytest.raises(train.BadInput, match="time is up at step 19 of 24"):
+        finished(lab.packed(cells))
+    monkeypatch.delenv("LAB_DEADLINE")
+    later = lab.Pack(cells, "cpu")
+    assert later.done.item() == 19 and finished(later.train()) == 24 and torch.equal(later.theta, whole.theta)
+    assert [row["ended"] for row in finished(lab.packed(cells))] == [24, 24] and not list(tmp_path.rglob("*.pt"))
+
+
+def test_training_validation_and_test_examples_differ():
+    args = lab.parsed({"task": "h3_recall"})
+    sets = lab.Examples("h3_recall 600", [0, 1, 2, lab.VALIDATION, lab.TEST], "cpu", args).ids
+    for i in range(5):
+        for j in range(i):
+            assert not (sets[i] == sets[j]).all(dim=1).any()
+    assert len(sets.flatten(0, 1).unique(dim=0)) == 3000                                 # and no chunk comes twice
+
+
+def test_accuracy_counts_every_valid_answer():
+    pack = lab.Pack([PACK | {"mixer": "attention", "task": "icll:length=64 96", "lr": 1e-3, "seed": 0}], "cpu")
+    model, data = pack.model, pack.held_out[lab.TEST][0]
+    with torch.no_grad():
+        answer = model(data.ids[0].long()).argmax(dim=-1)
+    asked = data.targets[0] != -100
+    right = data.valid[0].gather(2, answer[..., None])[..., 0][asked].double().mean()
+    assert pack.accuracy(data).item() == pytest.approx(right.item())
+    assert (answer == data.targets[0])[asked].double().mean() < right
+
+
+# ---------------------------------------------------------------------------------------------------------- the scripts
+
+
+@pytest.mark.parametrize("text, values", [
+    ("[MAX 2 9 [MIN 4 7 ] 0 ]", (9, 9, 9)), ("[MIN 8 [MAX 1 [MIN 5 3 ] ] ]", (8, 1, 3)),
+    ("[SM [MIN 4 7 ] [MED 1 2 3 ] ]", (None, 6, 6))])
+def test_listops_without_what_is_nested(text, values):
+    listops = importlib.import_module("listops")
+    words = {"[MIN": 10, "[MAX": 11, "[MED": 12, "[SM": 13, "]": 14}
+    tokens = [15, 15, *(words.get(word) or int(word) for word in text.split())]
+    assert tuple(listops.value(tokens, depth) for depth in (1, 2, 3)) == values
+
+
+def test_hedgehogs_maps_are_fitted_to_other_passages_at_each_step():
+    hedgehog, seen = importlib.import_module("hedgehog"), []
+
+    class Text:
+        def batch(self, n, generator):
+            seen.append(torch.randn(2, n, 2, 6, 4, generator=generator))
+            return seen[-1], None
+
+    phi_q, phi_k = (hedgehog.Learned("elu", 4, 2) for _ in range(2))
+    hedgehog.fit(phi_q, phi_k, lambda ids: ids, Text(), steps=3, lr=1e-2, seed=0)
+    assert len({x.sum().item() for x in seen}) == 3 and not torch.equal(phi_q.W, torch.eye(4).expand(2, -1, -1))
+    q, k = seen[0]
+    assert hedgehog.divergence(q, k, phi_q, phi_k).item() == pytest.approx(
+        hedgehog.lesson.distil(q, k, phi_q, phi_k, steps=0)[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("text, right", [
@@ -180,6 +357,76 @@ def test_counting_by_hand(text, right, monkeypatch):
     monkeypatch.setattr(train, "from_lessons", lambda table: {"task": task})
     counting = importlib.import_module("icll").counting
     assert [counting(order, "task") for order in (0, 1, 2)] == right
+
+
+# ------------------------------------------------------------------------------------------- what the READMEs say of it
+#
+# A number in a README's table of results, in the caption of a picture or, with a decimal point or a %, in the text, is
+# one of results/, rounded: of NAME.txt, which the script writes when it draws, or of NAME.csv where there is none. A
+# paper's numbers stand in a column "paper" or "claim", or in brackets that begin with "paper:".
+
+RESULTS = FOLDER / "results"
+NUMBER = re.compile(r"(?<![\w.,])\d(?:[\d,]*\d)?(?:\.\d+)?(?![\w])")
+
+
+def numbers_of(text):
+    return [word.replace(",", "") for word in NUMBER.findall(text)]
+
+
+def in_results():
+    """Every number of results/: of NAME.txt, or else of NAME.csv."""
+    files = [path for path in sorted(RESULTS.glob("*.csv")) if not path.with_suffix(".txt").exists()]
+    return {float(word) for path in [*files, *RESULTS.glob("*.txt")] for word in numbers_of(path.read_text())}
+
+
+def claimed(page):
+    """The numbers of a page that must be in results/, with the line that has them."""
+    text = re.sub(r"```.*?```|\(paper:[^)]*\)|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+    text = text if page.parent == FOLDER else text.partition("## The papers' results")[2].partition("\n## ")[0]
+    quoted, header = set(), False
+    for line in text.splitlines():
+        captions = re.findall(r"!\[([^]]*)\]", line)
+        line = re.sub(r"\]\([^)]*\)", "]", line)
+        if line.lstrip().startswith("|"):
+            cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+            if not header:
+                quoted = {i for i, cell in enumerate(cells) if cell in ("paper", "claim")}
+            header = True
+            yield from ((word, line) for i, cell in enumerate(cells) if i not in quoted for word in numbers_of(cell))
+        else:
+            header = False
+            yield from ((word, line) for caption in captions for word in numbers_of(caption))
+            yield from ((word, line) for word in numbers_of(line) if "." in word or f"{word}%" in line)
+
+
+@pytest.mark.parametrize("page", [train.ROOT / "README.md", FOLDER / "README.md"], ids=["README", "experiments"])
+def test_every_number_of_a_result_is_in_the_results(page):
+    known = in_results()
+    for word, line in claimed(page):
+        places = len(word.partition(".")[2])
+        near = [x for x in known if abs(x - float(word)) <= 10 ** -places]
+        assert any(f"{x:.{places}f}" == word for x in near), f"{word} in: {line}"
+
+
+def test_a_number_that_was_not_measured_is_found(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    monkeypatch.setitem(globals(), "FOLDER", tmp_path)
+    page.write_text("| claim | paper | here |\n|---|---|---|\n| 82% | 0.3 | [0.41](x_0.5.csv), 7 (paper: 0.6) |\n\n"
+                    "![a 0.7](p.png) It took 12 steps, `--lr 0.1`, and has 0.8, or 90%.\n")
+    assert [word for word, _ in claimed(page)] == ["0.41", "7", "0.7", "0.7", "0.8", "90"]
+
+
+REPORTS = sorted(path.stem for path in RESULTS.glob("*.txt") if (FOLDER / f"{path.stem}.py").exists())
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_what_is_reported_follows_from_the_table(name, tmp_path, monkeypatch, capsys):
+    """NAME.txt is what the script says of NAME.csv."""
+    for path in RESULTS.glob(f"{name}.csv"):                 # not there, if all that is drawn are older, smaller runs
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, "--draw", "--out", str(tmp_path)])
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    assert (tmp_path / f"{name}.txt").read_text() == (RESULTS / f"{name}.txt").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------- conversion
