@@ -14,6 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
+import history  # noqa: F401     it makes "lstm" known
 import lab
 import torch
 
@@ -28,7 +29,7 @@ LAYERS = {"attention": "attention:rope=false:n_positions={t}", "BaseConv": "base
 MODELS = {"attention": "attention", "conv + attention": "short_conv,attention", "window": "short_conv,window:window=16",
           "Based": "short_conv,based", "linear attention": "linear_attention", "RetNet": "retnet", "GLA": "gla",
           "DeltaNet": "deltanet", "Mamba": "mamba", "RWKV-6": "rwkv6", "S4D": "s4d", "H3": "h3", "Hyena": "hyena",
-          "BaseConv": "baseconv:taps=512"}
+          "BaseConv": "baseconv:taps=512", "LSTM": "lstm"}
 
 
 def measure(cell):
