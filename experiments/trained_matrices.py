@@ -110,8 +110,8 @@ def measure(cell):
     if cell["seed"] == SEEDS[0]:
         ids, targets, _ = next(iter(data.held_out(8, 5)))
         PARTS.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(part(cell["model"], cell["d_model"]), M=shown.astype(np.float32), ids=ids[0], targets=targets[0],
-                            accuracy=row["accuracy"])
+        np.savez_compressed(part(cell["model"], cell["d_model"]), M=shown.astype(np.float32), ids=ids[0],
+                            targets=targets[0], accuracy=row["accuracy"])
     return row
 
 
@@ -124,7 +124,7 @@ def cells(quick):
     automata = recall | {"task": "icll:length=128", "batch_size": 32}
     steps, lrs, seeds = (3000, 12000), (1e-3, 3e-3), (CHOOSING, *SEEDS)
     if quick:
-        steps, lrs, seeds = (150, 100), (3e-3,), SEEDS[:1]
+        steps, lrs, seeds = (60, 60), (3e-3,), SEEDS[:1]
         recall |= {"d_model": 32, "warmup": 20}
         automata |= {"d_model": 32, "warmup": 20, "task": "icll:length=48"}
     runs = [(name, mixer, recall | {"steps": steps[0]}) for name, mixer in MODELS.items()]
@@ -204,7 +204,7 @@ def draw_heads(args, kept, results, rows):
     n, t = 2, min(40, len(kept["automaton"]))
     letters = ["|" if i == 18 else chr(97 + i) for i in kept["automaton"][:t].tolist()]
     places = ideal(torch.from_numpy(kept["automaton"])[None])[0, n - 1, :t, :t]
-    show(left, kept["heads"][n - 1][:t, :t], letters, "a trained head; boxed: behind earlier occurrences of the last two",
+    show(left, kept["heads"][n - 1][:t, :t], letters, "a trained head; boxed: behind earlier ones of the last two",
          places.nonzero().tolist(), "C0")
     left.set(xlabel="letter that is looked at", ylabel="letter that asks")
     for i, name in enumerate(LEARNERS):
