@@ -12,6 +12,7 @@ the ideal places of orders 1 to 3, in the rows that are asked; best on other tex
 (the first seed's matrices), trained_matrices.png, ngram_heads.png, and docs/trained.png (one row, in the text).
 """
 import importlib
+from functools import partial
 
 import lab
 import matplotlib.patches
@@ -27,7 +28,6 @@ LEARNER = "attention, automata"
 LEARNERS = {LEARNER: "attention,attention,attention",
             "convolution + attention, automata": "short_conv,attention,attention"}
 CHOOSING, SEEDS, ORDERS = 100, (0, 1, 2), (1, 2, 3)
-PARTS = lab.ROOT / "runs" / "trained_matrices"
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
@@ -102,21 +102,17 @@ def look(model, data):
     return {"accuracy": round(right(model, rest), 4)} | row, torch.stack(shown).numpy()
 
 
-def measure(cell):
-    """Trains, looks, and keeps the matrices of the seed that is drawn."""
+def measure(parts, cell):
+    """Trains, looks, and keeps the matrices of the seed that is drawn in the folder `parts`."""
     flags = {name: value for name, value in cell.items() if name != "model"}
     data = train.Task(lab.parsed(flags))
     row, shown = lab.trained(flags, then=lambda model: look(model, data))
     if cell["seed"] == SEEDS[0]:
         ids, targets, _ = next(iter(data.held_out(8, 5)))
-        PARTS.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(part(cell["model"], cell["d_model"]), M=shown.astype(np.float32), ids=ids[0],
-                            targets=targets[0], accuracy=row["accuracy"])
+        parts.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(parts / f"{cell['model']}.npz", M=shown.astype(np.float32), ids=ids[0], targets=targets[0],
+                            accuracy=row["accuracy"])
     return row
-
-
-def part(name, width):
-    return PARTS / f"{name.replace(' ', '_')}_{width}.npz"
 
 
 def cells(quick):
@@ -157,14 +153,15 @@ def draw_matrices(args, kept, results):
     ids, targets = torch.from_numpy(kept["ids"])[None], torch.from_numpy(kept["targets"])
     tokens, t = named(kept["ids"].tolist()), len(kept["ids"])
     same = (ids[0][:, None] == ids[0]).tril(-1).float() * (ids[0] > 0)                       # (t, s)
+    shift = torch.diag(torch.ones(t - 1), -1)
     wanted = ideal(ids)[0, 0] * (ids[0] > 0)[:, None]
     at = [(i, int(wanted[i].argmax())) for i in (targets != -100).nonzero()[:, 0].tolist()]
     fig, axes = lab.figure(13.5, 14, rows=3, columns=3)
-    theory = {"compare: the same token before": same, "shift: one place on": torch.diag(torch.ones(t - 1), -1).mT,
-              "compare, then shift: the ideal": wanted}
+    theory = {"shift: each place knows the token before it": shift, "compare: where was this token?": same,
+              "both, the ideal: before which place was it?": wanted}
     for ax, (title, M) in zip(axes[0], theory.items(), strict=True):
         show(ax, M.numpy(), tokens, title, at if "ideal" in title else [])
-    for ax, name, M in zip(axes[1:].flat, kept["names"], kept["M"], strict=True):
+    for ax, name, M in zip(axes[1:].flat, kept["names"], kept["M"], strict=False):
         mean, low, high = results["share_1"].get((name,), (0, 0, 0))
         show(ax, M, tokens, f"{name}: {mean:.2f} ({low:.2f} to {high:.2f})", at)
     for ax in axes[:, 0]:
@@ -176,13 +173,13 @@ def draw_matrices(args, kept, results):
     lab.save(fig, args.out / "trained_matrices.png")
 
 
-def draw_rows(path, kept, accuracy):
+def draw_rows(path, kept):
     """The text once for each of three models, each token as dark as the row that asks gives it weight."""
     tokens, targets = named(kept["ids"].tolist()), torch.from_numpy(kept["targets"])
     asks = int((targets != -100).nonzero()[-1])
     wanted = int((kept["ids"][:asks] == int(targets[asks])).nonzero()[0][0])
     fig, axes = lab.figure(11, 3.6, rows=len(SHOWN), columns=1)
-    for ax, name in zip(axes.flat, SHOWN, strict=True):
+    for ax, name in zip(axes.flat, [name for name in SHOWN if name in kept["names"]], strict=False):
         i = list(kept["names"]).index(name)
         row = kept["M"][i][asks, :asks + 1]
         for s, weight in enumerate(row / row.max()):
@@ -194,7 +191,7 @@ def draw_rows(path, kept, accuracy):
         ax.text(asks + 1.3, 0.5, f"?  ({tokens[wanted]})", va="center", fontsize=12, color="darkred")
         ax.set(xlim=(-0.2, asks + 4.5), ylim=(-0.15, 1.15))
         ax.axis("off")
-        ax.set_title(f"{name}: {accuracy[i]:.0%} of such questions answered right", loc="left", fontsize=11)
+        ax.set_title(f"{name}: {kept['accuracy'][i]:.0%} of such questions answered right", loc="left", fontsize=11)
     lab.save(fig, path)
 
 
@@ -226,10 +223,9 @@ def draw_heads(args, kept, results, rows):
     lab.save(fig, args.out / "ngram_heads.png")
 
 
-def merge(path, width):
-    """The parts that have been trained here, in one file."""
-    paths = {name: part(name, width) for name in (*MODELS, LEARNER)}
-    found = {name: np.load(path) for name, path in paths.items() if path.exists()}
+def merge(parts, path):
+    """What has been trained here, in one file."""
+    found = {name: np.load(parts / f"{name}.npz") for name in (*MODELS, LEARNER) if (parts / f"{name}.npz").exists()}
     names = [name for name in MODELS if name in found]
     if names:
         learner = {"automaton": found[LEARNER]["ids"], "heads": found[LEARNER]["M"]} if LEARNER in found else {}
@@ -241,9 +237,10 @@ def merge(path, width):
 if __name__ == "__main__":
     args = lab.options(__doc__)
     table = args.out / "trained_matrices.npz"
-    rows = lab.sweep(args, "trained_matrices", cells(args.quick), measure, ("model",), "accuracy")
+    parts = args.out / "parts" if args.quick else lab.ROOT / "runs" / "trained_matrices"
+    rows = lab.sweep(args, "trained_matrices", cells(args.quick), partial(measure, parts), ("model",), "accuracy")
     if not args.draw:                                                        # else what was trained elsewhere stays
-        merge(table, 32 if args.quick else 64)
+        merge(parts, table)
     reported = [row for row in rows if row["seed"] != CHOOSING] or rows
     results = {key: lab.best(reported, ("model",), key, judge="accuracy")
                for key in ("accuracy", *(f"share_{n}" for n in ORDERS))}
@@ -251,8 +248,7 @@ if __name__ == "__main__":
         print(f"{name:36}{value[0]:.3f} right   best head on the ideal places of order " + "   ".join(
             "{}: {:.2f} ({:.2f} to {:.2f})".format(n, *results[f"share_{n}"][name,]) for n in ORDERS))
     kept = np.load(table)
-    if len(kept["names"]) == len(MODELS):
-        draw_matrices(args, kept, results)
-        draw_rows((lab.ROOT / "docs" if not args.quick else args.out) / "trained.png", kept, kept["accuracy"])
+    draw_matrices(args, kept, results)
+    draw_rows((lab.ROOT / "docs" if not args.quick else args.out) / "trained.png", kept)
     if "heads" in kept:
         draw_heads(args, kept, results, rows)
