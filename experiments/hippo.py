@@ -41,9 +41,9 @@ def draw_memory(args, rows):
     errors = {n: [row["rmse"] for row in rows if row["n"] == n] for n in sorted({row["n"] for row in rows})}
     fig, (left, right) = lab.figure(11, 4, columns=2, width_ratios=(3, 2))
     u = lesson.smooth_signal(rows[0]["t"], 0)
-    left.plot(u, color="black", lw=2.5, alpha=0.4, label="the signal")
+    left.plot(u.numpy(), color="black", lw=2.5, alpha=0.4, label="the signal")
     for n in [n for n in (8, 32, 128) if n in errors]:
-        left.plot(lesson.reconstruct(lesson.hippo_online(u, n), len(u)), lw=1.2, label=f"back from {n} numbers")
+        left.plot(lesson.reconstruct(lesson.hippo_online(u, n), len(u)).numpy(), lw=1.2, label=f"back from {n} numbers")
     left.set(xlabel="step", title="One pass, a state of n numbers, and the whole past from it")
     left.legend(fontsize=9, ncols=2)
     mean = [statistics.mean(e) for e in errors.values()]

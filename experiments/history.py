@@ -200,7 +200,7 @@ if __name__ == "__main__":
     names, size = [name for name in MODELS if (name,) in results], int(todo[0]["task"].split("=")[1])
     fig, axes = lab.figure(11, 6, rows=2, columns=10, height_ratios=(1, 5))
     for ax, picture in zip(axes[0], draw(10, torch.Generator().manual_seed(5), size)[0], strict=True):
-        ax.imshow(picture, cmap="gray_r", vmin=0, vmax=1)
+        ax.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=1)
     for ax in axes.flat:
         ax.axis("off")
     grid = axes[0, 0].get_gridspec()
@@ -208,7 +208,7 @@ if __name__ == "__main__":
     ax = fig.add_subplot(grid[1, 5:])
     for i, name in enumerate(name for name in MODELS if MODELS[name].startswith(("lssl", "linear_rnn"))):
         kept = remembered(name, size * size)
-        ax.plot(kept, color=f"C{i}", label=f"{name}: {kept.sum():.0f} of {size * size}")
+        ax.plot(kept.numpy(), color=f"C{i}", label=f"{name}: {kept.sum():.0f} of {size * size}")
         print(f"{name}: {kept.sum():.0f} of {size * size} inputs kept apart as it starts")
     ax.set(xlabel="steps back", ylabel="share of an input that the state still gives back",
            title="One layer as it starts: what it remembers", ylim=(-0.02, 1.02))
