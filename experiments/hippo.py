@@ -4,7 +4,7 @@
 
 hippo.png: 2,000 steps of a smooth signal, and what LegS's n coefficients give back of it; the root mean square error
 over signals. hippo_kernels.png: three channels' kernels of a first layer as it starts, and after training on the plays.
-Writes hippo.csv, hippo_kernels.npz and the two pictures.
+Writes hippo.csv and .txt, hippo_kernels.npz and the two pictures.
 """
 import importlib
 import statistics
@@ -46,16 +46,15 @@ def draw_memory(args, rows):
         left.plot(lesson.reconstruct(lesson.hippo_online(u, n), len(u)).numpy(), lw=1.2, label=f"back from {n} numbers")
     left.set(xlabel="step", title="One pass, a state of n numbers, and the whole past from it")
     left.legend(fontsize=9, ncols=2)
-    mean = [statistics.mean(e) for e in errors.values()]
-    spread = [[m - min(e) for m, e in zip(mean, errors.values(), strict=True)],
-              [max(e) - m for m, e in zip(mean, errors.values(), strict=True)]]
-    right.errorbar(list(errors), mean, spread, fmt="o-", capsize=4)
+    points = [(statistics.mean(e), min(e), max(e)) for e in errors.values()]
+    right.errorbar(list(errors), *lab.bars(points), fmt="o-", capsize=4)
     right.set(xscale="log", yscale="log", xlabel="n", ylabel="error (the signal: 1)", title="The more, the better")
     right.set_xticks(list(errors), list(errors))
     right.minorticks_off()
     right.grid(alpha=0.3)
-    print("n: RMSE   " + "   ".join(f"{n}: {m:.4f} ({min(e):.4f} to {max(e):.4f})"
-                                    for (n, e), m in zip(errors.items(), mean, strict=True)))
+    say = lab.reporter(args.out / "hippo.txt")
+    for n, point in zip(errors, points, strict=True):
+        say(f"n = {n:3}: root mean square error {lab.spread(*point, '.4f')}")
     lab.save(fig, args.out / "hippo.png")
 
 
@@ -90,4 +89,5 @@ if __name__ == "__main__":
             print(f"kernels of {KERNELS[name]}", flush=True)
         np.savez_compressed(path, names=names, before=[b for b, _ in found], after=[a for _, a in found],
                             machine=str(lab.machine()))
-    draw_kernels(path.with_suffix(".png"), np.load(path))
+    if path.exists():
+        draw_kernels(path.with_suffix(".png"), np.load(path))

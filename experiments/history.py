@@ -6,13 +6,13 @@ Digits, drawn by fonts at changing places, sizes and angles, are read pixel by p
 last: as sequential MNIST (784), with which the state spaces began, but without a download. Two layers, 64 wide. One
 layer (LSSL, lesson 03) with three A: HiPPO's; a random one of the same size, which dt slows down as it does HiPPO's;
 and a random one as a plain linear RNN has it, h_t = A h_{t-1} + B u_t. Beside: how much of an input l steps back each
-of them still has in its state as it starts. The learning rate is chosen with a seed that is not in the results. Writes
-history.csv and .png.
+of them still has in its state as it starts. Writes history.csv,
+.txt and .png.
 """
 import functools
 import importlib
 import pathlib
-import time
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import lab
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from lab import train
 from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path
 from matplotlib.textpath import TextPath
@@ -39,33 +40,39 @@ PAPER = {"HiPPO's A": 0.98, "random A, a linear RNN": 0.60}                     
 
 
 class LSTM(nn.Module):
-    """Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000. All gates read the state before, so
-    there is no form but the loop: i, f, o = sigmoid(W x_t + U h_{t-1} + b), g = tanh(of the same),
-    c_t = f c_{t-1} + i g, h_t = o tanh(c_t)."""
+    """Hochreiter and Schmidhuber 1997, with the forget gate of Gers et al. 2000: all gates read the state before, so
+    there is no form but the loop. f starts at 1 and more: at first it remembers (Jozefowicz et al. 2015)."""
     forms, causal = ("recurrent",), True
 
     def __init__(self, d_model, n_heads=None):
         super().__init__()
-        self.lstm = nn.LSTM(d_model, d_model, batch_first=True)
+        self.W, self.U = nn.Linear(d_model, 4 * d_model), nn.Linear(d_model, 4 * d_model, bias=False)
         with torch.no_grad():
-            self.lstm.bias_ih_l0[d_model:2 * d_model] = 1.0        # f: at first it remembers (Jozefowicz et al. 2015)
+            self.W.bias[d_model:2 * d_model] += 1
 
     def forward(self, x, form=None):
         return self.prefill(x)[0]
 
     def init_state(self, batch_size):
-        zeros = next(self.parameters()).new_zeros(1, batch_size, self.lstm.hidden_size)
+        zeros = self.U.weight.new_zeros(batch_size, self.U.in_features)
         return zeros, zeros
 
     def prefill(self, x, state=None):
-        return self.lstm(x, state)
+        """i, f, o = sigmoid(W x_t + U h_{t-1}), g = tanh(of the same), c_t = f c_{t-1} + i g, h_t = o tanh(c_t)"""
+        (h, c), y = self.init_state(len(x)) if state is None else state, []
+        for Wx in self.W(x).unbind(1):                                                       # (b, 4 c)
+            i, f, g, o = (Wx + self.U(h)).chunk(4, dim=-1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            y.append(h)
+        return torch.stack(y, dim=1), (h, c)
 
     def step(self, x_t, state):
-        y, state = self.lstm(x_t[:, None], state)
+        y, state = self.prefill(x_t[:, None], state)
         return y[:, 0], state
 
     def state_size(self, t):
-        return 2 * self.lstm.hidden_size
+        return 2 * self.U.in_features
 
 
 class LinearRNN(lesson.LSSL):
@@ -133,43 +140,35 @@ def digits(batch_size=32, generator=None, size=16, vocab_size=LEVELS + 10):
         (LEVELS + digit)[:, None], (size * size - 1, 0))
 
 
-def known(function):
-    """While the function runs, train.py knows the two mixers and the task by name."""
-    names = patch.dict(lesson.MIXERS, lstm=LSTM, linear_rnn=LinearRNN), patch.dict(lesson.TASKS, digits=digits)
-    return names[0](names[1](function))
+@contextmanager
+def known():
+    """Inside, train.py knows the two mixers and the task by name."""
+    with patch.dict(lesson.MIXERS, lstm=LSTM, linear_rnn=LinearRNN), patch.dict(lesson.TASKS, digits=digits):
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
 
 
-@known
-def measure(cell):
-    flags, start = {name: value for name, value in cell.items() if name != "model"}, time.perf_counter()
-    scores = lab.trained(flags)
-    return {"accuracy": round(scores["accuracy"], 5), "loss": round(scores["loss"], 5),
-            "seconds": round(time.perf_counter() - start, 1)}
-
-
 def cells(quick):
-    common = {"n_layers": 2, "d_model": 64, "n_heads": 4, "warmup": 100}
-    size, models, lrs, seeds = 16, MODELS, (1e-3, 3e-3), (CHOOSING, *SEEDS)
-    batch, steps = 64, 1500
+    common = {"n_layers": 2, "d_model": 64, "batch_size": 64, "steps": 2000, "warmup": 200}
+    size, n, models, lrs, seeds = 16, 20000, MODELS, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS)
     if quick:
-        size, models, lrs, seeds, batch, steps = 10, list(MODELS)[:3], (3e-3,), (0,), 32, 100
-        common |= {"d_model": 32, "warmup": 20}
-    return [{"model": name, "task": f"digits:size={size}", "mixer": MODELS[name]} | common |
-            {"batch_size": batch, "steps": steps, "lr": lr, "seed": seed}
+        common |= {"d_model": 32, "batch_size": 32, "steps": 60, "warmup": 10}
+        size, n, models, lrs, seeds = 10, 2000, list(MODELS)[:3], (3e-3,), (0,)
+    return [{"model": name, "mixer": MODELS[name], "task": f"digits:size={size} {n}",
+             "test": f"digits:size={size} {n // 10}"} | common | {"lr": lr, "seed": seed}
             for name in models for seed in seeds for lr in lrs]
 
 
-@known
 @torch.no_grad()
 def remembered(name, t, error=1e-3, d_model=64):
     """How much of the input l steps back can be read off the state of the layer as it starts, l = 0 ... t - 1, if each
     of its numbers has an error of 0.1% of its usual size: the share of the variance of white noise that the best linear
     readout explains, 1 for all. The sum over l is the number of inputs that the state keeps apart."""
     torch.manual_seed(0)
-    make, options = lab.train.look_up(MODELS[name], "mixer", lab.train.from_lessons("MIXERS"))
+    with known():
+        (make, options), = train.pattern(MODELS[name])
     a, b, _ = make(d_model, **options).double().discrete()
     K = lesson.krylov(a, b, t).flatten(0, 1)                                 # h = sum_l K[:, l] u_l: (c n, t)
     K = K / K.norm(dim=1, keepdim=True)
@@ -194,10 +193,12 @@ def draw_accuracy(ax, results, names):
 
 if __name__ == "__main__":
     args = lab.options(__doc__)
-    todo = cells(args.quick)
-    rows = lab.sweep(args, "history", todo, measure, ("model",), "accuracy")
-    results = lab.best([row for row in rows if row["seed"] != CHOOSING] or rows, ("model",), "accuracy")
-    names, size = [name for name in MODELS if (name,) in results], int(todo[0]["task"].split("=")[1])
+    by, score = ("model",), "val_accuracy"
+    with known():
+        rows = lab.sweep(args, "history", cells(args.quick), lab.packed, by, score, pack=4, enough=0.99)
+    say, results = lab.reporter(args.out / "history.txt"), lab.best(rows, by, "accuracy", judge=score)
+    names = [name for name in MODELS if (name,) in results]
+    size = int(rows[0]["task"].split()[0].split("=")[1])
     fig, axes = lab.figure(11, 6, rows=2, columns=10, height_ratios=(1, 5))
     for ax, picture in zip(axes[0], draw(10, torch.Generator().manual_seed(5), size)[0], strict=True):
         ax.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=1)
@@ -209,11 +210,11 @@ if __name__ == "__main__":
     for i, name in enumerate(name for name in MODELS if MODELS[name].startswith(("lssl", "linear_rnn"))):
         kept = remembered(name, size * size)
         ax.plot(kept.numpy(), color=f"C{i}", label=f"{name}: {kept.sum():.0f} of {size * size}")
-        print(f"{name}: {kept.sum():.0f} of {size * size} inputs kept apart as it starts")
+        say(f"{name}: {kept.sum():.0f} of {size * size} inputs kept apart as it starts")
     ax.set(xlabel="steps back", ylabel="share of an input that the state still gives back",
            title="One layer as it starts: what it remembers", ylim=(-0.02, 1.02))
     ax.legend(fontsize=9)
     ax.grid(alpha=0.3)
     for name in names:
-        print("{:26}{:.3f} ({:.3f} to {:.3f})".format(name, *results[name,]))
+        say(f"{name:26}{lab.spread(*results[name,])}")
     lab.save(fig, args.out / "history.png")

