@@ -1,7 +1,7 @@
 """What trained models look at, beside the ideal: A 3 B 7 ... A ?, through six small models that were trained to answer,
 and through a language model.
 
-    python experiments/trained_matrices.py [--jobs 6] [--quick] [--draw]
+    python experiments/trained_matrices.py [--only heads] [--jobs 6] [--quick] [--draw]
 
 The ideal is two steps: compare (which token before is this one?) and shift (what stood behind it?). That is the n-gram
 head of lesson 01, of order 1; order n compares the last n tokens. Measured is how much of its weight the best head or
@@ -307,6 +307,9 @@ def heads(args):
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__)
-    recall(args)
-    heads(args)
+    args = lab.options(__doc__, only="recall or heads: only this table")
+    if args.only not in (None, "recall", "heads"):
+        raise SystemExit(f"--only {args.only}: recall or heads")
+    for name, do in {"recall": recall, "heads": heads}.items():
+        if args.only in (None, name):
+            do(args)
