@@ -1,6 +1,6 @@
 """Before attention: an LSTM, a linear recurrence with a random A, and the same layer with HiPPO's A.
 
-    python experiments/history.py [--jobs 6] [--quick]
+    python experiments/history.py [--only "LSTM,S4D"] [--jobs 6] [--quick]
 
 Digits, drawn by fonts at changing places, sizes and angles, are read pixel by pixel, 256 tokens, and named after the
 last: as sequential MNIST (784), with which the state spaces began, but without a download. Two layers, 64 wide. One
@@ -30,7 +30,7 @@ lesson = importlib.import_module("03_ssm")
 LEVELS, CHOOSING, SEEDS = 16, 100, (0, 1, 2)
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold",
          "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10")
-MODELS = {"HiPPO's A": "lssl:n_state=32", "random A, slowed by dt": "lssl:n_state=32:random_A=true",
+MODELS = {"HiPPO's A": "lssl:n_state=32", "random A with steps dt": "lssl:n_state=32:random_A=true",
           "random A, a linear RNN": "linear_rnn:n_state=32", "S4D": "s4d", "LSTM": "lstm", "Mamba": "mamba",
           "attention": "attention"}
 PAPER = {"HiPPO's A": 0.98, "random A, a linear RNN": 0.60}                                 # [G22], section 2.2
@@ -150,15 +150,15 @@ def known():
 # ------------------------------------------------------------------------------------------------------------- measure
 
 
-def cells(quick):
-    common = {"n_layers": 2, "d_model": 64, "batch_size": 64, "steps": 2000, "warmup": 200}
-    size, n, models, lrs, seeds = 16, 20000, MODELS, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS)
+def cells(quick, only=None):
+    common = {"n_layers": 2, "d_model": 64, "batch_size": 64, "steps": 800, "warmup": 80}
+    size, n, models, lrs, seeds = 16, 20000, MODELS, (1e-3, 3e-3), (CHOOSING, *SEEDS)
     if quick:
         common |= {"d_model": 32, "batch_size": 32, "steps": 60, "warmup": 10}
         size, n, models, lrs, seeds = 10, 2000, list(MODELS)[:3], (3e-3,), (0,)
     return [{"model": name, "mixer": MODELS[name], "task": f"digits:size={size} {n}",
              "test": f"digits:size={size} {n // 10}"} | common | {"lr": lr, "seed": seed}
-            for name in models for seed in seeds for lr in lrs]
+            for name in (only.split(",") if only else models) for seed in seeds for lr in lrs]
 
 
 @torch.no_grad()
@@ -192,10 +192,10 @@ def draw_accuracy(ax, results, names):
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__)
+    args = lab.options(__doc__, only="these models, a,b,c")
     by, score = ("model",), "val_accuracy"
     with known():
-        rows = lab.sweep(args, "history", cells(args.quick), lab.packed, by, score, pack=4, enough=0.99)
+        rows = lab.sweep(args, "history", cells(args.quick, args.only), lab.packed, by, score, pack=4, enough=0.99)
     say, results = lab.reporter(args.out / "history.txt"), lab.best(rows, by, "accuracy", judge=score)
     names = [name for name in MODELS if (name,) in results]
     size = int(rows[0]["task"].split()[0].split("=")[1])

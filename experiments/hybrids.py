@@ -1,8 +1,8 @@
 """How many of the layers have to be attention? Loss and recall on code against the share, at equal compute.
 
-    python experiments/hybrids.py [--jobs 6] [--quick]
+    python experiments/hybrids.py [--only "Hyena,attention"] [--jobs 6] [--quick]
 
-Six layers, 128 wide, on the Python code in the folder _inductor of the torch that is installed. Some layers of Hyena
+Four layers, 128 wide, on the Python code in the folder _inductor of the torch that is installed. Some layers of Hyena
 are replaced by attention, evenly spread; besides, two published hybrids: Zoology's (BaseConv, and attention only for
 tokens that occurred before) and StripedHyena's (filters that are sums of modes, and attention, in turn). All are
 trained with as many floating-point operations as attention in 800 steps of 32 x 512 tokens: what has fewer a token
@@ -17,14 +17,14 @@ import torch
 from lab import train
 
 H, A, C = "hyena:max_len=512", "attention", "baseconv:taps=512"
-MODELS = {                      # the pattern of six layers, and the number of them that are attention
-    "Hyena": ([H] * 6, 0), "3 of 6": ([H, A] * 3, 3), "attention": ([A] * 6, 6), "1 of 6": ([H, H, H, A, H, H], 1),
-    "short convolutions + attention": (["short_conv", A] * 3, 3), "BaseConv": ([C] * 6, 0),
-    "Zoology's hybrid": ([C, "repeat_attention"] * 3, 3), "modes": (["modal"] * 6, 0),
-    "StripedHyena's": (["modal", A] * 3, 3),
+MODELS = {                      # the pattern of four layers, and the number of them that are attention
+    "Hyena": ([H] * 4, 0), "2 of 4": ([H, A] * 2, 2), "attention": ([A] * 4, 4), "1 of 4": ([H, H, A, H], 1),
+    "short convolutions + attention": (["short_conv", A] * 2, 2), "BaseConv": ([C] * 4, 0),
+    "Zoology's hybrid": ([C, "repeat_attention"] * 2, 2), "modes": (["modal"] * 4, 0),
+    "StripedHyena's": (["modal", A] * 2, 2),
 }
-LADDER, TARGET = ("Hyena", "1 of 6", "3 of 6", "attention"), "short convolutions + attention"
-GAPS = (("1 of 6", "Hyena"), ("3 of 6", "Hyena"), ("Zoology's hybrid", "BaseConv"), ("StripedHyena's", "modes"))
+LADDER, TARGET = ("Hyena", "1 of 4", "2 of 4", "attention"), "short convolutions + attention"
+GAPS = (("1 of 4", "Hyena"), ("2 of 4", "Hyena"), ("Zoology's hybrid", "BaseConv"), ("StripedHyena's", "modes"))
 CHOOSING, SEEDS = 100, (0, 1, 2)
 SCORES = ("loss", "recall", "recall_share", "repeated", "repeated_share", "rest")
 SIZES = ("d_model", "context", "vocab_size", "n_layers", "mixer")
@@ -55,22 +55,22 @@ def measure(cell):
         name: round(scores[name], 5) for name in SCORES}
 
 
-def cells(quick):
+def cells(quick, only=None):
     """Each with as many steps as the operations of attention's steps allow."""
     if quick:
-        common = {"d_model": 32, "context": 128, "vocab_size": 512, "n_layers": 6}
-        more, models = {"text": "_inductor/kernel", "batch_size": 8, "warmup": 20}, ("Hyena", "3 of 6", "attention")
+        common = {"d_model": 32, "context": 128, "vocab_size": 512, "n_layers": 4}
+        more, models = {"text": "_inductor/kernel", "batch_size": 8, "warmup": 20}, ("Hyena", "2 of 4", "attention")
         steps, lrs, seeds = 150, (3e-3,), (0,)
     else:
-        common = {"d_model": 128, "context": 512, "vocab_size": 4096, "n_layers": 6}
+        common = {"d_model": 128, "context": 512, "vocab_size": 4096, "n_layers": 4}
         more, models = {"text": "_inductor", "batch_size": 32, "warmup": 100}, MODELS
-        steps, lrs, seeds = 800, (1e-3, 3e-3), (CHOOSING, *SEEDS)
+        steps, lrs, seeds = 800, (1e-3, 3e-3, 9e-3), (CHOOSING, *SEEDS)
     budget, found = steps * size(**common, mixer="attention")[1], []
-    for model in models:
+    for model in only.split(",") if only else models:
         layers, n = MODELS[model]
         flags = common | {"mixer": ",".join(layers)}
         flags |= more | {"steps": round(budget / size(**flags)[1])}
-        found += [{"model": model, "share": round(n / 6, 3)} | flags | {"lr": lr, "seed": seed}
+        found += [{"model": model, "share": round(n / 4, 3)} | flags | {"lr": lr, "seed": seed}
                   for seed in seeds for lr in lrs]
     return found
 
@@ -84,23 +84,24 @@ def panel(ax, results, title):
     """Perplexity against the share of attention, with the smallest and the largest of the seeds."""
     def points(names):
         names = [name for name in names if name in results]
-        return [MODELS[name][1] / 6 for name in names], *lab.bars([[math.exp(x) for x in results[n]] for n in names])
+        return [MODELS[name][1] / 4 for name in names], *lab.bars([[math.exp(x) for x in results[n]] for n in names])
 
-    ax.errorbar(*points(LADDER), fmt="o-", capsize=3, label="Hyena and attention")
+    if set(LADDER) & set(results):
+        ax.errorbar(*points(LADDER), fmt="o-", capsize=3, label="Hyena and attention")
     for i, (name, marker) in enumerate({"BaseConv": "v", "Zoology's hybrid": "^", "modes": "<", "StripedHyena's": ">",
                                         TARGET: "s"}.items(), 1):
         if name in results:
             ax.errorbar(*points([name]), fmt=marker, capsize=3, ms=8, color=f"C{i}", label=name)
     ax.set(yscale="log", title=title, xlabel="share of the layers that are attention")
-    ax.set_xticks([0, 1 / 6, 1 / 2, 1], ["0", "1/6", "1/2", "1"])
+    ax.set_xticks([0, 1 / 4, 1 / 2, 1], ["0", "1/4", "1/2", "1"])
     ax.yaxis.set_major_formatter("{x:.3g}")
     ax.yaxis.set_minor_formatter("{x:.3g}")
     ax.grid(alpha=0.3, which="both")
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__)
-    rows = lab.sweep(args, "hybrids", cells(args.quick), measure, ("model",), "-loss")
+    args = lab.options(__doc__, only="these models, a,b,c")
+    rows = lab.sweep(args, "hybrids", cells(args.quick, args.only), measure, ("model",), "-loss")
     results = {key: {name: value for (name,), value in lab.best(rows, ("model",), key, judge="-loss").items()}
                for key in ("loss", "recall", "rest", "repeated")}
     fig, axes = lab.figure(11, 4.6, columns=3)

@@ -1,12 +1,12 @@
 """Two facts about recall: one question does not tell convolutions from attention, many questions do; and who is good at
 the second is good at recall in text.
 
-    python experiments/recall_demos.py [--jobs 6] [--quick]
+    python experiments/recall_demos.py [--only "H3,Mamba"] [--jobs 6] [--quick]
 
 4 pairs of 31 keys and 32 values. Left: one key asked for, at the end (associative_recall, 9 tokens), or every key
 somewhere (mqar, 32 tokens), with as many questions in a batch. Right: the second test beside the loss on rare bigrams
 that came before, in code: that of perplexity_slices.py, whose table is read, the same mixers in larger models. Two
-layers 64 wide, 3,000 steps; the windows are of 4 tokens here, as those of 64 among 1024 are there. 20,000 texts
+layers 64 wide, 1,500 steps; the windows are of 4 tokens here, as those of 64 among 1024 are there. 20,000 texts
 for each seed. Writes recall_demos.csv, .txt and .png.
 """
 import statistics
@@ -25,15 +25,15 @@ MODELS = {"BaseConv": "baseconv:taps=32", "conv + attention": "short_conv,attent
 BOTH = ("conv + attention", "BaseConv", "Hyena", "H3")
 
 
-def cells(quick):
-    common = {"n_layers": 2, "d_model": 64, "warmup": 200, "steps": 3000}
-    models, lrs, seeds, n = MODELS, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS), 20000
+def cells(quick, only=None):
+    common = {"n_layers": 2, "d_model": 64, "warmup": 100, "steps": 1500}
+    models, lrs, seeds, n = MODELS, (3e-3, 1e-2), (CHOOSING, *SEEDS), 20000
     if quick:
         common |= {"d_model": 32, "warmup": 50, "steps": 400}
         models, lrs, seeds, n = ("conv + attention", "BaseConv", "Based"), (1e-2,), (0,), 4000
     return [{"question": question, "model": model, "mixer": MODELS[model], "task": f"{task} {n}",
              "test": f"{task} {n // 10}", "batch_size": batch} | common | {"lr": lr, "seed": seed}
-            for model in models for question, (task, batch) in QUESTIONS.items()
+            for model in (only.split(",") if only else models) for question, (task, batch) in QUESTIONS.items()
             if model in BOTH or question == MANY for seed in seeds for lr in lrs]
 
 
@@ -83,9 +83,10 @@ def draw_models(ax, points):
 
 
 if __name__ == "__main__":
-    args, by = lab.options(__doc__), ("question", "model")
+    args, by = lab.options(__doc__, only="these models, a,b,c"), ("question", "model")
     with history.known():
-        rows = lab.sweep(args, "recall_demos", cells(args.quick), lab.packed, by, "val_accuracy", pack=4, enough=0.99)
+        rows = lab.sweep(args, "recall_demos", cells(args.quick, args.only), lab.packed, by, "val_accuracy", pack=4,
+                         enough=0.99)
     accuracy = lab.best(rows, by, "accuracy", judge="val_accuracy")
     points = {name: (accuracy[MANY, name], nats) for name, nats in recall_in_text().items() if (MANY, name) in accuracy}
     say = lab.reporter(args.out / "recall_demos.txt")

@@ -9,13 +9,14 @@ channel of a model puts on the ideal places, over the rows that have any; best o
 
 trained_matrices.csv, .npz, .png: each model has two layers, a short gated convolution and the mixer (Hyena and Mamba,
 which have a convolution in them: two of these), and learns multi-query associative recall (lesson 04's mqar, 4 pairs of
-31 keys and 32 values in 32 tokens). Also docs/trained.png: one row, in the text. ngram_heads.csv, .npz, .png: all 270
-heads of SmolLM2-135M (pretrained.py says how to get it; without it these are left out), orders 1 to 3, on passages of
-400 tokens of the plays.
+31 keys and 32 values in 32 tokens; 50,000 texts for each seed). Also docs/trained.png: one row, in the text.
+ngram_heads.csv, .npz, .png: all 270 heads of SmolLM2-135M (pretrained.py says how to get it; without it these are left
+out), orders 1 to 3, on passages of 400 tokens of the plays.
 """
 import importlib
 import importlib.util
 import itertools
+import math
 import statistics
 from functools import cache, partial
 
@@ -93,41 +94,53 @@ def baselines(ids, asked):
     return over_rows(even, rows), over_rows(first, rows)
 
 
+def held_out(pack, part, n):
+    """n texts of a pack's validation or test set, for the CPU: ids and targets (n, t)."""
+    data = pack.held_out[part][0]
+    return data.ids[0, :n].long().cpu(), data.targets[0, :n].long().cpu()
+
+
 @torch.no_grad()
-def look(model, data):
-    """The row of a trained model, and its best head's matrix of the first text: (t, t)."""
-    (ids, targets, _), *rest = data.held_out(8, 5)
+def look(model, validation, test):
+    """The row of a trained model; its best head's matrix of the first text of the test: (t, t). ids, targets each."""
+    (ids, targets), (test_ids, test_targets) = validation, test
     layer, head = best_head(shares(matrices(model, ids), ids, targets != -100), 1)
-    shown = list(matrices(model, ids[:1]))[layer][0, head]
-    ids, targets = torch.cat([ids for ids, *_ in rest]), torch.cat([targets for _, targets, _ in rest])
-    asked = targets != -100
-    found, right = shares(matrices(model, ids), ids, asked), model(ids).argmax(dim=-1)[asked] == targets[asked]
-    return {"accuracy": round(right.float().mean().item(), 4), "layer": layer + 1, "head": head + 1,
-            "share": round(found[layer][0, head].item(), 4),
-            "even": round(baselines(ids, asked)[0][0].item(), 4)}, shown.numpy()
+    found = shares(matrices(model, test_ids), test_ids, test_targets != -100)
+    return {"layer": layer + 1, "head": head + 1, "share": round(found[layer][0, head].item(), 4),
+            "even": round(baselines(test_ids, test_targets != -100)[0][0].item(), 4)}, list(
+                matrices(model, test_ids[:1]))[layer][0, head].numpy()
 
 
-def measure(parts, cell):
-    """Trains, looks, and keeps the matrix of the seed that is drawn in the folder `parts`."""
-    flags = {name: value for name, value in cell.items() if name != "model"}
-    data = train.Task(lab.parsed(flags))
-    row, shown = lab.trained(flags, then=lambda model: look(model, data))
-    if cell["seed"] == SEEDS[0]:
-        ids, targets, _ = next(iter(data.held_out(8, 5)))
-        parts.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(parts / f"{cell['model']}.npz", M=shown.astype(np.float32), ids=ids[0], targets=targets[0],
-                            accuracy=row["accuracy"])
-    return row
+def measure(parts, cells):
+    """Trains a pack (see lab.packed), looks, and keeps the matrix of the seed that is drawn in the folder `parts`."""
+    pack, results = lab.Pack(cells), []
+    ended = yield from pack.train(enough=0.999)
+    pack.file.unlink(missing_ok=True)
+    right = [pack.ask(part)[0] for part in (lab.VALIDATION, lab.TEST)]
+    validation, test = held_out(pack, lab.VALIDATION, 32), held_out(pack, lab.TEST, 64)
+    for i, cell in enumerate(cells):
+        pieces = pack.theta[i].detach().cpu().split([math.prod(shape) for shape in pack.shapes.values()])
+        weights = {name: x.view(shape) for (name, shape), x in zip(pack.shapes.items(), pieces, strict=True)}
+        pack.model.load_state_dict(weights, strict=False)                    # without the buffers, which do not learn
+        row, shown = look(pack.model.eval(), validation, test)
+        accuracy = {"val_accuracy": round(right[0][i], 4), "accuracy": round(right[1][i], 4)}
+        results.append(accuracy | row | {"ended": ended})
+        if cell["seed"] == SEEDS[0]:
+            parts.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(parts / f"{cell['model']}.npz", M=shown.astype(np.float32), ids=test[0][0],
+                                targets=test[1][0], accuracy=results[-1]["accuracy"])
+    return results
 
 
 def cells(quick):
-    common = {"task": "mqar:length=32:n_pairs=4:vocab_size=64", "d_model": 64, "batch_size": 64, "warmup": 100}
-    steps, lrs, seeds = 3000, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS)
+    task = "mqar:length=32:n_pairs=4:vocab_size=64"
+    common = {"task": f"{task} 50000", "test": f"{task} 1000", "d_model": 64, "batch_size": 64, "warmup": 200}
+    models, steps, lrs, seeds = MODELS, 2000, (3e-3, 1e-2), (CHOOSING, *SEEDS)
     if quick:
-        steps, lrs, seeds = 100, (3e-3,), SEEDS[:1]
-        common |= {"d_model": 32, "warmup": 20}
-    return [{"model": name, "mixer": mixer} | common | {"steps": steps, "lr": lr, "seed": seed}
-            for name, mixer in MODELS.items() for seed in seeds for lr in lrs]
+        models, steps, lrs, seeds = SHOWN, 200, (1e-2,), SEEDS[:1]
+        common |= {"task": f"{task} 2000", "test": f"{task} 100", "d_model": 32, "warmup": 20}
+    return [{"model": name, "mixer": MODELS[name]} | common | {"steps": steps, "lr": lr, "seed": seed}
+            for name in models for seed in seeds for lr in lrs]
 
 
 @cache
@@ -274,13 +287,13 @@ def merge(parts, path):
 def recall(args):
     table = args.out / "trained_matrices.npz"
     parts = args.out / "parts" if args.quick else lab.ROOT / "runs" / "trained_matrices"
-    rows = lab.sweep(args, "trained_matrices", cells(args.quick), partial(measure, parts), ("model",), "accuracy",
-                     enough=0.99)
+    rows = lab.sweep(args, "trained_matrices", cells(args.quick), partial(measure, parts), ("model",), "val_accuracy",
+                     pack=4, enough=0.99)
     if not args.draw:                                                        # else what was trained elsewhere stays
         merge(parts, table)
     results, say = {}, lab.reporter(args.out / "trained_matrices.txt")
     for key in ("accuracy", "share"):
-        results[key] = lab.best(rows, ("model",), key, judge="accuracy")
+        results[key] = lab.best(rows, ("model",), key, judge="val_accuracy")
     for (name,), value in results["accuracy"].items():
         share = lab.spread(*results["share"][name,], ".2f")
         say(f"{name:24}{lab.spread(*value)} right, {share} of the weight on the value")
