@@ -31,9 +31,9 @@ LEVELS, CHOOSING, SEEDS = 16, 100, (0, 1, 2)
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold",
          "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10")
 MODELS = {"HiPPO's A": "lssl:n_state=32", "random A with steps dt": "lssl:n_state=32:random_A=true",
-          "random A, a linear RNN": "linear_rnn:n_state=32", "S4D": "s4d", "LSTM": "lstm", "Mamba": "mamba",
+          "linear RNN with random A": "linear_rnn:n_state=32", "S4D": "s4d", "LSTM": "lstm", "Mamba": "mamba",
           "attention": "attention"}
-PAPER = {"HiPPO's A": 0.98, "random A, a linear RNN": 0.60}                                 # [G22], section 2.2
+PAPER = {"HiPPO's A": 0.98, "linear RNN with random A": 0.60}                                 # [G22], section 2.2
 
 
 # ------------------------------------------------------------------------------------------------ two older recurrences
