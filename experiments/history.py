@@ -152,7 +152,7 @@ def known():
 
 def cells(quick, only=None):
     common = {"n_layers": 2, "d_model": 64, "batch_size": 32, "steps": 800, "warmup": 80}
-    size, n, models, lrs, seeds = 16, 20000, MODELS, (1e-3, 3e-3), (CHOOSING, *SEEDS)
+    size, n, models, lrs, seeds = 16, 20000, MODELS, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS)
     if quick:
         common |= {"d_model": 32, "steps": 60, "warmup": 10}
         size, n, models, lrs, seeds = 10, 2000, list(MODELS)[:3], (3e-3,), (0,)

@@ -27,7 +27,7 @@ BOTH = ("conv + attention", "BaseConv", "Hyena", "H3")
 
 def cells(quick, only=None):
     common = {"n_layers": 2, "d_model": 64, "warmup": 100, "steps": 1500}
-    models, lrs, seeds, n = MODELS, (3e-3, 1e-2), (CHOOSING, *SEEDS), 20000
+    models, lrs, seeds, n = MODELS, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS), 20000
     if quick:
         common |= {"d_model": 32, "warmup": 50, "steps": 400}
         models, lrs, seeds, n = ("conv + attention", "BaseConv", "Based"), (1e-2,), (0,), 4000

@@ -135,7 +135,7 @@ def measure(parts, cells):
 def cells(quick):
     task = "mqar:length=32:n_pairs=4:vocab_size=64"
     common = {"task": f"{task} 50000", "test": f"{task} 1000", "d_model": 64, "batch_size": 64, "warmup": 200}
-    models, steps, lrs, seeds = MODELS, 2000, (3e-3, 1e-2), (CHOOSING, *SEEDS)
+    models, steps, lrs, seeds = MODELS, 2000, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS)
     if quick:
         models, steps, lrs, seeds = SHOWN, 200, (1e-2,), SEEDS[:1]
         common |= {"task": f"{task} 2000", "test": f"{task} 100", "d_model": 32, "warmup": 20}
