@@ -6,7 +6,7 @@ and the length from which Hyena is faster than attention.
 Forward passes of one layer at growing lengths; the exponent p of time ~ t^p is fitted to the longer half of them. The
 lengths end where the next one might take more than two seconds. Writes scaling.csv and .png. The crossing: the same
 number of tokens in fewer and longer texts through a layer of Hyena and three attentions, the t x t matrix written out,
-lesson 01's tiles, and PyTorch's own function; five measurements of each. Writes crossing.csv and .png.
+lesson 01's tiles, and PyTorch's own function; five measurements of each. Writes crossing.csv, .txt and .png.
 """
 import importlib
 import math
@@ -115,36 +115,51 @@ def crosses(ours, theirs):
     return round(lengths[i] * (lengths[i + 1] / lengths[i]) ** share)
 
 
-def draw_crossing(args):
+def crossing_rows(args):
+    """Drawn elsewhere than measured: whatever the table has."""
+    if args.draw:
+        return lab.read(args.out / "crossing.csv")
     lengths = (128, 256, 512) if args.quick else tuple(2 ** i for i in range(9, 17 if GPU else 14))
     tokens, width = (512, 64) if args.quick else (2 ** 16, 768) if GPU else (2 ** 13, 256)
-    cells = [{"layer": name, "length": t, "tokens": tokens, "d_model": width} for t in lengths for name in LAYERS
-             if name != "attention, written out" or t <= 2048 or not GPU]
-    rows = lab.sweep(args, "crossing", cells, crossing)
-    fig, axes = lab.figure(11, 4.6, columns=2, sharey=True)
+    return lab.sweep(args, "crossing", [{"layer": name, "length": t, "tokens": tokens, "d_model": width}
+                                        for t in lengths for name in LAYERS
+                                        if name != "attention, written out" or t <= 2048 or not GPU], crossing)
+
+
+def draw_crossing(args):
+    rows = crossing_rows(args)
+    if not rows:
+        return
+    say = lab.reporter(args.out / "crossing.txt")
+    lengths = sorted({row["length"] for row in rows})
+    fig, axes = lab.figure(11, 4.8, columns=2, sharey=True)
     for ax, key, title in zip(axes, ("forward", "both"), ("forward", "forward and backward"), strict=True):
         times = {name: {row["length"]: row[f"{key}_ms"] for row in rows if row["layer"] == name} for name in LAYERS}
+        hyena = times["Hyena"]
         for name in LAYERS:
             found = [row for row in rows if row["layer"] == name]
-            ms = [row[f"{key}_ms"] for row in found]
-            spread = [[m - row[f"{key}_least"] for m, row in zip(ms, found, strict=True)],
-                      [row[f"{key}_most"] - m for m, row in zip(ms, found, strict=True)]]
-            ax.errorbar([row["length"] for row in found], ms, spread, fmt="s-" if name == "Hyena" else "o-", capsize=2,
-                        ms=4, label=name)
-            where = crosses(times["Hyena"], times[name]) if name != "Hyena" else None
-            if name != "Hyena":
-                print(f"{title}: Hyena is faster than {name} from {where or 'no'} tokens on")
+            if found:
+                points = lab.bars([[row[f"{key}_{x}"] for x in ("ms", "least", "most")] for row in found])
+                ax.errorbar([row["length"] for row in found], *points, fmt="s-" if name == "Hyena" else "o-", capsize=2,
+                            ms=4, label=name)
+        for name in (name for name in LAYERS if name != "Hyena" and hyena):
+            where = crosses(hyena, times[name])
+            say(f"{title}: Hyena is faster than {name} from {where or 'no'} tokens on; its time is " + ", ".join(
+                f"{hyena[t] / times[name][t]:.2f} of that at {t}" for t in (2048, 8192, 65536) if t in times[name]))
             if where and where > lengths[0]:
                 ax.axvline(where, color="gray", lw=0.8, ls=":")
                 ax.text(where, 0.99, f" {where:,}", transform=ax.get_xaxis_transform(), va="top", fontsize=8,
                         rotation=90)
-        shown = sorted({row["length"] for row in rows})
+        if 8192 in times["attention, PyTorch's own"]:
+            ax.plot(8192, times["attention, PyTorch's own"][8192] / 2, "D", color="gray", mfc="none",
+                    label="paper, at 8k: half of FlashAttention's time")
         ax.set(xscale="log", yscale="log", xlabel="length of a text", title=title)
-        ax.set_xticks(shown, [f"{t // 1024}k" if t >= 1024 else t for t in shown])
+        ax.set_xticks(lengths, [f"{t // 1024}k" if t >= 1024 else t for t in lengths])
+        ax.set_yticks([2, 5, 10, 20, 50], [2, 5, 10, 20, 50])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel(f"ms for {tokens:,} tokens, {width} wide")
-    axes[0].legend(fontsize=8)
+    axes[0].set_ylabel(f"ms for {rows[0]['tokens']:,} tokens, {rows[0]['d_model']} wide")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     lab.save(fig, args.out / "crossing.png")
 
 
