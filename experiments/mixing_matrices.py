@@ -35,7 +35,7 @@ if __name__ == "__main__":
     ids = torch.randperm(48, generator=torch.Generator().manual_seed(0))[None]
     ids[:, 30:40] = ids[:, 4:14]
     mixers = {name: make for name, make in train.from_lessons("MIXERS").items() if name not in SKIP}
-    fig, axes = lab.figure(19, 12, rows=5, columns=-(-len(mixers) // 5))
+    fig, axes = lab.figure(13, 14.5, rows=-(-len(mixers) // 7), columns=7)
     for ax in axes.flat:
         ax.axis("off")
     for ax, (name, make) in zip(axes.flat, mixers.items(), strict=False):
@@ -43,7 +43,7 @@ if __name__ == "__main__":
         others = (M - torch.diag(M.diagonal())).abs()                    # a skip connection would outshine the rest
         limit = others[others > 0].quantile(0.97).item()
         ax.imshow(M.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-        ax.set_title(name if train.from_lessons("MIXERS")[name].causal else f"{name} (not causal)", fontsize=10)
-    fig.suptitle("Y = M V: what each token (row) takes from each other (column). Tokens 30 to 39 repeat tokens 4 to 13",
-                 fontsize=14)
+        ax.set_title(name if make.causal else f"{name} (sees all)", fontsize=13)
+    fig.suptitle("Y = M V: what each token (row) takes from each other (column), in layers as they start.\n"
+                 "Tokens 30 to 39 repeat tokens 4 to 13", fontsize=15)
     lab.save(fig, args.out / "mixing_matrices.png")

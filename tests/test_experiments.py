@@ -522,3 +522,87 @@ def test_state_tracking_is_asked_beyond_the_lengths_of_training():
             _, targets, _ = task.examples(2, torch.Generator().manual_seed(0))
             assert (targets != -100).any(dim=0).nonzero()[:, 0].tolist() == list(range(until // 2, until)), test
     assert script.published("parity", "deltanet, beta to 2") == 1 and script.published("swaps", "gla") is None
+
+
+# ----------------------------------------------------------------------------------- recall, history, hybrids, crossing
+
+
+def test_an_ngram_layer_is_its_own_ideal():
+    """Heads of orders 1 to 3 put all their weight on the places of their order; of order 1, a part on those of 2."""
+    trained_matrices = importlib.import_module("trained_matrices")
+    model = train.build_model(lab.parsed({"mixer": "ngram", "d_model": 16, "n_layers": 1}), 5)
+    ids = torch.randint(5, (4, 40), generator=torch.Generator().manual_seed(0))
+    asked = torch.ones_like(ids, dtype=torch.bool)
+    found, = trained_matrices.shares(trained_matrices.matrices(model, ids), ids, asked)
+    even, order_1 = trained_matrices.baselines(ids, asked)
+    assert torch.allclose(found.diagonal(), torch.ones(3)) and torch.allclose(found[:, 0], order_1)
+    assert (found[2] < 1.001).all() and found[1, 0] < 0.6 and (even < found.diagonal() / 3).all()
+    assert [trained_matrices.best_head([found[:, :1] / 2, found], n) for n in (1, 3)] == [(1, 0), (1, 2)]
+
+
+def test_ideal_places_by_hand():
+    """In 5 6 5 7 5 6 the last 6 looks behind the first one, the last 5 behind both others; of order 2, behind 5 6."""
+    places = importlib.import_module("trained_matrices").ideal(torch.tensor([[5, 6, 5, 7, 5, 6]]))[0]
+    assert places[0, 5].nonzero().flatten().tolist() == [2] and places[0, 4].nonzero().flatten().tolist() == [1, 3]
+    assert places[1, 5].nonzero().flatten().tolist() == [2] and places[1, 4].sum() == places[2].sum() == 0
+
+
+def test_the_lstm_is_torchs_and_goes_on_from_a_state():
+    layer, x = importlib.import_module("history").LSTM(6).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    theirs = torch.nn.LSTM(6, 6, batch_first=True).double()
+    with torch.no_grad():
+        for ours, p in zip((layer.W.weight, layer.U.weight, layer.W.bias), theirs.parameters(), strict=False):
+            p.copy_(ours)                                                    # both go i, f, g, o
+        theirs.bias_hh_l0.zero_()
+    assert torch.allclose(layer(x), theirs(x)[0], atol=1e-12)
+    first, state = layer.prefill(x[:, :3])
+    fourth, state = layer.step(x[:, 3], state)
+    assert torch.allclose(torch.cat([first, fourth[:, None]], dim=1), layer(x)[:, :4], atol=1e-12)
+    assert layer.state_size(100) == sum(part[0].numel() for part in state)
+
+
+def test_a_plain_linear_rnn_is_a_loop():
+    layer, x = importlib.import_module("history").LinearRNN(4, n_state=6).double(), torch.randn(2, 9, 4).double()
+    assert torch.allclose(layer(x, "conv"), layer(x, "recurrent"), atol=1e-9)
+    assert torch.linalg.eigvals(layer.A).abs().max().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_state_keeps_no_more_inputs_apart_than_it_has_numbers():
+    history = importlib.import_module("history")
+    kept = [history.remembered(name, 60, d_model=1).sum().item() for name in list(history.MODELS)[:3]]
+    assert all(0 < n <= 32.001 for n in kept)                                # 32 numbers a channel, and one channel
+    assert history.remembered("HiPPO's A", 60, error=1e-6, d_model=1).sum() > kept[0]
+
+
+def test_digits_are_asked_for_after_the_last_pixel():
+    history = importlib.import_module("history")
+    ids, targets = history.digits(64, torch.Generator().manual_seed(0), size=12)
+    again, other = (history.digits(64, torch.Generator().manual_seed(seed), size=12)[0] for seed in (0, 1))
+    assert ids.shape == (64, 144) and 0 <= ids.min() and ids.max() == 15 and (targets[:, :-1] == -100).all()
+    assert set(targets[:, -1].tolist()) == set(range(16, 26))
+    assert torch.equal(ids, again) and not torch.equal(ids, other)
+    ink = history.glyphs().mean(dim=(2, 3))
+    assert ink.min() > 0.05 and ink.max() < 0.6                              # of every digit in every font; not filled
+
+
+def test_equal_compute_is_counted():
+    """Weights of matrices and the head by six; attention's t x t by hand; and steps times operations is one budget."""
+    hybrids = importlib.import_module("hybrids")
+    parameters, operations = hybrids.size(d_model=32, context=64, vocab_size=300, n_layers=1, mixer="attention")
+    matrices = 4 * 32 * 32 + 3 * 32 * 80 + 300 * 32                          # q, k, v, out; the MLP, 80 wide; the head
+    assert operations == 6 * matrices + 6 * 64 * 32 and parameters == matrices + 3 * 32
+    spent = [row["steps"] * hybrids.size(**{k: row[k] for k in hybrids.SIZES})[1] for row in hybrids.cells(True)]
+    assert max(spent) / min(spent) < 1.01
+
+
+def test_the_crossing_is_found_between_two_lengths():
+    crosses = importlib.import_module("scaling").crosses
+    square, line = {t: t * t for t in (64, 128, 256)}, {t: 100 * t for t in (64, 128, 256)}
+    assert crosses(line, square) == pytest.approx(100, abs=1) and crosses(square, line) is None
+    assert crosses({64: 1, 128: 1}, {64: 2, 128: 2}) == 64 and crosses({}, square) is None
+
+
+def test_rank_correlation():
+    spearman = importlib.import_module("recall_demos").spearman
+    assert spearman([1, 2, 3, 4], [10, 20, 25, 90]) == pytest.approx(1)
+    assert spearman([1, 2, 2, 3], [4, 3, 2, 1]) == pytest.approx(-0.9487, abs=1e-4)                  # scipy's
