@@ -348,18 +348,21 @@ EXERCISES = [
         [("1hte 1hDe", "linear_attention(q, k, v)", "reference(q, k, v)")], lengths=(1, 2, 40),
         used_in="kernels/linear_attention.py"),
     Exercise(
-        "triton_state", "kernels/gla.py", "absorb", "gated linear attention: the state behind a chunk",
-        "S <- e^{g_1 + ... + g_C} S + sum_s (k_s e^{g_{s+1} + ... + g_C}) v_s^T",
-        "Which rows still decay what row s wrote: those before it, or those after it? And backwards (REVERSE)?",
+        "triton_halving", "kernels/gla.py", "at_level", "gated linear attention: a chunk that is cut in two",
+        "Z = q 2^{G - G_r} behind a cut, k 2^{G_r - G} before it; blocks of 2h = 2^{level + 1} rows are cut in two, "
+        "and r is the row before the cut. Returns Z, 2^{...}, the rows behind (C, 1), and the pairs it parts (C, C)",
+        "Row i is in block i // h. Which of these lie behind a cut, which two are parted, and which row is r?",
         "q:1htd k:1htd v:1hte g:1htd- state:1hde",
         [("1hte 1hde", "gla(q, k, v, g, state)", "reference(q, k, v, g, state)")],
-        "The first chunk is right: does the state that comes in decay, by all of the chunk?", lengths=(1, 2, 40)),
+        "Tokens 0 and 1 are parted at level 0: which of them is r?", lengths=(1, 2, 40)),
     Exercise(
-        "triton_rescaling", "kernels/flash_attention.py", "softmax_step", "FlashAttention: one block of sources more",
-        f"{SOFTMAX}, S = q k^T SCALE", "SCALE has 1 / sqrt(d) and log2 e: where does it go? What is hidden, and when?",
+        "triton_blocks", "kernels/flash_attention.py", "sources_of", "FlashAttention: which sources a block looks at",
+        "three stretches of sources for the targets first to last: on the window's edge, seen by all of them, on the "
+        "diagonal; returns where each begins, in multiples of BN, and where the last one ends; S sources in all",
+        "The first target sees from first - window + 1 to itself: from where to where does nobody need a mask?",
         "q:1htd k:1htd v:1hte", [FLASH],
-        "The first block is right: are the old sum and the old output brought to the new maximum?",
-        cases=({"window": None}, {"window": 3}), lengths=(1, 40)),
+        "Which sources does the last target of a block see, which the first one?",
+        cases=({"window": None}, {"window": 3}), lengths=(1, 40, 130)),
 ]
 NAMES = {exercise.name: exercise for exercise in EXERCISES}
 

@@ -67,9 +67,9 @@ MISTAKES = {
     "triton_load": [("(cols[None, :] < WIDTH)", "(cols[None, :] < 2 * WIDTH)"),
                     ("rows[:, None] * stride", "rows[:, None] * WIDTH"),
                     ("(rows[:, None] < end) &", "(rows[:, None] <= end) &")],
-    "triton_state": [("not REVERSE", "REVERSE"), ("S * tl.exp(tl.sum(g, axis=0))[:, None]", "S"),
-                     ("tl.exp(tl.sum(g, axis=0))", "tl.exp(tl.max(g, axis=0))")],
-    "triton_rescaling": [("acc * shrink[:, None]", "acc"), ("l * shrink", "l"), ("s * SCALE - new", "s - new")],
+    "triton_halving": [("% 2 == 1", "% 2 == 0"), ("+ h - 1", "+ 2 * h - 1"), ("(block ^ 1)", "block")],
+    "triton_blocks": [("seen_by_first // BN * BN)", "seen_by_first // BN * BN + BN)"),
+                      ("first - window + 1", "first + 1"), ("first + 1), S)", "last + 1), S)")],
 }
 PLACE = (r"not equal yet\.\n\n    in (.|\n)*    where      ([a-z ]+ \d|its only number)(.|\n)*"
          r"    expected   .*\n    found      .*\n\n(.|\n)*\?$")
@@ -197,7 +197,7 @@ def test_a_file_is_never_overwritten(folder, capsys):
 
 
 def test_a_file_names_what_the_lessons_lines_use_and_no_more(folder):
-    for name in ("bonus", "lookup", "triton_state"):
+    for name in ("bonus", "lookup", "triton_halving"):
         if not name.startswith("triton") or INTERPRETED:
             main(["start", name])
     text = (folder / "bonus.py").read_text()
@@ -206,9 +206,9 @@ def test_a_file_names_what_the_lessons_lines_use_and_no_more(folder):
     text = (folder / "lookup.py").read_text()
     assert "    normalised(o)" in text and "    self.phi\n" in text
     if INTERPRETED:
-        text = (folder / "triton_state.py").read_text()
-        assert "import triton.language as tl" in text and "    upto(g, like," in text
-        assert "S          (64, 64) fp32" in text and "@triton.jit\ndef absorb" in text
+        text = (folder / "triton_halving.py").read_text()
+        assert "import triton.language as tl" in text and "import differentiable_gradients" in text
+        assert "G_i        (" in text and "@triton.jit\ndef at_level" in text
 
 
 def test_only_the_loop_of_flash_attention_is_taken_out(folder):
