@@ -357,8 +357,7 @@ def of_pairs(dq, dk, dbeta, x, dP, dA, q, k, beta, E, E_source, VECTOR: tl.const
     """Add what pairs (t, s) give to the gradients of q, k and beta, where a target has the decay E and a source
     E_source; and to x, which is made of the same rounded numbers, so that what a pair gives at t and takes at s is the
     same."""
-    dP, dA, q_E, k_E = ranged(dP, q), ranged(dA, q), ranged(q * E, q), ranged(k * E, q)
-    source = ranged(k * (E_source * beta), q)
+    q_E, k_E, source = (q * E).to(dP.dtype), (k * E).to(dP.dtype), (k * (E_source * beta)).to(dP.dtype)
     to_q = tl.dot(dP, source, input_precision=PRECISION)
     dq += E * to_q
     x += given(q_E * to_q, VECTOR)
@@ -433,9 +432,9 @@ def gradients_kernel(q, k, G, lowest, beta, do, dv, new, dP_, dA_, states, dstat
         for level in range(start, LEVELS):
             here, row = again(rows, level), again(i, level)
             E_t, E_s, pairs = at_cut(level, start, G, b_h, here, d, T, H, D, C)
-            dP = tl.where(pairs, tl.load(matrix(dP_, n, row, i, C, C)), 0.0)
-            dA = tl.where(pairs, tl.load(matrix(dA_, n, row, i, C, C)), 0.0)
             q_i, k_i = load(q + key, here, d, T, H * D, 64), load(k + key, here, d, T, H * D, 64)
+            dP = ranged(tl.where(pairs, tl.load(matrix(dP_, n, row, i, C, C)), 0.0), q_i)
+            dA = ranged(tl.where(pairs, tl.load(matrix(dA_, n, row, i, C, C)), 0.0), q_i)
             dq_i, dk_i, dbeta_i, x = of_pairs(dq_i, dk_i, dbeta_i, x, dP, dA, q_i, k_i, beta_i, E_t, E_s, VECTOR,
                                               PRECISION)
         store(dg + key, tl.cumsum(x, axis=0, reverse=True) + after[None, :], rows, d, T, H * D, D)
