@@ -449,8 +449,8 @@ def gradients_kernel(q, k, G, lowest, beta, do, dv, new, dP_, dA_, states, dstat
 
 def settings(q, v, g):
     """Sizes and launch options, of the kernels for all chunks at once and of the walks; the grid of the former. Tiles
-    are 64 wide but for the walks': an earlier version with narrower ones had wrong gradients of 16-bit inputs on an
-    H100 with Triton 3.6, right ones in the interpreter; the cause was not found."""
+    are 64 wide but for the walks': where a narrower one takes the place of a 64-wide one in shared memory, ptxas 12.8
+    (of Triton 3.6 and 3.7) may read a register that nothing has written, and gradients are wrong."""
     (b, t, h, d), e = q.shape, v.shape[-1]
     sizes = {"D": d, "E": e, "C": CHUNK, "VECTOR": g.shape[-1] > 1, "PRECISION": "tf32", "num_warps": 4}
     walk = {"BE": min(e, 64) if d > 64 else 32,
@@ -628,6 +628,8 @@ def main():
 
     def compared(kind, d, t, tensors):
         """The peers that do this, too; their outputs, gradients and memory are compared on the way."""
+        if "--time" in sys.argv:
+            return others.get(kind, {})
         mine, memory = bench.values_and_gradients(kernel, tensors, torch.bfloat16), bench.memory(kernel, tensors)
         for name, f in others.get(kind, {}).items():
             gaps = [bench.error(x, y.double()) for x, y in
