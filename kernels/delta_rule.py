@@ -357,8 +357,7 @@ def of_pairs(dq, dk, dbeta, x, dP, dA, q, k, beta, E, E_source, VECTOR: tl.const
     """Add what pairs (t, s) give to the gradients of q, k and beta, where a target has the decay E and a source
     E_source; and to x, which is made of the same rounded numbers, so that what a pair gives at t and takes at s is the
     same."""
-    dP, dA, q_E, k_E = ranged(dP, q), ranged(dA, q), ranged(q * E, q), ranged(k * E, q)
-    source = ranged(k * (E_source * beta), q)
+    q_E, k_E, source = (q * E).to(dP.dtype), (k * E).to(dP.dtype), (k * (E_source * beta)).to(dP.dtype)
     to_q = tl.dot(dP, source, input_precision=PRECISION)
     dq += E * to_q
     x += given(q_E * to_q, VECTOR)
@@ -433,9 +432,9 @@ def gradients_kernel(q, k, G, lowest, beta, do, dv, new, dP_, dA_, states, dstat
         for level in range(start, LEVELS):
             here, row = again(rows, level), again(i, level)
             E_t, E_s, pairs = at_cut(level, start, G, b_h, here, d, T, H, D, C)
-            dP = tl.where(pairs, tl.load(matrix(dP_, n, row, i, C, C)), 0.0)
-            dA = tl.where(pairs, tl.load(matrix(dA_, n, row, i, C, C)), 0.0)
             q_i, k_i = load(q + key, here, d, T, H * D, 64), load(k + key, here, d, T, H * D, 64)
+            dP = ranged(tl.where(pairs, tl.load(matrix(dP_, n, row, i, C, C)), 0.0), q_i)
+            dA = ranged(tl.where(pairs, tl.load(matrix(dA_, n, row, i, C, C)), 0.0), q_i)
             dq_i, dk_i, dbeta_i, x = of_pairs(dq_i, dk_i, dbeta_i, x, dP, dA, q_i, k_i, beta_i, E_t, E_s, VECTOR,
                                               PRECISION)
         store(dg + key, tl.cumsum(x, axis=0, reverse=True) + after[None, :], rows, d, T, H * D, D)
@@ -450,8 +449,8 @@ def gradients_kernel(q, k, G, lowest, beta, do, dv, new, dP_, dA_, states, dstat
 
 def settings(q, v, g):
     """Sizes and launch options, of the kernels for all chunks at once and of the walks; the grid of the former. Tiles
-    are 64 wide but for the walks': an earlier version with narrower ones had wrong gradients of 16-bit inputs on an
-    H100 with Triton 3.6, right ones in the interpreter; the cause was not found."""
+    are 64 wide but for the walks': where a narrower one takes the place of a 64-wide one in shared memory, ptxas 12.8
+    (of Triton 3.6 and 3.7) may read a register that nothing has written, and gradients are wrong."""
     (b, t, h, d), e = q.shape, v.shape[-1]
     sizes = {"D": d, "E": e, "C": CHUNK, "VECTOR": g.shape[-1] > 1, "PRECISION": "tf32", "num_warps": 4}
     walk = {"BE": min(e, 64) if d > 64 else 32,
@@ -629,6 +628,8 @@ def main():
 
     def compared(kind, d, t, tensors):
         """The peers that do this, too; their outputs, gradients and memory are compared on the way."""
+        if "--time" in sys.argv:
+            return others.get(kind, {})
         mine, memory = bench.values_and_gradients(kernel, tensors, torch.bfloat16), bench.memory(kernel, tensors)
         for name, f in others.get(kind, {}).items():
             gaps = [bench.error(x, y.double()) for x, y in

@@ -23,6 +23,8 @@ segment would leave from zero; in a second, each starts from those before it, ad
 
     python -m kernels.linear_attention [--peers]      check, then tables; with --peers, Mamba-2's beside mamba-ssm's
 """
+import sys
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -325,6 +327,11 @@ def mamba_2(x, dt, A, B, C):
 def compare_mamba_2(rates):
     from kernels import bench
 
+    def recurrence(x, dt, A, B, C):
+        """mamba_2() by the twin."""
+        q, k, v = (z.transpose(1, 2) for z in (C.expand(-1, -1, 16, -1), B.expand(-1, -1, 16, -1), x * dt[..., None]))
+        return reference(q, k, v, (dt * A).mT[..., None])[0].transpose(1, 2)
+
     def inputs(b, t):
         x, dt, B, C = (z.transpose(1, 2).contiguous() for z in bench.random(
             (b, 16, t, 64), (b, 16, t, 1), (b, 1, t, 64), (b, 1, t, 64)))
@@ -334,7 +341,15 @@ def compare_mamba_2(rates):
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
         return lambda *x: mamba_chunk_scan_combined(*x, chunk_size=256)
     candidates = {"kernel": mamba_2} | bench.peers("mamba-ssm", mamba_ssm)
-    bench.agree("Mamba-2, t 2048", candidates, inputs(2, 2048))
+    if "--time" not in sys.argv:
+        x = inputs(2, 2048)
+        exact = bench.values_and_gradients(recurrence, x, torch.float64)
+        for name, f in candidates.items():
+            gaps = [bench.error(a, b) for a, b in zip(bench.values_and_gradients(f, x, torch.bfloat16), exact,
+                                                      strict=True)]
+            print(f"Mamba-2, t 2048, relative errors of o, dx, ddt, dA, dB, dC: {name} "
+                  f"{', '.join(f'{gap:.1e}' for gap in gaps)}; {bench.memory(f, x) / 2 ** 30:.2f} GiB", flush=True)
+            assert max(gaps[:3]) < 0.02, f"{name} computes something else"
     bench.compare([(f"Mamba-2, b {32768 // t} h 16 t {t} n 64 d 64", candidates, x, 2 * x[0].nbytes, 0)
                    for t in (2048, 8192) for x in [inputs(32768 // t, t)]], rates)
 
