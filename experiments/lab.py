@@ -5,11 +5,10 @@ Each finished cell is a row of experiments/results/NAME.csv with machine, versio
 already are not run again. --quick runs a small version on a CPU and writes to runs/quick/ instead.
 
 One seed chooses the learning rate, on a validation set; the other seeds are what is reported, on a test set. Models
-that differ in learning rate and seed alone are trained together: see Pack.
+that differ in learning rate and seed alone are trained together: see packs.py.
 """
 import argparse
 import csv
-import hashlib
 import itertools
 import math
 import multiprocessing
@@ -19,18 +18,10 @@ import sys
 import tempfile
 import time
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.func import functional_call, stack_module_state, vmap
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
+from packs import ROOT, TEST, VALIDATION, Examples, Pack, packed, parsed, time_is_up, train  # noqa: F401
 
 
 def options(doc, argv=None, **more):
@@ -56,10 +47,6 @@ def options(doc, argv=None, **more):
     return args
 
 
-def time_is_up():
-    return time.time() > float(os.environ.get("LAB_DEADLINE", "inf"))
-
-
 def grid(**axes):
     """Every combination: grid(lr=[1, 2], seed=[0, 1]) -> four dicts."""
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -68,12 +55,6 @@ def grid(**axes):
 def machine():
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {"machine": name, "torch": torch.__version__, "command": " ".join(["python", *sys.argv])}
-
-
-def parsed(cell, *flags):
-    """train.py's arguments for these flags; one whose value is "" is left out."""
-    words = [word for name, value in cell.items() if value != "" for word in (f"--{name}", str(value))]
-    return train.parse([*words, *flags])[0]
 
 
 def state_bytes(cell, t):
@@ -104,270 +85,6 @@ def trained(cell, then=None, enough=None):
         model = train.build_model(args, len(checkpoint["model"]["embed.weight"]))
         train.load_weights(model, checkpoint, args.out)
         return then(model.eval())
-
-
-# ------------------------------------------------------------------------------------------------- many models at once
-
-
-VALIDATION, TEST = -1, -2                                        # the seeds of these sets; training's are from 0 on
-
-
-def seeded(seed, n):
-    return torch.Generator().manual_seed((seed * 2654435761 + n) % 2 ** 31)
-
-
-def some(task, transform, seed, start, n):
-    """n examples, as arrays: ids and targets (n, t), and what else the task says of each of them, or of all. Seeds
-    below 0: to be held out."""
-    data = train.Task(parsed({"task": task} | ({"transform": transform} if transform else {})))
-    generator = seeded(seed, start)
-    batch = data.batch(n, generator, 0.0) if seed >= 0 else data.transform(data.examples(n, generator))
-    ids, targets, extras = batch
-    extras = {k: v for k, v in extras.items() if k != "weights" and (k != "valid" or seed < 0)}      # for tests only
-    return ids.numpy(), targets.numpy(), {k: v.numpy() if torch.is_tensor(v) else v for k, v in extras.items()}
-
-
-@cache
-def made(task, transform, n, seed):
-    """n examples of a task, by 500: kept for the next pack. Many are made by several cores."""
-    starts = range(0, n, 500)
-    parts = [(task, transform, seed, start, min(500, n - start)) for start in starts]
-    if len(parts) < 50 or os.cpu_count() < 4:
-        return [some(*part) for part in parts]
-    with ProcessPoolExecutor(min(8, os.cpu_count() // 2), multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(some, *zip(*parts, strict=True)))
-
-
-class Examples:
-    """n examples of a task for each of the seeds, kept on the device: ids and targets (seed, n, t), as train.Task makes
-    them; places (seed, n, asked), where something is asked, if all examples ask equally often (else None)."""
-
-    def __init__(self, spec, seeds, device, args):
-        self.spec, (task, n) = spec.strip(), spec.split()
-        self.n, self.vocab_size = int(n), train.Task(argparse.Namespace(**vars(args) | {"task": task})).vocab_size
-        batches = [batch for seed in seeds for batch in made(task, args.transform, self.n, seed)]
-
-        def kept(arrays, dtype=torch.int32):
-            return torch.from_numpy(np.concatenate(arrays)).unflatten(0, (len(seeds), self.n)).to(device, dtype)
-
-        self.ids, self.targets = (kept([batch[i] for batch in batches]) for i in (0, 1))
-        extras = batches[0][2]
-        self.valid = kept([batch[2]["valid"] for batch in batches], torch.bool) if "valid" in extras else None
-        self.extras = {name: value for name, value in extras.items() if not isinstance(value, np.ndarray)}
-        asked = self.targets != -100
-        equal = len(asked.sum(dim=2).unique()) == 1
-        self.places = asked.nonzero()[:, 2].view(len(seeds), self.n, -1) if equal else None
-
-    def take(self, seed, rows):
-        """Of the examples (seed, rows), both (k, b): ids (k, b, t), the targets that are asked (k, m), and where these
-        stand in the flattened ids, (k, m); or all targets, and None."""
-        ids, targets = self.ids[seed, rows].long(), self.targets[seed, rows].long()
-        if self.places is None:
-            return ids, targets.flatten(1), None
-        places, starts = self.places[seed, rows], torch.arange(0, ids[0].numel(), ids.shape[2], device=ids.device)
-        return ids, targets.gather(2, places).flatten(1), (places + starts[:, None]).flatten(1)
-
-
-def one_after_the_other(function, along, randomness):
-    """What vmap does, without vmap."""
-    def all_of_them(theta, buffers, ids, places):
-        return torch.stack([function(row, {name: b[i] for name, b in buffers.items()}, ids[i],
-                                     places if places is None else places[i]) for i, row in enumerate(theta)])
-    return all_of_them
-
-
-class Pack:
-    """k models that differ in learning rate and seed alone, trained as one: their parameters are the rows of a matrix,
-    and vmap gives every operation one more axis, so that small models cost hardly more than a single one. On a GPU a
-    step is a CUDA graph. The recipe is train.py's (AdamW, warm-up, cosine, clipped gradients), in float32 (matrix
-    products on a GPU: TF32).
-
-    A cell's task is "TASK N", or several with commas between: N fixed examples (others for each seed), seen again and
-    again, in every epoch those of the first task first. "test", the same, is what is asked at the end."""
-
-    def __init__(self, cells, device=None):
-        flags, self.device = vars(train.parse([])[0]), train.Machine(device).device
-        self.args = [parsed({k: v for k, v in c.items() if k in flags} | {"task": c["task"].split()[0]}) for c in cells]
-        seeds, train_on = sorted({c["seed"] for c in cells}), cells[0]["task"]
-        self.sets = [Examples(spec, seeds, self.device, self.args[0]) for spec in train_on.split(",")]
-        self.held_out = {part: [Examples(spec, [part], self.device, self.args[0])
-                                for spec in cells[0].get("test", train_on).split(",")] for part in (VALIDATION, TEST)}
-        self.seed = torch.tensor([[seeds.index(c["seed"])] for c in cells], device=self.device)              # (k, 1)
-        self.seeds, self.graphs, self.memory, self.kept = seeds, {}, None, ("theta", "m", "v", "done", "finite")
-        self.file = ROOT / "runs" / "packs" / f"{hashlib.sha256(str(cells).encode()).hexdigest()[:16]}.pt"
-        torch.backends.cuda.matmul.allow_tf32 = True
-        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None            # None: the usual one
-        with torch.cuda.stream(self.stream):
-            self.stack([train.build_model(args, self.sets[0].vocab_size) for args in self.args])
-            self.choose_form()
-            self.go_on()
-
-    def stack(self, models):
-        """theta (k, p): the parameters of a model in a row; peak and decay, the same: their rates and weight decays."""
-        parameters, buffers = stack_module_state(models)
-        self.model, self.shapes = models[0], {name: p.shape[1:] for name, p in parameters.items()}
-        self.buffers = {name: b.to(self.device) for name, b in buffers.items()}
-        self.theta = torch.cat([p.detach().flatten(1) for p in parameters.values()], dim=1).to(self.device)
-        self.theta.requires_grad_()
-
-        def of_group(name):
-            rows = []
-            for model, args in zip(models, self.args, strict=True):
-                groups = train.optimizer_for(model, args).param_groups
-                value = {p: group[name] for group in groups for p in group["params"]}
-                rows.append(torch.cat([torch.full((p.numel(),), value[p]) for p in model.parameters()]))
-            return torch.stack(rows).to(self.device)
-
-        self.peak, self.decay = of_group("peak_lr"), of_group("weight_decay")
-        self.m, self.v = torch.zeros_like(self.peak), torch.zeros_like(self.peak)
-        self.done, self.finite = (torch.zeros(n, dtype=torch.long, device=self.device) for n in (1, len(models)))
-        self.rates = torch.tensor([train.schedule(i, self.args[0]) for i in range(self.args[0].steps + 1)],
-                                  device=self.device)
-
-    def choose_form(self):
-        """The mixers' own choice, or the first form whose operations vmap knows. With --form the models are run one
-        after the other: what vmap does not know, a Triton kernel, say, may still be the fastest."""
-        self.vmap = vmap
-        if self.args[0].form:
-            self.vmap = one_after_the_other
-            return
-        for form in (None, "scan", "parallel"):
-            for block in self.model.blocks:
-                block.form = form if form in block.mixer.forms else None
-            with suppress(RuntimeError):
-                for data in (*self.sets, *self.held_out[TEST]):                  # a longer text may want another form
-                    self.logits(data, *data.take(self.seed * 0, self.seed * 0)[::2])
-                return
-        raise train.BadInput(f"--mixer {self.args[0].mixer}: vmap knows none of its forms; name one with --form")
-
-    def logits(self, data, ids, places):
-        """ids (k, b, t), places (k, m) or None: for all b t. -> (k, m, v)"""
-        def one(theta, buffers, ids, places):
-            pieces = theta.split([math.prod(shape) for shape in self.shapes.values()])
-            weights = {name: x.view(shape) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
-            return functional_call(self.model, (weights, buffers), (ids, data.extras, places))
-        along = 0, 0, 0, None if places is None else 0
-        return self.vmap(one, along, randomness="different")(self.theta, self.buffers, ids, places).flatten(1, -2)
-
-    def step(self, data):
-        rows = data.order.index_select(1, data.at)[:, 0][self.seed[:, 0]]                    # (k, b)
-        ids, targets, places = data.take(self.seed, rows)
-        logits = self.logits(data, ids, places).flatten(0, 1)
-        nats = (F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none") if places is None
-                else train.cross_entropy(logits, targets.flatten()))
-        loss = nats.view_as(targets).sum(dim=1) / (targets != -100).sum(dim=1)               # (k,)
-        gradient, = torch.autograd.grad(loss.sum(), self.theta)
-        with torch.no_grad():
-            self.update(gradient)
-            self.finite += loss.isfinite()
-            data.at += 1
-
-    def update(self, g):
-        """AdamW [Loshchilov and Hutter], each row clipped by its own norm."""
-        self.done += 1
-        g = g * (train.MAX_GRAD_NORM / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
-        self.m.lerp_(g, 1 - 0.9)
-        self.v.lerp_(g * g, 1 - 0.95)
-        m, v = self.m / (1 - 0.9 ** self.done), self.v / (1 - 0.95 ** self.done)
-        lr = self.peak * self.rates.index_select(0, self.done)
-        self.theta.mul_(1 - lr * self.decay).sub_(lr * m / (v.sqrt() + 1e-8))
-
-    def advance(self, data):
-        """A step; on a GPU the first is done as usual, the second is recorded, if it can be, and then replayed."""
-        with torch.cuda.stream(self.stream):
-            if self.stream and self.graphs.get(data, "new") is None:
-                self.graphs[data] = self.recorded(data)
-            if self.graphs.setdefault(data):
-                self.graphs[data].replay()
-            else:
-                self.step(data)
-
-    def recorded(self, data):
-        graph = torch.cuda.CUDAGraph()
-        with suppress(RuntimeError):                             # a step that no graph can hold
-            with torch.cuda.graph(graph, pool=self.memory):
-                self.step(data)
-            self.memory = graph.pool()
-            return graph
-        return False
-
-    def train(self, enough=None):
-        """To the last step, or until all models have the accuracy `enough`, looked at every 1000 steps. A generator,
-        to be trained in turn with others; at the end it returns the step."""
-        steps, start, begun = self.args[0].steps, 0, self.done.item()        # begun: those of an earlier process
-        for epoch in itertools.count():
-            for data in self.sets:
-                end = start + data.n // self.args[0].batch_size
-                if begun < end:
-                    self.shuffle(data, epoch, at=max(0, begun - start))
-                for step in range(max(start, begun), end):
-                    if step == steps or enough and step % 1000 == 999 and min(self.ask(VALIDATION)[0]) >= enough:
-                        return step
-                    if step % 20 == 19 and time_is_up():
-                        self.put_away(step)
-                    self.advance(data)
-                    if step % 10 == 0:
-                        yield
-                start = end
-
-    def shuffle(self, data, epoch, at):
-        """The examples of each seed in a new order: (seeds, batches, b), the next batch being number `at`."""
-        size = self.args[0].batch_size
-        mixed = [torch.randperm(data.n, generator=seeded(seed, epoch)) for seed in self.seeds]
-        with torch.cuda.stream(self.stream):
-            order = torch.stack(mixed)[:, :data.n // size * size].unflatten(1, (-1, size)).to(self.device)
-            first = not hasattr(data, "order")                               # later in the same place: a graph reads it
-            data.order = order if first else data.order.copy_(order)
-            data.at = (torch.zeros_like(self.done) if first else data.at).fill_(at)
-
-    def put_away(self, step):
-        """When time is up: a file from which the same cells go on."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({name: getattr(self, name).detach() for name in self.kept}, self.file)
-        raise train.BadInput(f"time is up at step {step} of {self.args[0].steps}, for next time see {self.file}")
-
-    def go_on(self):
-        if self.file.exists():
-            for name, tensor in torch.load(self.file, map_location=self.device).items():
-                getattr(self, name).detach().copy_(tensor)
-
-    @torch.no_grad()
-    def accuracy(self, data):
-        """(k,): the share of right answers in a set that is the same for all models."""
-        self.model.eval()
-        right, asked, k = 0, 0, len(self.seed)
-        t, each = data.ids.shape[2], (data.ids if data.places is None else data.places).shape[2]
-        size = max(1, min(2 ** 27 // (k * each * data.vocab_size), 2 ** 16 // (k * t)))      # so that it fits
-        for rows in torch.arange(data.n, device=self.device).split(size):
-            ids, targets, places = data.take(self.seed * 0, rows.expand(k, -1))
-            answer, counts = self.logits(data, ids, places).argmax(dim=-1), targets != -100
-            hit = answer == targets
-            if data.valid is not None:
-                hit = data.valid[0, rows].flatten(0, 1).expand(k, -1, -1).gather(2, answer[..., None])[..., 0]
-            right, asked = right + (hit & counts).sum(dim=1), asked + counts.sum(dim=1)
-        self.model.train()
-        return right / asked
-
-    def ask(self, part):
-        """The mean accuracy of each model over the tests, and those on each."""
-        with torch.cuda.stream(self.stream):
-            each = torch.stack([self.accuracy(data) for data in self.held_out[part]]).cpu().double()
-        return each.mean(dim=0).tolist(), [dict(zip((x.spec for x in self.held_out[part]), a, strict=True))
-                                           for a in each.T.tolist()]
-
-
-def packed(cells, enough=None):
-    """What became of each cell of a pack: accuracies on the validation and the test set (and on each of several tests),
-    the step at which it ended, and whether its loss was finite until then. A generator, as Pack.train is."""
-    pack, k = Pack(cells), len(cells)
-    ended = yield from pack.train(enough)
-    pack.file.unlink(missing_ok=True)
-    (val, _), (test, each) = pack.ask(VALIDATION), pack.ask(TEST)
-    finite = pack.finite.tolist()
-    failed = [f"the loss was no number at step {n + 1}" if n < ended else "" for n in finite]
-    return [{"val_accuracy": math.nan if failed[i] else round(val[i], 5), "accuracy": math.nan if failed[i] else
-             round(test[i], 5)} | ({name: round(a, 5) for name, a in each[i].items()} if len(each[i]) > 1 else {}) |
-            {"ended": min(ended, finite[i] + 1), "failed": failed[i]} for i in range(k)]
 
 
 # --------------------------------------------------------------------------------------------------------------- tables

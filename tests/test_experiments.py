@@ -14,7 +14,7 @@ import torch
 import train
 
 FOLDER = train.ROOT / "experiments"
-SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("lab", "cpu_speed"))
+SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("lab", "packs", "cpu_speed"))
 sys.path.insert(0, str(FOLDER))
 import lab  # noqa: E402
 
@@ -284,7 +284,7 @@ def test_a_pack_whose_time_is_up_goes_on_from_there(monkeypatch, tmp_path):
     """Two tasks of 2 and 3 batches; put away at step 19, in the fourth epoch; the same numbers as without a break."""
     cells = [PACK | {"mixer": "attention", "task": "h3_induction 16, h3_induction:length=20 24", "lr": lr, "seed": 0,
                      "steps": 24} for lr in (1e-3, 1e-2)]
-    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    monkeypatch.setattr(importlib.import_module("packs"), "ROOT", tmp_path)
     whole = lab.Pack(cells, "cpu")
     assert finished(whole.train()) == 24
     monkeypatch.setenv("LAB_DEADLINE", "0")
