@@ -60,7 +60,7 @@ def run(kernel, grid, *args, **sizes):
     key = kernel, driver.active.get_current_device(), *sizes, *sizes.values(), *[kind(x) for x in args]
     compiled, constants = LAUNCHED.get(key, (None, None))
     if compiled is None:
-        constants = [sizes[name] for name in kernel.arg_names[len(args):]]
+        constants = [sizes.get(p.name, p.default) for p in kernel.params[len(args):]]
         LAUNCHED[key] = kernel[grid](*args, **sizes), constants
     else:
         compiled[(*grid, 1, 1)](*args, *constants)

@@ -260,7 +260,7 @@ def test_nothing_is_copied_where_heads_lie_as_a_lesson_makes_them():
 
 class Launches:
     """In a kernel's place: notes how often it is looked for, and what the compiled one is given."""
-    arg_names = ("x", "y", "n", "BLOCK")
+    params = [SimpleNamespace(name=name, default=7) for name in ("x", "y", "n", "BLOCK", "MORE")]
 
     def __init__(self):
         self.found, self.given = 0, []
@@ -292,7 +292,7 @@ def test_a_compiled_kernel_is_found_again(monkeypatch):
             assert kernel.found == i + 1
         grid, given = kernel.given[-1]
         assert grid[:3] == (4, 1, 1) and len(kernel.given) == 2 * (i + 1)
-        assert all(a is b for a, b in zip(given, (*args, size), strict=True))
+        assert all(a is b for a, b in zip(given, (*args, size, 7), strict=True))
     device[0] = 1
     tiles.run(kernel, (4,), x, x, 1, BLOCK=16)
     assert kernel.found == len(different) + 1
