@@ -1001,7 +1001,7 @@ class Nothing:
 
 
 @pytest.mark.skipif(GPU, reason="a GPU runs the kernels themselves")
-@pytest.mark.parametrize("name", ["attention", "mamba2", "gla", "based", "mamba", "h3", "lru", "baseconv"])
+@pytest.mark.parametrize("name", ["attention", "mamba2", "gla", "based", "mamba", "h3", "lru", "baseconv", "jrt"])
 def test_what_stands_around_the_kernels_compiles(monkeypatch, name):
     """Forward and backward, with the strides that a compiler expects."""
     for module in (flash_attention, linear_attention, gla, taylor_attention, scan, selective_scan, fft_conv, tiles):
