@@ -33,7 +33,6 @@ before, and in the walk each chunk.
 
     python -m kernels.delta_rule [--peers]      check, then a table; with --peers beside flash-linear-attention's
 """
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +40,14 @@ import triton
 import triton.language as tl
 
 from kernels.tiles import (
+    cdiv,
     check_dtypes,
     differentiable_gradients,
     in_one_piece,
     load,
+    next_power_of_2,
     place,
+    run,
     shared_memory,
     store,
     without_zeros,
@@ -460,7 +462,7 @@ def settings(q, v, g):
         sizes |= {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8}
         walk = {"BE": 32, "num_stages": 3 if d <= 64 else 1}
     chunks = {"LEVELS": sizes["C"].bit_length() - 1, "num_stages": 1}
-    return sizes | chunks, sizes | walk, (b * h, triton.cdiv(t, sizes["C"]))
+    return sizes | chunks, sizes | walk, (b * h, cdiv(t, sizes["C"]))
 
 
 def chunks(q, k, v, g, beta, sizes, grid, keep):
@@ -471,15 +473,15 @@ def chunks(q, k, v, g, beta, sizes, grid, keep):
     blocks, lowest = (d // 64 if sizes["VECTOR"] else 1), None
     if sizes["VECTOR"]:
         lowest = torch.empty(*grid, blocks, device=q.device, dtype=torch.int32)
-    sums_kernel[*grid, blocks](g, G, lowest, *q.shape[1:3], D=g.shape[-1], BD=g.shape[-1] // blocks, C=C,
-                               LEVELS=sizes["LEVELS"], num_warps=1)
+    run(sums_kernel, (*grid, blocks), g, G, lowest, *q.shape[1:3], D=g.shape[-1], BD=g.shape[-1] // blocks, C=C,
+        LEVELS=sizes["LEVELS"], num_warps=1)
     if sizes["VECTOR"]:
         read, write = torch.empty_like(q), torch.empty_like(k)
     U, W, P = (q.new_empty(*grid, C, n) for n in (e, d, C))
     inverse = torch.empty_like(P) if keep else None
     registers = 168 if d == 64 and C == CHUNK and not sizes["VECTOR"] else None          # three programs for two
-    chunks_kernel[grid](q, k, v, G, lowest, beta, read, write, U, W, P, inverse, *q.shape[1:3], maxnreg=registers,
-                        **sizes)
+    run(chunks_kernel, grid, q, k, v, G, lowest, beta, read, write, U, W, P, inverse, *q.shape[1:3], maxnreg=registers,
+        **sizes)
     return G, lowest, read, write, U, W, P, inverse
 
 
@@ -499,7 +501,8 @@ class DeltaRule(torch.autograd.Function):
         G, lowest, read, write, U, W, P, inverse = chunks(q, k, v, g, beta, sizes, grid, keep)
         o, S_T = torch.empty_like(v), torch.empty(b, h, d, e, device=q.device)
         new, states = (torch.empty_like(U), q.new_empty(*grid, d, e)) if keep else (None, None)
-        walk_kernel[grid[0], e // walk["BE"]](G, beta, read, write, U, W, P, S0, o, new, states, S_T, t, h, **walk)
+        run(walk_kernel, (grid[0], e // walk["BE"]), G, beta, read, write, U, W, P, S0, o, new, states, S_T, t, h,
+            **walk)
         ctx.save_for_backward(q, k, v, g, beta, S0, G, lowest, read, write, W, P, inverse, new, states)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -515,14 +518,14 @@ class DeltaRule(torch.autograd.Function):
         shape, dnew, dstates = q.shape[1:3], torch.empty_like(new), torch.empty_like(states)
         dS0 = None if S0 is None else torch.empty_like(S0)
         columns = (grid[0], v.shape[-1] // walk["BE"])
-        walk_back_kernel[columns](G, beta, read, write, W, P, do, dS_T, dnew, dstates, dS0, *shape, **walk)
+        run(walk_back_kernel, columns, G, beta, read, write, W, P, do, dS_T, dnew, dstates, dS0, *shape, **walk)
         dq, dk, dv, dP, dA = (torch.empty_like(x) for x in (q, k, v, P, P))
         blocks = q.shape[-1] // 64
         dg, dbeta = (x.new_empty(1 if x.shape[-1] > 1 else blocks, *x.shape, dtype=torch.float32) for x in (g, beta))
-        pairs_kernel[grid](G, do, inverse, new, dnew, dv, dP, dA, *shape, **sizes)
+        run(pairs_kernel, grid, G, do, inverse, new, dnew, dv, dP, dA, *shape, **sizes)
         warps = 8 if sizes["VECTOR"] else sizes["num_warps"]
-        gradients_kernel[*grid, blocks](q, k, G, lowest, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg, dbeta,
-                                        *shape, **sizes | {"num_warps": warps})
+        run(gradients_kernel, (*grid, blocks), q, k, G, lowest, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg,
+            dbeta, *shape, **sizes | {"num_warps": warps})
         dg, dbeta = (x[0] if len(x) == 1 else x.sum(dim=0) for x in (dg, dbeta))
         return dq, dk, dv, dg, dbeta.to(beta.dtype), dS0, None
 
@@ -578,10 +581,10 @@ def delta_step(q, k, v, g, beta, state):
     (b, h, d), e = q.shape, v.shape[-1]
     g = None if g is None else g.expand(b, h, -1).contiguous()
     q, k, v, beta, state = (x.contiguous() for x in (q, k, v, beta, state))
-    o, new, BD = torch.empty_like(v), torch.empty_like(state), triton.next_power_of_2(d)
-    BE = min(triton.next_power_of_2(e), max(16, 4096 // BD))
-    step_kernel[(b * h, triton.cdiv(e, BE))](q, k, v, g, beta, state, o, new, D=d, E=e, BD=BD, BE=BE, num_warps=4,
-                                             GD=1 if g is None else g.shape[-1])
+    o, new, BD = torch.empty_like(v), torch.empty_like(state), next_power_of_2(d)
+    BE = min(next_power_of_2(e), max(16, 4096 // BD))
+    run(step_kernel, (b * h, cdiv(e, BE)), q, k, v, g, beta, state, o, new, D=d, E=e, BD=BD, BE=BE, num_warps=4, GD=1 if
+        g is None else g.shape[-1])
     return o, new
 
 
@@ -614,44 +617,6 @@ def peers(wanted):
             "vector": heads_last(chunk_kda)}
 
 
-def main():
-    from kernels import bench
-    rates, others = bench.print_machine(), peers("--peers" in sys.argv)
-
-    def shapes(kind, t, b=1, h=4, d=64):
-        q, k, v = bench.random(*[(b, h, t, d)] * 3)
-        k, beta = F.normalize(k.float(), dim=-1).to(k.dtype), bench.random((b, h, t, 1), dtype=torch.float32, seed=2)[0]
-        g = -bench.random((b, h, t, d if kind == "vector" else 1), dtype=torch.float32, seed=3)[0].abs() / 10
-        return q * d ** -0.5, k, v, *([] if kind == "none" else [g]), beta.sigmoid()
-
-    def called(f):                                               # with g or without
-        return lambda q, k, v, *gates: f(q, k, v, *(gates if len(gates) == 2 else (None, *gates)))[0]
-
-    def compared(kind, d, t, tensors):
-        """The peers that do this, too; their outputs, gradients and memory are compared on the way."""
-        mine, memory = bench.values_and_gradients(kernel, tensors, torch.bfloat16), bench.memory(kernel, tensors)
-        for name, f in others.get(kind, {}).items():
-            gaps = [bench.error(x, y.double()) for x, y in
-                    zip(bench.values_and_gradients(f, tensors, torch.bfloat16), mine, strict=True)]
-            print(f"  decay {kind}, t {t} d {d}: {name}'s output and gradients are off by "
-                  f"{', '.join(f'{x:.1e}' for x in gaps)}; forward and backward take {memory / 2 ** 30:.2f} GiB, its "
-                  f"{bench.memory(f, tensors) / 2 ** 30:.2f}", flush=True)
-        return others.get(kind, {})
-    kernel, plain, tokens = called(delta_rule), called(reference), 32768
-    for kind in ("none", "scalar", "vector"):
-        print(f"decay: {kind}")
-        bench.check(kernel, plain, ("twin", plain), lambda t: shapes(kind, t),                    # noqa: B023
-                    ("q", "k", "v", *(["g"] if kind != "none" else []), "beta"), loose="g")
-        for d in (64, 128):
-            rows = []
-            for t in (2048, 8192):
-                tensors = shapes(kind, t, tokens // t, 16, d)
-                rows.append((f"decay {kind}, b {tokens // t} h 16 t {t} d {d}",
-                             {"kernel": kernel} | compared(kind, d, t, tensors), tensors,
-                             8 * tensors[0].numel() + 4 * sum(x.numel() for x in tensors[3:]),
-                             tokens * 16 * 2 * (10 * CHUNK ** 2 + 5 * CHUNK * d + 3 * d ** 2)))
-            bench.compare(rows, rates)
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.delta_rule()

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import differentiable_gradients, in_one_piece, load, place, store, without_zeros
+from kernels.tiles import differentiable_gradients, in_one_piece, load, place, run, store, without_zeros
 
 CHUNK = 64
 
@@ -223,8 +223,8 @@ def states_of(k, v, g, S0, S_T, reverse):
     gradient of the state behind each."""
     sizes, products, shape, grid = settings(k, v)
     G, states = torch.empty_like(g), k.new_empty(*grid, 64, 64)
-    adds_kernel[grid](k, v, g, G, states, *shape, **sizes, **products, REVERSE=reverse)
-    walk_kernel[grid[0], 8](states, G, S0, S_T, *shape, **sizes, ROWS=8, REVERSE=reverse, num_warps=2)
+    run(adds_kernel, grid, k, v, g, G, states, *shape, **sizes, **products, REVERSE=reverse)
+    run(walk_kernel, (grid[0], 8), states, G, S0, S_T, *shape, **sizes, ROWS=8, REVERSE=reverse, num_warps=2)
     return G, states
 
 
@@ -242,7 +242,7 @@ class GLA(torch.autograd.Function):
         sizes, products, shape, grid = settings(q, v)
         o, S_T = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
         G, states = states_of(k, v, g, S0, S_T, False)
-        outputs_kernel[grid](q, k, v, G, states, o, *shape, **sizes, **products, REVERSE=False)
+        run(outputs_kernel, grid, q, k, v, G, states, o, *shape, **sizes, **products, REVERSE=False)
         ctx.save_for_backward(q, k, v, g, S0, states)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -258,8 +258,8 @@ class GLA(torch.autograd.Function):
         dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
         dS0 = None if S0 is None else torch.empty_like(S0)
         G, dstates = states_of(q, do, g, dS_T, dS0, True)
-        outputs_kernel[grid](q, k, do, G, dstates, dv, *shape, **sizes, **products, REVERSE=True)
-        gradients_kernel[grid](q, k, v, G, do, states, dstates, dq, dk, dg, *shape, **sizes, **products)
+        run(outputs_kernel, grid, q, k, do, G, dstates, dv, *shape, **sizes, **products, REVERSE=True)
+        run(gradients_kernel, grid, q, k, v, G, do, states, dstates, dq, dk, dg, *shape, **sizes, **products)
         return dq, dk, dv, dg, dS0
 
 
@@ -285,30 +285,6 @@ def gla(q, k, v, g, state=None):
     return without_zeros(o, e), S[:, :, :d, :e]
 
 
-def main():
-    from kernels import bench
-    rates = bench.print_machine()
-
-    def inputs(t, b=1, h=4, strength=1 / 16, dtype=torch.bfloat16):
-        q, k, v = bench.random(*[(b, h, t, 64)] * 3, dtype=dtype)
-        return q * 0.125, k, v, -strength * bench.random((b, h, t, 64), dtype=torch.float32, seed=2)[0].abs()
-
-    def fla():
-        from fla.ops.gla import chunk_gla
-        return lambda *x: chunk_gla(*(z.transpose(1, 2) for z in x), scale=1.0)[0].transpose(1, 2)
-    kernel, twin = (lambda *x, f=f: f(*x)[0] for f in (gla, reference))
-    for strength, dtype, floor in ((1 / 16, torch.bfloat16, 2 ** -7), (3, torch.bfloat16, 2 ** -7),
-                                   (1 / 16, torch.float32, 2e-6)):
-        print(f"gates of about -{strength}")
-        bench.check(kernel, twin, ("twin", twin), lambda t: inputs(t, strength=strength, dtype=dtype),     # noqa: B023
-                    "qkvg", floor=floor)
-    candidates = {"kernel": kernel} | bench.peers("fla", fla)
-    bench.agree("t 2048", candidates, inputs(2048, 2, 16))
-    bench.compare(((f"b {b} h 16 t {t} d 64", candidates, x, 12 * x[0].numel(), 10 * 2 * CHUNK * x[0].numel())
-                   for b, t in ((16, 2048), (4, 8192), (1, 32768)) for x in [inputs(t, b, 16)]), rates)
-    print("memory, forward + backward, b 4 h 16 t 8192: " + ", ".join(
-        f"{name} {bench.memory(f, inputs(8192, 4, 16)) / 2 ** 30:.2f} GiB" for name, f in candidates.items()))
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.gla()

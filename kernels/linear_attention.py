@@ -28,7 +28,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import differentiable_gradients, in_one_piece, load, place, store, without_zeros
+from kernels.tiles import (
+    cdiv,
+    differentiable_gradients,
+    in_one_piece,
+    load,
+    next_power_of_2,
+    place,
+    run,
+    store,
+    without_zeros,
+)
 
 CHUNK = 64
 SPAN = tl.constexpr(256)         # tokens over which g's gradient is summed up
@@ -195,18 +205,18 @@ def settings(q, v, g):
     """Sizes, strides and segments, and the blocks of value columns and launch options that were fastest on an
     H100."""
     (b, t, h, e), (hk, d) = v.shape, q.shape[2:]
-    block = 32 if g is None and b * h * triton.cdiv(e, 64) < 128 or max(d, e) > 128 else 64
+    block = 32 if g is None and b * h * cdiv(e, 64) < 128 or max(d, e) > 128 else 64
     stages = 2 if max(d, e) > 64 else 4 if block == 32 else 3
     if g is None and max(d, e) > 128:                            # two would be more than an H100's shared memory
         stages = 1
-    sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "C": CHUNK, "PRECISION": "tf32", "num_warps": 4,
+    sizes = {"D": d, "E": e, "BD": max(16, next_power_of_2(d)), "C": CHUNK, "PRECISION": "tf32", "num_warps": 4,
              "num_stages": stages}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         block, sizes = 32, sizes | {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
-    segments = max(1, min((128 if g is None else 256) // (b * h * triton.cdiv(e, block)), t // 1024))
-    segment = triton.cdiv(triton.cdiv(t, segments), SPAN.value) * SPAN.value
+    segments = max(1, min((128 if g is None else 256) // (b * h * cdiv(e, block)), t // 1024))
+    segment = cdiv(cdiv(t, segments), SPAN.value) * SPAN.value
     strides = (0, 0, 0) if g is None else g.stride()[:3]
-    return block, sizes, (t, h, segment, hk, *strides), (b * h, triton.cdiv(t, segment))
+    return block, sizes, (t, h, segment, hk, *strides), (b * h, cdiv(t, segment))
 
 
 def segment_states(k, v, g, block, sizes, shape, grid, reverse):
@@ -216,8 +226,8 @@ def segment_states(k, v, g, block, sizes, shape, grid, reverse):
         return None, None
     states = torch.empty(*grid, k.shape[-1], v.shape[-1], device=k.device)
     decays = torch.empty(*grid, device=k.device)
-    blocks = triton.cdiv(v.shape[-1], block)
-    segment_kernel[(*grid, blocks)](k, v, g, states, decays, *shape, BE=block, REVERSE=reverse, **sizes)
+    blocks = cdiv(v.shape[-1], block)
+    run(segment_kernel, (*grid, blocks), k, v, g, states, decays, *shape, BE=block, REVERSE=reverse, **sizes)
     return states, decays
 
 
@@ -229,7 +239,7 @@ def twin(q, k, v, g, S0):
 
 def spans(q, v):
     """Room for a state every SPAN tokens: (b, h, spans, d, e)."""
-    return q.new_empty(*v.shape[:3:2], triton.cdiv(v.shape[1], SPAN.value), q.shape[3], v.shape[3])
+    return q.new_empty(*v.shape[:3:2], cdiv(v.shape[1], SPAN.value), q.shape[3], v.shape[3])
 
 
 def decay_gradient(k_dk, q_dq, S, R, S_T, dS_T):
@@ -252,8 +262,8 @@ class LinearAttention(torch.autograd.Function):
         block, sizes, shape, grid = settings(q, v, g)
         o, S_T = torch.empty_like(v), q.new_empty(*v.shape[::2], q.shape[3], v.shape[3], dtype=torch.float32)
         states, decays = segment_states(k, v, g, block, sizes, shape, grid, False)
-        blocks, kept = triton.cdiv(v.shape[-1], block), spans(q, v) if ctx.needs_input_grad[3] else None
-        forward_kernel[(*grid, blocks)](q, k, v, g, S0, states, decays, o, S_T, kept, *shape, BE=block, **sizes)
+        blocks, kept = cdiv(v.shape[-1], block), spans(q, v) if ctx.needs_input_grad[3] else None
+        run(forward_kernel, (*grid, blocks), q, k, v, g, S0, states, decays, o, S_T, kept, *shape, BE=block, **sizes)
         ctx.save_for_backward(q, k, v, g, S0, states, decays, S_T, kept)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -271,13 +281,12 @@ class LinearAttention(torch.autograd.Function):
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
         block = block if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
         sizes["num_stages"] = min(sizes["num_stages"], 4 if g is None else 2)
-        of_dk = triton.cdiv(q.shape[-1], block)
+        of_dk = cdiv(q.shape[-1], block)
         x, dkept = None, None
         if kept is not None:
             x, dkept = torch.empty(2, of_dk, *g.shape, device=q.device), torch.empty_like(kept)      # of dk, of dq
-        backward_kernel[(*grid, triton.cdiv(v.shape[-1], block) + 2 * of_dk)](
-            q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, x, dkept, *shape, BLOCK=block,
-            BE=max(16, triton.next_power_of_2(v.shape[-1])), **sizes)
+        run(backward_kernel, (*grid, cdiv(v.shape[-1], block) + 2 * of_dk), q, k, v, g, do, S0, dS_T, states, decays,
+            dstates, dq, dk, dv, dS0, x, dkept, *shape, BLOCK=block, BE=max(16, next_power_of_2(v.shape[-1])), **sizes)
         dg = None if x is None else decay_gradient(*x.sum(dim=1), kept, dkept, S_T, dS_T)
         if q.shape[2] < v.shape[2]:                                      # shared by the heads
             dq, dk = (x.sum(dim=2, keepdim=True, dtype=torch.float32) for x in (dq, dk))
@@ -322,55 +331,6 @@ def mamba_2(x, dt, A, B, C):
     return linear_attention(q, k, v, (dt.float() * A).mT[..., None])[0].transpose(1, 2)
 
 
-def compare_mamba_2(rates):
-    from kernels import bench
-
-    def inputs(b, t):
-        x, dt, B, C = (z.transpose(1, 2).contiguous() for z in bench.random(
-            (b, 16, t, 64), (b, 16, t, 1), (b, 1, t, 64), (b, 1, t, 64)))
-        return x, F.softplus(dt[..., 0] - 3), torch.linspace(-2, -1, 16, device="cuda"), B, C
-
-    def mamba_ssm():
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-        return lambda *x: mamba_chunk_scan_combined(*x, chunk_size=256)
-    candidates = {"kernel": mamba_2} | bench.peers("mamba-ssm", mamba_ssm)
-    bench.agree("Mamba-2, t 2048", candidates, inputs(2, 2048))
-    bench.compare([(f"Mamba-2, b {32768 // t} h 16 t {t} n 64 d 64", candidates, x, 2 * x[0].nbytes, 0)
-                   for t in (2048, 8192) for x in [inputs(32768 // t, t)]], rates)
-
-
-def main():
-    from kernels import bench
-    rates = bench.print_machine()
-
-    def shapes(t, b=1, h=4):
-        q, k, v = bench.random(*[(b, h, t, 64)] * 3)
-        return q * 0.125, k, v
-
-    def decays(t, b=1, h=4):
-        return -bench.random((b, h, t, 1), dtype=torch.float32, seed=2)[0].abs() / 10
-
-    def output(f):
-        return lambda *x: f(*x)[0]
-
-    def sdpa(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    bench.check(output(linear_attention), output(reference), ("twin", output(reference)), shapes, "qkv")
-    print("with a decay for each token")
-    bench.check(output(linear_attention), output(reference), ("twin", output(reference)),
-                lambda t: (*shapes(t), decays(t)), "qkvg", loose="g")
-    gamma, rows = (1 - 2.0 ** (-5 - torch.arange(16, device="cuda") / 4)).log()[None, :, None, None], []
-    for t in (2048, 8192, 32768):
-        qkv, g = shapes(t, 32768 // t, 16), decays(t, 32768 // t, 16)
-        size, others = qkv[0].numel(), {"SDPA": sdpa} | ({"twin": output(reference)} if t == 8192 else {})
-        n_bytes, flops = 8 * size, size // 64 * (4 * CHUNK * 64 + 4 * 64 * 64)
-        mine = {"kernel": output(linear_attention)}
-        rows += [(f"no decay, b {32768 // t} h 16 t {t} d 64", mine | others, qkv, n_bytes, flops),
-                 (f"constant decay, t {t}", {"kernel": lambda *x: linear_attention(*x, gamma)[0]}, qkv, n_bytes, flops),
-                 (f"decay of each token, t {t}", mine, (*qkv, g), n_bytes + 4 * g.numel(), flops)]
-    bench.compare(rows, rates)
-    compare_mamba_2(rates)
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.linear_attention()

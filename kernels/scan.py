@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels import tiles
-from kernels.tiles import check_dtypes
+from kernels.tiles import cdiv, check_dtypes, next_power_of_2, run
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)        # the exponent of an empty sum
 
@@ -98,7 +98,7 @@ def scan_kernel(a, b, start, h, end, states, da, T, BLOCK: tl.constexpr, BACK: t
 
 def tile(t, is_complex):
     """Steps in a tile, and warps: the fastest on an H100."""
-    block = min(triton.next_power_of_2(t), 512 if is_complex else 1024)
+    block = min(next_power_of_2(t), 512 if is_complex else 1024)
     return block, max(1, block // 256)
 
 
@@ -106,7 +106,7 @@ def launch(a, b, start, h, end, states=None, da=None, back=False):
     T, pairs = b.shape[-1], b.is_complex()
     block, warps = tile(T, pairs)
     tensors = (torch.view_as_real(x) if pairs and x is not None else x for x in (a, b, start, h, end, states, da))
-    scan_kernel[(b.numel() // T,)](*tensors, T, BLOCK=block, BACK=back, COMPLEX=pairs, num_warps=warps)
+    run(scan_kernel, (b.numel() // T,), *tensors, T, BLOCK=block, BACK=back, COMPLEX=pairs, num_warps=warps)
 
 
 def differentiable_gradients(a, h, h0, dh, dend):
@@ -324,8 +324,8 @@ class RWKV(torch.autograd.Function):
     def forward(ctx, k, v, w, u, p, q, m):
         T, (block, warps) = k.shape[-1], tile(k.shape[-1], True)
         o, *end = torch.empty_like(v), *(torch.empty_like(p) for _ in "pqm")
-        kept = p.new_empty(p.numel(), triton.cdiv(T, block), 3)
-        rwkv_kernel[(p.numel(),)](k, v, w, u, p, q, m, o, *end, kept, T, len(w), BLOCK=block, num_warps=warps)
+        kept = p.new_empty(p.numel(), cdiv(T, block), 3)
+        run(rwkv_kernel, (p.numel(),), k, v, w, u, p, q, m, o, *end, kept, T, len(w), BLOCK=block, num_warps=warps)
         ctx.save_for_backward(k, v, w, u, p, q, m, kept)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(end[2])
@@ -341,8 +341,8 @@ class RWKV(torch.autograd.Function):
         dp_T, dq_T = (None if x is None else x.contiguous() for x in (dp_T, dq_T))
         (dk, dv), (dw, du, dp, dq) = (torch.empty_like(x) for x in (k, v)), (torch.empty_like(p) for _ in "wupq")
         block, warps = tile(k.shape[-1], True)
-        rwkv_back_kernel[(p.numel(),)](k, v, w, u, do, kept, dp_T, dq_T, dk, dv, dw, du, dp, dq, k.shape[-1], len(w),
-                                       BLOCK=block, num_warps=warps)
+        run(rwkv_back_kernel, (p.numel(),), k, v, w, u, do, kept, dp_T, dq_T, dk, dv, dw, du, dp, dq, k.shape[-1],
+            len(w), BLOCK=block, num_warps=warps)
         return dk, dv, dw.sum(dim=0), du.sum(dim=0), dp, dq, p * dp + q * dq
 
 
@@ -372,73 +372,6 @@ def rwkv_peers():
     return called
 
 
-def compare_mixers(rates):
-    """RWKV-4 and GateLoop."""
-    from kernels import bench
-
-    def inputs(b, t, c=1024):
-        k, v = (x[:, :, 0].contiguous() for x in bench.random((b, c, 1, t), (b, c, 1, t)))
-        w, u = (x.flatten() for x in bench.random((1, c, 1, 1), (1, c, 1, 1), dtype=torch.float32, seed=1))
-        return [k, v, -w.exp(), u]
-
-    def plain(k, v, w, u):
-        nothing = torch.zeros(*k.shape[:2], device=k.device, dtype=torch.promote_types(w.dtype, torch.float32))
-        k, v = k.to(nothing.dtype), v.to(nothing.dtype)
-        return rwkv_reference(k, v, w, u, nothing, nothing, nothing - 1e30)[0]
-
-    def loop(q, k, v, size, turn):
-        return gateloop(*(x[..., None] for x in (q, k, v)), torch.complex(F.logsigmoid(size), turn)[..., None])[0]
-    print("RWKV-4")
-    bench.check(lambda *x: rwkv(*x)[0], plain, ("twin", plain), lambda t: inputs(2, t, 8), "kvwu")
-    ours, twin = {"kernel": lambda *x: rwkv(*x)[0]}, {"twin": plain}
-    others = bench.peers("fla", rwkv_peers)
-    bench.agree("RWKV-4, t 2048, float32", ours | others, [x.float() for x in inputs(16, 2048)])
-    rows = [(f"RWKV-4, bfloat16, b {32768 // t} c 1024 t {t}", ours | others | (twin if t == 8192 else {}), x,
-             3 * x[0].nbytes, 0) for t in (2048, 8192, 32768) for x in [inputs(32768 // t, t)]]
-    q, k, v, size, turn = (x[:, :, 0].contiguous() for x in bench.random(*[(4, 1024, 1, 8192)] * 5))
-    rows.append(("GateLoop, bfloat16, b 4 c 1024 t 8192", {"kernel": loop}, [q, k, v, size.float() + 3, turn.float()],
-                 4 * q.nbytes + 8 * q.numel(), 0))
-    bench.compare(rows, rates)
-
-
-def main():
-    from kernels import bench
-    rates = bench.print_machine()
-
-    def inputs(b, c, t, dtype=torch.float32):
-        a, b = bench.random((b, c, 1, t), (b, c, 1, t), dtype=torch.float32)
-        return [x[:, :, 0].contiguous().to(dtype) for x in (a.sigmoid(), b)]
-
-    def output(f):
-        return lambda *x: f(*x)[0]
-
-    def as_complex(f):
-        """Of real pairs: |a| < 1 and an angle, and b."""
-        def g(r, angle, b, bi):
-            h = f(torch.polar(r, angle), torch.complex(b, bi))[0]
-            return torch.cat([h.real, h.imag], dim=-1)
-        return g
-
-    compare_mixers(rates)
-    print("the scan")
-    bench.check(output(scan), output(reference), ("twin", output(reference)), lambda t: inputs(2, 8, t), "ab",
-                (1, 17, 1000, 8192, 65536), floor=2e-6)
-    print("complex")
-    bench.check(as_complex(scan), as_complex(reference), ("twin", as_complex(reference)),
-                lambda t: [*inputs(2, 8, t), *inputs(2, 8, t)[::-1]], ("a", "angle", "b", "bi"),
-                (1, 17, 1000, 8192, 65536), floor=2e-6)
-    rows = []
-    for b, t in ((16, 2048), (4, 8192), (1, 32768)):
-        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            tensors = inputs(b, 1024, t, dtype)
-            others = {"twin": output(reference)} if t == 8192 else {}
-            rows.append((f"{name}, b {b} c 1024 t {t}", {"kernel": output(scan)} | others, tensors,
-                         3 * tensors[0].nbytes, 0))
-    r, angle = inputs(4, 1024, 8192)
-    rows.append(("complex64, b 4 c 1024 t 8192", {"kernel": output(scan), "twin": output(reference)},
-                 [torch.polar(r, angle), torch.complex(angle, r)], 24 * r.numel(), 0))
-    bench.compare(rows, rates)
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.scan()
