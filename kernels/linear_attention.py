@@ -129,7 +129,7 @@ def enter(S0, states, decays, d, e, n, head, N, rows, cols, D: tl.constexpr, E: 
     return S
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr, E: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
                    PRECISION: tl.constexpr):
@@ -147,7 +147,7 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D:
     tl.store(decays + this, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, kept, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr,
                    E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
@@ -165,7 +165,7 @@ def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, kept, T, H, segment, 
         tl.store(at, S, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, x, kept, T, H, segment, HK, g_b,
                     g_h, g_t, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
                     C: tl.constexpr, PRECISION: tl.constexpr):
@@ -317,7 +317,7 @@ def linear_attention(q, k, v, g=None, state=None):
     if q.shape != k.shape or q.shape[1] not in (1, v.shape[1]):
         raise ValueError(f"q of shape {tuple(q.shape)} and k of {tuple(k.shape)} should be one, with 1 head or as many "
                          f"as v, {v.shape[1]}")
-    g = None if g is None else g[..., 0].float().expand(v.shape[:3])
+    g = None if g is None else g.squeeze(-1).float().expand(v.shape[:3])
     q, k, v = (in_one_piece(x, 16) for x in (q, k, v))                                       # loads of 32 bytes
     if state is not None:
         state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - state.shape[2])).contiguous()
