@@ -33,6 +33,7 @@ before, and in the walk each chunk.
 
     python -m kernels.delta_rule [--peers]      check, then a table; with --peers beside flash-linear-attention's
 """
+
 import sys
 
 import torch
@@ -41,11 +42,14 @@ import triton
 import triton.language as tl
 
 from kernels.tiles import (
+    cdiv,
     check_dtypes,
     differentiable_gradients,
     in_one_piece,
     load,
+    next_power_of_2,
     place,
+    run,
     shared_memory,
     store,
     without_zeros,
@@ -459,7 +463,7 @@ def settings(q, v, g):
         sizes |= {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8}
         walk = {"BE": 32, "num_stages": 3 if d <= 64 else 1}
     chunks = {"LEVELS": sizes["C"].bit_length() - 1, "num_stages": 1}
-    return sizes | chunks, sizes | walk, (b * h, triton.cdiv(t, sizes["C"]))
+    return sizes | chunks, sizes | walk, (b * h, cdiv(t, sizes["C"]))
 
 
 def chunks(q, k, v, g, beta, sizes, grid, keep):
@@ -470,15 +474,15 @@ def chunks(q, k, v, g, beta, sizes, grid, keep):
     blocks, lowest = (d // 64 if sizes["VECTOR"] else 1), None
     if sizes["VECTOR"]:
         lowest = torch.empty(*grid, blocks, device=q.device, dtype=torch.int32)
-    sums_kernel[*grid, blocks](g, G, lowest, *q.shape[1:3], D=g.shape[-1], BD=g.shape[-1] // blocks, C=C,
-                               LEVELS=sizes["LEVELS"], num_warps=1)
+    run(sums_kernel, (*grid, blocks), g, G, lowest, *q.shape[1:3], D=g.shape[-1], BD=g.shape[-1] // blocks, C=C,
+        LEVELS=sizes["LEVELS"], num_warps=1)
     if sizes["VECTOR"]:
         read, write = torch.empty_like(q), torch.empty_like(k)
     U, W, P = (q.new_empty(*grid, C, n) for n in (e, d, C))
     inverse = torch.empty_like(P) if keep else None
     registers = 168 if d == 64 and C == CHUNK and not sizes["VECTOR"] else None          # three programs for two
-    chunks_kernel[grid](q, k, v, G, lowest, beta, read, write, U, W, P, inverse, *q.shape[1:3], maxnreg=registers,
-                        **sizes)
+    run(chunks_kernel, grid, q, k, v, G, lowest, beta, read, write, U, W, P, inverse, *q.shape[1:3], maxnreg=registers,
+        **sizes)
     return G, lowest, read, write, U, W, P, inverse
 
 
@@ -498,7 +502,8 @@ class DeltaRule(torch.autograd.Function):
         G, lowest, read, write, U, W, P, inverse = chunks(q, k, v, g, beta, sizes, grid, keep)
         o, S_T = torch.empty_like(v), torch.empty(b, h, d, e, device=q.device)
         new, states = (torch.empty_like(U), q.new_empty(*grid, d, e)) if keep else (None, None)
-        walk_kernel[grid[0], e // walk["BE"]](G, beta, read, write, U, W, P, S0, o, new, states, S_T, t, h, **walk)
+        run(walk_kernel, (grid[0], e // walk["BE"]), G, beta, read, write, U, W, P, S0, o, new, states, S_T, t, h,
+            **walk)
         ctx.save_for_backward(q, k, v, g, beta, S0, G, lowest, read, write, W, P, inverse, new, states)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -514,14 +519,14 @@ class DeltaRule(torch.autograd.Function):
         shape, dnew, dstates = q.shape[1:3], torch.empty_like(new), torch.empty_like(states)
         dS0 = None if S0 is None else torch.empty_like(S0)
         columns = (grid[0], v.shape[-1] // walk["BE"])
-        walk_back_kernel[columns](G, beta, read, write, W, P, do, dS_T, dnew, dstates, dS0, *shape, **walk)
+        run(walk_back_kernel, columns, G, beta, read, write, W, P, do, dS_T, dnew, dstates, dS0, *shape, **walk)
         dq, dk, dv, dP, dA = (torch.empty_like(x) for x in (q, k, v, P, P))
         blocks = q.shape[-1] // 64
         dg, dbeta = (x.new_empty(1 if x.shape[-1] > 1 else blocks, *x.shape, dtype=torch.float32) for x in (g, beta))
-        pairs_kernel[grid](G, do, inverse, new, dnew, dv, dP, dA, *shape, **sizes)
+        run(pairs_kernel, grid, G, do, inverse, new, dnew, dv, dP, dA, *shape, **sizes)
         warps = 8 if sizes["VECTOR"] else sizes["num_warps"]
-        gradients_kernel[*grid, blocks](q, k, G, lowest, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg, dbeta,
-                                        *shape, **sizes | {"num_warps": warps})
+        run(gradients_kernel, (*grid, blocks), q, k, G, lowest, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg,
+            dbeta, *shape, **sizes | {"num_warps": warps})
         dg, dbeta = (x[0] if len(x) == 1 else x.sum(dim=0) for x in (dg, dbeta))
         return dq, dk, dv, dg, dbeta.to(beta.dtype), dS0, None
 
@@ -577,10 +582,10 @@ def delta_step(q, k, v, g, beta, state):
     (b, h, d), e = q.shape, v.shape[-1]
     g = None if g is None else g.expand(b, h, -1).contiguous()
     q, k, v, beta, state = (x.contiguous() for x in (q, k, v, beta, state))
-    o, new, BD = torch.empty_like(v), torch.empty_like(state), triton.next_power_of_2(d)
-    BE = min(triton.next_power_of_2(e), max(16, 4096 // BD))
-    step_kernel[(b * h, triton.cdiv(e, BE))](q, k, v, g, beta, state, o, new, D=d, E=e, BD=BD, BE=BE, num_warps=4,
-                                             GD=1 if g is None else g.shape[-1])
+    o, new, BD = torch.empty_like(v), torch.empty_like(state), next_power_of_2(d)
+    BE = min(next_power_of_2(e), max(16, 4096 // BD))
+    run(step_kernel, (b * h, cdiv(e, BE)), q, k, v, g, beta, state, o, new, D=d, E=e, BD=BD, BE=BE, num_warps=4, GD=1 if
+        g is None else g.shape[-1])
     return o, new
 
 

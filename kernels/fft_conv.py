@@ -118,7 +118,8 @@ def matrix_product(A_r, A_i, B_r, B_i):
 
 @triton.jit
 def first_kernel(u, K, y, F, T, G, C, N1: tl.constexpr, N2: tl.constexpr):
-    """The idea alone: one sequence of one channel, N1 N2 steps long. K: the transforms of the channels' filters."""
+    """The idea alone: one sequence of one channel, N1 N2 steps long. K: the transforms of the channels' filters; _r and
+    _i: the real and the imaginary part."""
     N: tl.constexpr = N1 * N2
     sequence, channel = u + tl.program_id(0) * N, tl.program_id(0) % C
     F_r, F_i = table(F, N1, N1), table(F + N1 * N1, N1, N1)
@@ -127,19 +128,19 @@ def first_kernel(u, K, y, F, T, G, C, N1: tl.constexpr, N2: tl.constexpr):
     K_r, K_i = table(K + channel * N, N1, N2), table(K + (C + channel) * N, N1, N2)
     x = table(sequence, N1, N2)                                                  # x[j1, j2] is step N2 j1 + j2
     A_r, A_i = matrix_product(F_r, F_i, x, tl.zeros_like(x))                     # 1. F x, down the columns
-    A_r, A_i = A_r * T_r - A_i * T_i, A_r * T_i + A_i * T_r
+    A_r, A_i = A_r * T_r - A_i * T_i, A_r * T_i + A_i * T_r                      # times T, number by number
     U_r, U_i = matrix_product(A_r, A_i, G_r, G_i)                                # 2. A G, along the rows
     V_r, V_i = U_r * K_r - U_i * K_i, U_r * K_i + U_i * K_r                      # frequency by frequency
     B_r, B_i = matrix_product(V_r, V_i, G_r, -G_i)                               # 3. V G*, back along the rows
-    B_r, B_i = B_r * T_r + B_i * T_i, B_i * T_r - B_r * T_i                      # times T*
+    B_r, B_i = B_r * T_r + B_i * T_i, B_i * T_r - B_r * T_i                      # times T*, number by number
     y_r, _ = matrix_product(F_r, -F_i, B_r, B_i)                                 # 4. F* B, back down the columns
     at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    tl.store(y + tl.program_id(0) * N + at, y_r)                                 # y_i: what is not causal
+    tl.store(y + tl.program_id(0) * N + at, y_r)                                 # (its imaginary part wrapped around)
 
 
 def first_fft_conv(u, K, n1=16):
     """y_t = sum_{s <= t} K_{t-s} u_s. u: (b, c, t), K: (c, t), in one piece, float32; t = n1 n2, powers of two, 16 or
-    more. On a GPU the products are of TF32: right to a thousandth."""
+    more. On a GPU the products are of TF32: right to some thousandths."""
     b, c, t = u.shape
     F, T, G = kept(n1, t // n1, torch.complex64, u.device)
     K = (F @ K.view(c, n1, -1).to(F.dtype) * T @ G) * t ** 0.5

@@ -24,7 +24,18 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.tiles import differentiable_gradients, in_one_piece, load, place, shared_memory, store, without_zeros
+from kernels.tiles import (
+    cdiv,
+    differentiable_gradients,
+    in_one_piece,
+    load,
+    next_power_of_2,
+    place,
+    run,
+    shared_memory,
+    store,
+    without_zeros,
+)
 
 LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 
@@ -179,8 +190,8 @@ def settings(q, k, v, window, width):
     """Sizes, and the blocks and launch options that were fastest on an H100."""
     (_, t, h, d), (_, s, g, e) = q.shape, v.shape
     shape = (t, s, h, g, s if window is None else min(window, s))
-    sizes = {"SCALE": width ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)),
-             "BE": max(16, triton.next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    sizes = {"SCALE": width ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, next_power_of_2(d)),
+             "BE": max(16, next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
              "TMA": copies_blocks(q.device)}
     return shape, sizes, blocks_of(q, v, window)
 
@@ -189,7 +200,7 @@ def blocks_of(q, v, window):
     """(BM, BN, warps, stages) of the three kernels: forward, dq, dk and dv."""
     width = max(q.shape[-1], v.shape[-1])
     if q.dtype == torch.float32 or width > 128:                      # float32: exact and slow, no tensor cores
-        row, memory = triton.next_power_of_2(width) * q.element_size(), shared_memory(q.device)
+        row, memory = next_power_of_2(width) * q.element_size(), shared_memory(q.device)
         return [halved(*blocks, row, memory) for blocks in ((64, 32, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1))]
     if width > 64:
         return (64, 64, 4, 3 if copies_blocks(q.device) else 2), (64, 64, 4, 2), (32, 64, 4, 2)
@@ -221,7 +232,7 @@ def described(x, rows):
     if not copies_blocks(x.device):
         return x
     x = x.clone() if x.storage_offset() % 8 else x                   # it must begin at a multiple of 16 bytes
-    return TensorDescriptor.from_tensor(x, [1, rows, 1, max(16, triton.next_power_of_2(x.shape[-1]))])
+    return TensorDescriptor.from_tensor(x, [1, rows, 1, max(16, next_power_of_2(x.shape[-1]))])
 
 
 def twin(q, k, v, window, width):
@@ -238,7 +249,7 @@ class FlashAttention(torch.autograd.Function):
         shape, sizes, (blocks, *_) = settings(q, k, v, window, width)
         o, L = q.new_empty(b, t, h, e), torch.empty(b, h, t, device=q.device)
         q_d, k_d, v_d = described(q, blocks[0]), described(k, blocks[1]), described(v, blocks[1])
-        forward_kernel[(triton.cdiv(t, blocks[0]) * b * h,)](q_d, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
+        run(forward_kernel, (cdiv(t, blocks[0]) * b * h,), q_d, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
         ctx.save_for_backward(q, k, v, o, L)
         ctx.window, ctx.width = window, width
         return o
@@ -252,13 +263,12 @@ class FlashAttention(torch.autograd.Function):
         do, (b, t, h, _), (_, s, g, e) = do.contiguous(), q.shape, v.shape
         shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window, ctx.width)
         delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        rowsum_kernel[(triton.cdiv(b * t * h, 64),)](do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
+        run(rowsum_kernel, (cdiv(b * t * h, 64),), do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
         q_d, do_d = described(q, for_dkv[0]), described(do, for_dkv[0])
-        dkv_kernel[(triton.cdiv(s, for_dkv[1]) * b * g,)](q_d, k, v, do_d, L, delta, dk, dv, *shape, h // g, **sizes,
-                                                          **launch(for_dkv))
+        run(dkv_kernel, (cdiv(s, for_dkv[1]) * b * g,), q_d, k, v, do_d, L, delta, dk, dv, *shape, h // g, **sizes,
+            **launch(for_dkv))
         k_d, v_d = described(k, for_dq[1]), described(v, for_dq[1])
-        dq_kernel[(triton.cdiv(t, for_dq[0]) * b * h,)](q, k_d, v_d, do, L, delta, dq, *shape, **sizes,
-                                                        **launch(for_dq))
+        run(dq_kernel, (cdiv(t, for_dq[0]) * b * h,), q, k_d, v_d, do, L, delta, dq, *shape, **sizes, **launch(for_dq))
         return dq, dk, dv, None, None
 
 
@@ -278,48 +288,6 @@ def flash_attention(q, k, v, window=None):
     return without_zeros(FlashAttention.apply(*(in_one_piece(x, 8) for x in (q, k, v)), window, d), e)
 
 
-def main():
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    from kernels import bench
-    rates = bench.print_machine()
-    flex = torch.compile(flex_attention, dynamic=False)
-
-    def sdpa(backend):
-        def attend(q, k, v):
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True,
-                                                                        enable_gqa=k.shape[1] != q.shape[1])
-        return attend
-
-    def flash_attn_4():
-        from flash_attn.cute import flash_attn_func
-        return lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0].transpose(1, 2)
-
-    def shapes(t, b=1, h=4, g=4, d=64):
-        return bench.random((b, h, t, d), (b, g, t, d), (b, g, t, d))
-    others = {"cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "FlashAttention-2": sdpa(SDPBackend.FLASH_ATTENTION)}
-    for what, sizes in (("4 heads of 64", {}), ("that share keys", {"g": 1}), ("4 heads of 128", {"d": 128})):
-        print(f"{what}, SDPA by FlashAttention-2")
-        bench.check(flash_attention, reference, ("SDPA", others["FlashAttention-2"]),
-                    lambda t, sizes=sizes: shapes(t, **sizes), "qkv", (1000,) if sizes else bench.LENGTHS)
-    candidates = {"kernel": flash_attention, **others, **bench.peers("flash-attn-4", flash_attn_4)}
-    rows, n = [], 32768
-    for h, d in ((16, 64), (8, 128)):
-        bench.agree(f"t = 2048, d = {d}", candidates, shapes(2048, 2, h, h, d))
-        for t in (2048, 8192, n):
-            tensors = shapes(t, n // t, h, h, d)
-            rows.append((f"b {n // t} h {h} t {t} d {d}", candidates, tensors, 8192 * n, 2048 * n * t))
-    rows.append(("4 heads share keys, b 4 h 16 t 8192", candidates, shapes(8192, 4, 16, 4), 5120 * n, 2048 * n * 8192))
-    for window in (64, 256, 1024):
-        mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, 8192, 8192)  # noqa: B023
-        rows.append((f"window {window}, b 4 h 16 t 8192 d 64",
-                     {"kernel": lambda q, k, v, window=window: flash_attention(q, k, v, window),
-                      "flex": lambda q, k, v, mask=mask: flex(q, k, v, block_mask=mask)}, shapes(8192, 4, 16, 16),
-                     8192 * n, 4096 * n * window))
-    bench.compare(rows, rates)
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.flash_attention()

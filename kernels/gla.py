@@ -32,7 +32,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import differentiable_gradients, in_one_piece, load, place, store, without_zeros
+from kernels.tiles import differentiable_gradients, in_one_piece, load, place, run, store, without_zeros
 
 CHUNK = 64
 
@@ -223,8 +223,8 @@ def states_of(k, v, g, S0, S_T, reverse):
     gradient of the state behind each."""
     sizes, products, shape, grid = settings(k, v)
     G, states = torch.empty_like(g), k.new_empty(*grid, 64, 64)
-    adds_kernel[grid](k, v, g, G, states, *shape, **sizes, **products, REVERSE=reverse)
-    walk_kernel[grid[0], 8](states, G, S0, S_T, *shape, **sizes, ROWS=8, REVERSE=reverse, num_warps=2)
+    run(adds_kernel, grid, k, v, g, G, states, *shape, **sizes, **products, REVERSE=reverse)
+    run(walk_kernel, (grid[0], 8), states, G, S0, S_T, *shape, **sizes, ROWS=8, REVERSE=reverse, num_warps=2)
     return G, states
 
 
@@ -242,7 +242,7 @@ class GLA(torch.autograd.Function):
         sizes, products, shape, grid = settings(q, v)
         o, S_T = torch.empty_like(v), q.new_empty(q.shape[0], q.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
         G, states = states_of(k, v, g, S0, S_T, False)
-        outputs_kernel[grid](q, k, v, G, states, o, *shape, **sizes, **products, REVERSE=False)
+        run(outputs_kernel, grid, q, k, v, G, states, o, *shape, **sizes, **products, REVERSE=False)
         ctx.save_for_backward(q, k, v, g, S0, states)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -258,8 +258,8 @@ class GLA(torch.autograd.Function):
         dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
         dS0 = None if S0 is None else torch.empty_like(S0)
         G, dstates = states_of(q, do, g, dS_T, dS0, True)
-        outputs_kernel[grid](q, k, do, G, dstates, dv, *shape, **sizes, **products, REVERSE=True)
-        gradients_kernel[grid](q, k, v, G, do, states, dstates, dq, dk, dg, *shape, **sizes, **products)
+        run(outputs_kernel, grid, q, k, do, G, dstates, dv, *shape, **sizes, **products, REVERSE=True)
+        run(gradients_kernel, grid, q, k, v, G, do, states, dstates, dq, dk, dg, *shape, **sizes, **products)
         return dq, dk, dv, dg, dS0
 
 

@@ -30,7 +30,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import differentiable_gradients, in_one_piece, load, place, store, without_zeros
+from kernels.tiles import (
+    cdiv,
+    differentiable_gradients,
+    in_one_piece,
+    load,
+    next_power_of_2,
+    place,
+    run,
+    store,
+    without_zeros,
+)
 
 CHUNK = 64
 SPAN = tl.constexpr(256)         # tokens over which g's gradient is summed up
@@ -121,7 +131,7 @@ def enter(S0, states, decays, d, e, n, head, N, rows, cols, D: tl.constexpr, E: 
     return S
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr, E: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
                    PRECISION: tl.constexpr):
@@ -139,7 +149,7 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D:
     tl.store(decays + this, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, kept, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr,
                    E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
@@ -157,7 +167,7 @@ def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, kept, T, H, segment, 
         tl.store(at, S, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, x, kept, T, H, segment, HK, g_b,
                     g_h, g_t, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
                     C: tl.constexpr, PRECISION: tl.constexpr):
@@ -197,18 +207,18 @@ def settings(q, v, g):
     """Sizes, strides and segments, and the blocks of value columns and launch options that were fastest on an
     H100."""
     (b, t, h, e), (hk, d) = v.shape, q.shape[2:]
-    block = 32 if g is None and b * h * triton.cdiv(e, 64) < 128 or max(d, e) > 128 else 64
+    block = 32 if g is None and b * h * cdiv(e, 64) < 128 or max(d, e) > 128 else 64
     stages = 2 if max(d, e) > 64 else 4 if block == 32 else 3
     if g is None and max(d, e) > 128:                            # two would be more than an H100's shared memory
         stages = 1
-    sizes = {"D": d, "E": e, "BD": max(16, triton.next_power_of_2(d)), "C": CHUNK, "PRECISION": "tf32", "num_warps": 4,
+    sizes = {"D": d, "E": e, "BD": max(16, next_power_of_2(d)), "C": CHUNK, "PRECISION": "tf32", "num_warps": 4,
              "num_stages": stages}
     if q.dtype == torch.float32:                                 # exact and slow: no tensor cores, smaller tiles
         block, sizes = 32, sizes | {"C": CHUNK // 2, "PRECISION": "ieee", "num_warps": 8, "num_stages": 1}
-    segments = max(1, min((128 if g is None else 256) // (b * h * triton.cdiv(e, block)), t // 1024))
-    segment = triton.cdiv(triton.cdiv(t, segments), SPAN.value) * SPAN.value
+    segments = max(1, min((128 if g is None else 256) // (b * h * cdiv(e, block)), t // 1024))
+    segment = cdiv(cdiv(t, segments), SPAN.value) * SPAN.value
     strides = (0, 0, 0) if g is None else g.stride()[:3]
-    return block, sizes, (t, h, segment, hk, *strides), (b * h, triton.cdiv(t, segment))
+    return block, sizes, (t, h, segment, hk, *strides), (b * h, cdiv(t, segment))
 
 
 def segment_states(k, v, g, block, sizes, shape, grid, reverse):
@@ -218,8 +228,8 @@ def segment_states(k, v, g, block, sizes, shape, grid, reverse):
         return None, None
     states = torch.empty(*grid, k.shape[-1], v.shape[-1], device=k.device)
     decays = torch.empty(*grid, device=k.device)
-    blocks = triton.cdiv(v.shape[-1], block)
-    segment_kernel[(*grid, blocks)](k, v, g, states, decays, *shape, BE=block, REVERSE=reverse, **sizes)
+    blocks = cdiv(v.shape[-1], block)
+    run(segment_kernel, (*grid, blocks), k, v, g, states, decays, *shape, BE=block, REVERSE=reverse, **sizes)
     return states, decays
 
 
@@ -231,7 +241,7 @@ def twin(q, k, v, g, S0):
 
 def spans(q, v):
     """Room for a state every SPAN tokens: (b, h, spans, d, e)."""
-    return q.new_empty(*v.shape[:3:2], triton.cdiv(v.shape[1], SPAN.value), q.shape[3], v.shape[3])
+    return q.new_empty(*v.shape[:3:2], cdiv(v.shape[1], SPAN.value), q.shape[3], v.shape[3])
 
 
 def decay_gradient(k_dk, q_dq, S, R, S_T, dS_T):
@@ -254,8 +264,8 @@ class LinearAttention(torch.autograd.Function):
         block, sizes, shape, grid = settings(q, v, g)
         o, S_T = torch.empty_like(v), q.new_empty(*v.shape[::2], q.shape[3], v.shape[3], dtype=torch.float32)
         states, decays = segment_states(k, v, g, block, sizes, shape, grid, False)
-        blocks, kept = triton.cdiv(v.shape[-1], block), spans(q, v) if ctx.needs_input_grad[3] else None
-        forward_kernel[(*grid, blocks)](q, k, v, g, S0, states, decays, o, S_T, kept, *shape, BE=block, **sizes)
+        blocks, kept = cdiv(v.shape[-1], block), spans(q, v) if ctx.needs_input_grad[3] else None
+        run(forward_kernel, (*grid, blocks), q, k, v, g, S0, states, decays, o, S_T, kept, *shape, BE=block, **sizes)
         ctx.save_for_backward(q, k, v, g, S0, states, decays, S_T, kept)
         ctx.set_materialize_grads(False)
         return o, S_T
@@ -273,13 +283,12 @@ class LinearAttention(torch.autograd.Function):
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
         block = block if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
         sizes["num_stages"] = min(sizes["num_stages"], 4 if g is None else 2)
-        of_dk = triton.cdiv(q.shape[-1], block)
+        of_dk = cdiv(q.shape[-1], block)
         x, dkept = None, None
         if kept is not None:
             x, dkept = torch.empty(2, of_dk, *g.shape, device=q.device), torch.empty_like(kept)      # of dk, of dq
-        backward_kernel[(*grid, triton.cdiv(v.shape[-1], block) + 2 * of_dk)](
-            q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, x, dkept, *shape, BLOCK=block,
-            BE=max(16, triton.next_power_of_2(v.shape[-1])), **sizes)
+        run(backward_kernel, (*grid, cdiv(v.shape[-1], block) + 2 * of_dk), q, k, v, g, do, S0, dS_T, states, decays,
+            dstates, dq, dk, dv, dS0, x, dkept, *shape, BLOCK=block, BE=max(16, next_power_of_2(v.shape[-1])), **sizes)
         dg = None if x is None else decay_gradient(*x.sum(dim=1), kept, dkept, S_T, dS_T)
         if q.shape[2] < v.shape[2]:                                      # shared by the heads
             dq, dk = (x.sum(dim=2, keepdim=True, dtype=torch.float32) for x in (dq, dk))
@@ -310,7 +319,7 @@ def linear_attention(q, k, v, g=None, state=None):
     if q.shape != k.shape or q.shape[1] not in (1, v.shape[1]):
         raise ValueError(f"q of shape {tuple(q.shape)} and k of {tuple(k.shape)} should be one, with 1 head or as many "
                          f"as v, {v.shape[1]}")
-    g = None if g is None else g[..., 0].float().expand(v.shape[:3])
+    g = None if g is None else g.squeeze(-1).float().expand(v.shape[:3])
     q, k, v = (in_one_piece(x, 16) for x in (q, k, v))                                       # loads of 32 bytes
     if state is not None:
         state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - state.shape[2])).contiguous()

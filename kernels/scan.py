@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from kernels import tiles
-from kernels.tiles import check_dtypes
+from kernels.tiles import cdiv, check_dtypes, next_power_of_2, run
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)        # the exponent of an empty sum
 
@@ -100,7 +100,7 @@ def scan_kernel(a, b, start, h, end, states, da, T, BLOCK: tl.constexpr, BACK: t
 
 def tile(t, is_complex):
     """Steps in a tile, and warps: the fastest on an H100."""
-    block = min(triton.next_power_of_2(t), 512 if is_complex else 1024)
+    block = min(next_power_of_2(t), 512 if is_complex else 1024)
     return block, max(1, block // 256)
 
 
@@ -108,7 +108,7 @@ def launch(a, b, start, h, end, states=None, da=None, back=False):
     T, pairs = b.shape[-1], b.is_complex()
     block, warps = tile(T, pairs)
     tensors = (torch.view_as_real(x) if pairs and x is not None else x for x in (a, b, start, h, end, states, da))
-    scan_kernel[(b.numel() // T,)](*tensors, T, BLOCK=block, BACK=back, COMPLEX=pairs, num_warps=warps)
+    run(scan_kernel, (b.numel() // T,), *tensors, T, BLOCK=block, BACK=back, COMPLEX=pairs, num_warps=warps)
 
 
 def differentiable_gradients(a, h, h0, dh, dend):
@@ -326,8 +326,8 @@ class RWKV(torch.autograd.Function):
     def forward(ctx, k, v, w, u, p, q, m):
         T, (block, warps) = k.shape[-1], tile(k.shape[-1], True)
         o, *end = torch.empty_like(v), *(torch.empty_like(p) for _ in "pqm")
-        kept = p.new_empty(p.numel(), triton.cdiv(T, block), 3)
-        rwkv_kernel[(p.numel(),)](k, v, w, u, p, q, m, o, *end, kept, T, len(w), BLOCK=block, num_warps=warps)
+        kept = p.new_empty(p.numel(), cdiv(T, block), 3)
+        run(rwkv_kernel, (p.numel(),), k, v, w, u, p, q, m, o, *end, kept, T, len(w), BLOCK=block, num_warps=warps)
         ctx.save_for_backward(k, v, w, u, p, q, m, kept)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(end[2])
@@ -343,8 +343,8 @@ class RWKV(torch.autograd.Function):
         dp_T, dq_T = (None if x is None else x.contiguous() for x in (dp_T, dq_T))
         (dk, dv), (dw, du, dp, dq) = (torch.empty_like(x) for x in (k, v)), (torch.empty_like(p) for _ in "wupq")
         block, warps = tile(k.shape[-1], True)
-        rwkv_back_kernel[(p.numel(),)](k, v, w, u, do, kept, dp_T, dq_T, dk, dv, dw, du, dp, dq, k.shape[-1], len(w),
-                                       BLOCK=block, num_warps=warps)
+        run(rwkv_back_kernel, (p.numel(),), k, v, w, u, do, kept, dp_T, dq_T, dk, dv, dw, du, dp, dq, k.shape[-1],
+            len(w), BLOCK=block, num_warps=warps)
         return dk, dv, dw.sum(dim=0), du.sum(dim=0), dp, dq, p * dp + q * dq
 
 

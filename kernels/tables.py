@@ -1,5 +1,7 @@
 """What the kernels are checked and timed on: `python -m kernels.NAME` is the function NAME here. kernels/results/ has
 what they printed."""
+import sys
+
 import torch
 import torch.nn.functional as F
 
@@ -158,3 +160,220 @@ def step():
             "PyTorch": lambda q, k, v, real=real: attention_reference(q, k, v, real)},
             [q, k, v], 3 * n // 4 * b * h * 64 * 4, 0))
     bench.compare(rows, rates, gradients=False)
+
+
+def gla():
+    from kernels.gla import CHUNK, gla, reference
+    rates = bench.print_machine()
+
+    def inputs(t, b=1, h=4, strength=1 / 16, dtype=torch.bfloat16):
+        q, k, v = bench.random(*[(b, h, t, 64)] * 3, dtype=dtype)
+        return q * 0.125, k, v, -strength * bench.random((b, h, t, 64), dtype=torch.float32, seed=2)[0].abs()
+
+    def fla():
+        from fla.ops.gla import chunk_gla
+        return lambda *x: chunk_gla(*(z.transpose(1, 2) for z in x), scale=1.0)[0].transpose(1, 2)
+    kernel, twin = (lambda *x, f=f: f(*x)[0] for f in (gla, reference))
+    for strength, dtype, floor in ((1 / 16, torch.bfloat16, 2 ** -7), (3, torch.bfloat16, 2 ** -7),
+                                   (1 / 16, torch.float32, 2e-6)):
+        print(f"gates of about -{strength}")
+        bench.check(kernel, twin, ("twin", twin), lambda t: inputs(t, strength=strength, dtype=dtype),     # noqa: B023
+                    "qkvg", floor=floor)
+    candidates = {"kernel": kernel} | bench.peers("fla", fla)
+    bench.agree("t 2048", candidates, inputs(2048, 2, 16))
+    bench.compare(((f"b {b} h 16 t {t} d 64", candidates, x, 12 * x[0].numel(), 10 * 2 * CHUNK * x[0].numel())
+                   for b, t in ((16, 2048), (4, 8192), (1, 32768)) for x in [inputs(t, b, 16)]), rates)
+    print("memory, forward + backward, b 4 h 16 t 8192: " + ", ".join(
+        f"{name} {bench.memory(f, inputs(8192, 4, 16)) / 2 ** 30:.2f} GiB" for name, f in candidates.items()))
+
+
+def compare_mamba_2(rates):
+    from kernels.linear_attention import mamba_2
+
+    def inputs(b, t):
+        x, dt, B, C = (z.transpose(1, 2).contiguous() for z in bench.random(
+            (b, 16, t, 64), (b, 16, t, 1), (b, 1, t, 64), (b, 1, t, 64)))
+        return x, F.softplus(dt[..., 0] - 3), torch.linspace(-2, -1, 16, device="cuda"), B, C
+
+    def mamba_ssm():
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+        return lambda *x: mamba_chunk_scan_combined(*x, chunk_size=256)
+    candidates = {"kernel": mamba_2} | bench.peers("mamba-ssm", mamba_ssm)
+    bench.agree("Mamba-2, t 2048", candidates, inputs(2, 2048))
+    bench.compare([(f"Mamba-2, b {32768 // t} h 16 t {t} n 64 d 64", candidates, x, 2 * x[0].nbytes, 0)
+                   for t in (2048, 8192) for x in [inputs(32768 // t, t)]], rates)
+
+
+def linear_attention():
+    from kernels.linear_attention import CHUNK, linear_attention, reference
+    rates = bench.print_machine()
+
+    def shapes(t, b=1, h=4):
+        q, k, v = bench.random(*[(b, h, t, 64)] * 3)
+        return q * 0.125, k, v
+
+    def decays(t, b=1, h=4):
+        return -bench.random((b, h, t, 1), dtype=torch.float32, seed=2)[0].abs() / 10
+
+    bench.check(output(linear_attention), output(reference), ("twin", output(reference)), shapes, "qkv")
+    print("with a decay for each token")
+    bench.check(output(linear_attention), output(reference), ("twin", output(reference)),
+                lambda t: (*shapes(t), decays(t)), "qkvg", loose="g")
+    gamma, rows = (1 - 2.0 ** (-5 - torch.arange(16, device="cuda") / 4)).log()[None, :, None, None], []
+    for t in (2048, 8192, 32768):
+        qkv, g = shapes(t, 32768 // t, 16), decays(t, 32768 // t, 16)
+        size, others = qkv[0].numel(), {"SDPA": sdpa} | ({"twin": output(reference)} if t == 8192 else {})
+        n_bytes, flops = 8 * size, size // 64 * (4 * CHUNK * 64 + 4 * 64 * 64)
+        mine = {"kernel": output(linear_attention)}
+        rows += [(f"no decay, b {32768 // t} h 16 t {t} d 64", mine | others, qkv, n_bytes, flops),
+                 (f"constant decay, t {t}", {"kernel": lambda *x: linear_attention(*x, gamma)[0]}, qkv, n_bytes, flops),
+                 (f"decay of each token, t {t}", mine, (*qkv, g), n_bytes + 4 * g.numel(), flops)]
+    bench.compare(rows, rates)
+    compare_mamba_2(rates)
+
+
+def compare_mixers(rates):
+    """RWKV-4 and GateLoop."""
+    from kernels.scan import gateloop, rwkv, rwkv_peers, rwkv_reference
+
+    def inputs(b, t, c=1024):
+        k, v = (x[:, :, 0].contiguous() for x in bench.random((b, c, 1, t), (b, c, 1, t)))
+        w, u = (x.flatten() for x in bench.random((1, c, 1, 1), (1, c, 1, 1), dtype=torch.float32, seed=1))
+        return [k, v, -w.exp(), u]
+
+    def plain(k, v, w, u):
+        nothing = torch.zeros(*k.shape[:2], device=k.device, dtype=torch.promote_types(w.dtype, torch.float32))
+        k, v = k.to(nothing.dtype), v.to(nothing.dtype)
+        return rwkv_reference(k, v, w, u, nothing, nothing, nothing - 1e30)[0]
+
+    def loop(q, k, v, size, turn):
+        return gateloop(*(x[..., None] for x in (q, k, v)), torch.complex(F.logsigmoid(size), turn)[..., None])[0]
+    print("RWKV-4")
+    bench.check(lambda *x: rwkv(*x)[0], plain, ("twin", plain), lambda t: inputs(2, t, 8), "kvwu")
+    ours, twin = {"kernel": lambda *x: rwkv(*x)[0]}, {"twin": plain}
+    others = bench.peers("fla", rwkv_peers)
+    bench.agree("RWKV-4, t 2048, float32", ours | others, [x.float() for x in inputs(16, 2048)])
+    rows = [(f"RWKV-4, bfloat16, b {32768 // t} c 1024 t {t}", ours | others | (twin if t == 8192 else {}), x,
+             3 * x[0].nbytes, 0) for t in (2048, 8192, 32768) for x in [inputs(32768 // t, t)]]
+    q, k, v, size, turn = (x[:, :, 0].contiguous() for x in bench.random(*[(4, 1024, 1, 8192)] * 5))
+    rows.append(("GateLoop, bfloat16, b 4 c 1024 t 8192", {"kernel": loop}, [q, k, v, size.float() + 3, turn.float()],
+                 4 * q.nbytes + 8 * q.numel(), 0))
+    bench.compare(rows, rates)
+
+
+def scan():
+    from kernels.scan import reference, scan
+    rates = bench.print_machine()
+
+    def inputs(b, c, t, dtype=torch.float32):
+        a, b = bench.random((b, c, 1, t), (b, c, 1, t), dtype=torch.float32)
+        return [x[:, :, 0].contiguous().to(dtype) for x in (a.sigmoid(), b)]
+
+    def as_complex(f):
+        """Of real pairs: |a| < 1 and an angle, and b."""
+        def g(r, angle, b, bi):
+            h = f(torch.polar(r, angle), torch.complex(b, bi))[0]
+            return torch.cat([h.real, h.imag], dim=-1)
+        return g
+
+    compare_mixers(rates)
+    print("the scan")
+    bench.check(output(scan), output(reference), ("twin", output(reference)), lambda t: inputs(2, 8, t), "ab",
+                (1, 17, 1000, 8192, 65536), floor=2e-6)
+    print("complex")
+    bench.check(as_complex(scan), as_complex(reference), ("twin", as_complex(reference)),
+                lambda t: [*inputs(2, 8, t), *inputs(2, 8, t)[::-1]], ("a", "angle", "b", "bi"),
+                (1, 17, 1000, 8192, 65536), floor=2e-6)
+    rows = []
+    for b, t in ((16, 2048), (4, 8192), (1, 32768)):
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            tensors = inputs(b, 1024, t, dtype)
+            others = {"twin": output(reference)} if t == 8192 else {}
+            rows.append((f"{name}, b {b} c 1024 t {t}", {"kernel": output(scan)} | others, tensors,
+                         3 * tensors[0].nbytes, 0))
+    r, angle = inputs(4, 1024, 8192)
+    rows.append(("complex64, b 4 c 1024 t 8192", {"kernel": output(scan), "twin": output(reference)},
+                 [torch.polar(r, angle), torch.complex(angle, r)], 24 * r.numel(), 0))
+    bench.compare(rows, rates)
+
+
+def delta_rule():
+    from kernels.delta_rule import CHUNK, delta_rule, peers, reference
+    rates, others = bench.print_machine(), peers("--peers" in sys.argv)
+
+    def shapes(kind, t, b=1, h=4, d=64):
+        q, k, v = bench.random(*[(b, h, t, d)] * 3)
+        k, beta = F.normalize(k.float(), dim=-1).to(k.dtype), bench.random((b, h, t, 1), dtype=torch.float32, seed=2)[0]
+        g = -bench.random((b, h, t, d if kind == "vector" else 1), dtype=torch.float32, seed=3)[0].abs() / 10
+        return q * d ** -0.5, k, v, *([] if kind == "none" else [g]), beta.sigmoid()
+
+    def called(f):                                               # with g or without
+        return lambda q, k, v, *gates: f(q, k, v, *(gates if len(gates) == 2 else (None, *gates)))[0]
+
+    def compared(kind, d, t, tensors):
+        """The peers that do this, too; their outputs, gradients and memory are compared on the way."""
+        mine, memory = bench.values_and_gradients(kernel, tensors, torch.bfloat16), bench.memory(kernel, tensors)
+        for name, f in others.get(kind, {}).items():
+            gaps = [bench.error(x, y.double()) for x, y in
+                    zip(bench.values_and_gradients(f, tensors, torch.bfloat16), mine, strict=True)]
+            print(f"  decay {kind}, t {t} d {d}: {name}'s output and gradients are off by "
+                  f"{', '.join(f'{x:.1e}' for x in gaps)}; forward and backward take {memory / 2 ** 30:.2f} GiB, its "
+                  f"{bench.memory(f, tensors) / 2 ** 30:.2f}", flush=True)
+        return others.get(kind, {})
+    kernel, plain, tokens = called(delta_rule), called(reference), 32768
+    for kind in ("none", "scalar", "vector"):
+        print(f"decay: {kind}")
+        bench.check(kernel, plain, ("twin", plain), lambda t: shapes(kind, t),                    # noqa: B023
+                    ("q", "k", "v", *(["g"] if kind != "none" else []), "beta"), loose="g")
+        for d in (64, 128):
+            rows = []
+            for t in (2048, 8192):
+                tensors = shapes(kind, t, tokens // t, 16, d)
+                rows.append((f"decay {kind}, b {tokens // t} h 16 t {t} d {d}",
+                             {"kernel": kernel} | compared(kind, d, t, tensors), tensors,
+                             8 * tensors[0].numel() + 4 * sum(x.numel() for x in tensors[3:]),
+                             tokens * 16 * 2 * (10 * CHUNK ** 2 + 5 * CHUNK * d + 3 * d ** 2)))
+            bench.compare(rows, rates)
+
+
+def flash_attention():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from kernels.flash_attention import flash_attention, reference
+    rates = bench.print_machine()
+    flex = torch.compile(flex_attention, dynamic=False)
+
+    def sdpa(backend):
+        def attend(q, k, v):
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                                        enable_gqa=k.shape[1] != q.shape[1])
+        return attend
+
+    def flash_attn_4():
+        from flash_attn.cute import flash_attn_func
+        return lambda q, k, v: flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0].transpose(1, 2)
+
+    def shapes(t, b=1, h=4, g=4, d=64):
+        return bench.random((b, h, t, d), (b, g, t, d), (b, g, t, d))
+    others = {"cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION), "FlashAttention-2": sdpa(SDPBackend.FLASH_ATTENTION)}
+    for what, sizes in (("4 heads of 64", {}), ("that share keys", {"g": 1}), ("4 heads of 128", {"d": 128})):
+        print(f"{what}, SDPA by FlashAttention-2")
+        bench.check(flash_attention, reference, ("SDPA", others["FlashAttention-2"]),
+                    lambda t, sizes=sizes: shapes(t, **sizes), "qkv", (1000,) if sizes else bench.LENGTHS)
+    candidates = {"kernel": flash_attention, **others, **bench.peers("flash-attn-4", flash_attn_4)}
+    rows, n = [], 32768
+    for h, d in ((16, 64), (8, 128)):
+        bench.agree(f"t = 2048, d = {d}", candidates, shapes(2048, 2, h, h, d))
+        for t in (2048, 8192, n):
+            tensors = shapes(t, n // t, h, h, d)
+            rows.append((f"b {n // t} h {h} t {t} d {d}", candidates, tensors, 8192 * n, 2048 * n * t))
+    rows.append(("4 heads share keys, b 4 h 16 t 8192", candidates, shapes(8192, 4, 16, 4), 5120 * n, 2048 * n * 8192))
+    for window in (64, 256, 1024):
+        mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, 8192, 8192)  # noqa: B023
+        rows.append((f"window {window}, b 4 h 16 t 8192 d 64",
+                     {"kernel": lambda q, k, v, window=window: flash_attention(q, k, v, window),
+                      "flex": lambda q, k, v, mask=mask: flex(q, k, v, block_mask=mask)}, shapes(8192, 4, 16, 16),
+                     8192 * n, 4096 * n * window))
+    bench.compare(rows, rates)

@@ -60,7 +60,7 @@ def run(kernel, grid, *args, **sizes):
     key = kernel, driver.active.get_current_device(), *sizes, *sizes.values(), *[kind(x) for x in args]
     compiled, constants = LAUNCHED.get(key, (None, None))
     if compiled is None:
-        constants = [sizes[name] for name in kernel.arg_names[len(args):]]
+        constants = [sizes.get(p.name, p.default) for p in kernel.params[len(args):]]
         LAUNCHED[key] = kernel[grid](*args, **sizes), constants
     else:
         compiled[(*grid, 1, 1)](*args, *constants)
@@ -130,36 +130,3 @@ def differentiable_gradients(twin, tensors, gradients):
         wanted = [x for x in own if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True, allow_unused=True))
         return tuple(next(found) if x is not None and x.requires_grad else None for x in own)
-
-
-@triton.jit(do_not_specialize=["T"])                        # it is no row's length: one kernel serves all
-def decay_kernel(q, dq, k, dk, dg, totals, T, H, HK, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
-                 VECTOR: tl.constexpr):
-    n, b_h, d = tl.program_id(1), tl.program_id(0).to(tl.int64), tl.arange(0, BD)
-    rows, head, key = n * C + tl.arange(0, C), place(b_h, H, H, T, D), place(b_h, H, HK, T, D)
-    x = load(q + key, rows, d, T, HK * D, D).to(tl.float32) * load(dq + head, rows, d, T, H * D, D)
-    x -= load(k + key, rows, d, T, HK * D, D).to(tl.float32) * load(dk + head, rows, d, T, H * D, D)
-    block = (b_h // H * tl.num_programs(1) + n) * H + b_h % H                                # of (b, blocks, h)
-    if VECTOR:
-        dg += place(b_h, H, H, tl.num_programs(1) * C, D)
-        store(dg, tl.cumsum(x, axis=0, reverse=True), rows, d, (n + 1) * C, H * D, D)
-        tl.store(totals + block * D + d, tl.sum(x, axis=0), mask=d < D)
-    else:
-        x = tl.sum(x, axis=1)
-        tl.store(dg + place(b_h, H, H, tl.num_programs(1) * C, 1) + rows * H, tl.cumsum(x, axis=0, reverse=True))
-        tl.store(totals + block, tl.sum(x, axis=0))
-
-
-def decay_gradient(q, dq, k, dk, last, vector):
-    """dg_t = last + sum_{t' >= t} (q dq - k dk)_{t'}, which is all that a decay's gradient takes: g enters as e^{G_t -
-    G_s} alone. Blocks of 64 tokens, each summed from its end, then what is behind it added. dq, dk: (b, t, h, d), q, k
-    as well or of one head, in one piece; last: (b, h, d), or (b, h, 1) without `vector`, or None. Returns (b, t, h, d)
-    or (b, t, h, 1)."""
-    (b, t, h, d), C = dq.shape, 64
-    blocks, width = cdiv(t, C), d if vector else 1
-    dg, totals = (torch.empty(b, n, h, width, device=q.device) for n in (blocks * C, blocks))
-    run(decay_kernel, (b * h, blocks), q, dq, k, dk, dg, totals, t, h, q.shape[2], D=d, BD=next_power_of_2(d),
-        C=C, VECTOR=vector)
-    behind = F.pad(totals[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(dim=1).flip(1)
-    behind = behind if last is None else behind + last[:, None]
-    return dg.view(b, blocks, C, h, width).add_(behind[:, :, None]).flatten(1, 2)[:, :t]

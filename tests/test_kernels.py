@@ -260,7 +260,7 @@ def test_nothing_is_copied_where_heads_lie_as_a_lesson_makes_them():
 
 class Launches:
     """In a kernel's place: notes how often it is looked for, and what the compiled one is given."""
-    arg_names = ("x", "y", "n", "BLOCK")
+    params = [SimpleNamespace(name=name, default=7) for name in ("x", "y", "n", "BLOCK", "MORE")]
 
     def __init__(self):
         self.found, self.given = 0, []
@@ -292,7 +292,7 @@ def test_a_compiled_kernel_is_found_again(monkeypatch):
             assert kernel.found == i + 1
         grid, given = kernel.given[-1]
         assert grid[:3] == (4, 1, 1) and len(kernel.given) == 2 * (i + 1)
-        assert all(a is b for a, b in zip(given, (*args, size), strict=True))
+        assert all(a is b for a, b in zip(given, (*args, size, 7), strict=True))
     device[0] = 1
     tiles.run(kernel, (4,), x, x, 1, BLOCK=16)
     assert kernel.found == len(different) + 1
@@ -1001,7 +1001,7 @@ class Nothing:
 
 
 @pytest.mark.skipif(GPU, reason="a GPU runs the kernels themselves")
-@pytest.mark.parametrize("name", ["attention", "mamba2", "gla", "based", "mamba", "h3", "lru", "baseconv"])
+@pytest.mark.parametrize("name", ["attention", "mamba2", "gla", "based", "mamba", "h3", "lru", "baseconv", "jrt"])
 def test_what_stands_around_the_kernels_compiles(monkeypatch, name):
     """Forward and backward, with the strides that a compiler expects."""
     for module in (flash_attention, linear_attention, gla, taylor_attention, scan, selective_scan, fft_conv, tiles):
