@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import math
 import pydoc_data.topics
+import statistics
 import sys
 
 import lab
@@ -291,7 +292,8 @@ if __name__ == "__main__":
         cells.sort(key=lambda cell: "Taylor" in cell["variant"])                 # last: a sweep may be stopped
     rows = lab.sweep(args, "conversion", cells, measure)
     columns = ("swapped", "transferred", "once", "twice", "finetuned", "bits", "far")
-    print(f"{'':28}" + "".join(f"{name:>16}" for name in columns) + "   state, floats     (plays / reference)")
+    say = lab.reporter(args.out / "conversion.txt")
+    say(f"{'':28}" + "".join(f"{name:>18}" for name in columns) + "   state, MB   seeds     (plays / reference)")
     fig, axes = lab.figure(13, 4.8, columns=2)
     for variant, steps in dict.fromkeys((cell["variant"], cell["steps"]) for cell in cells):
         mine = [row for row in rows if (row["variant"], row["steps"]) == (variant, steps)]
@@ -301,13 +303,23 @@ if __name__ == "__main__":
         mean = {f"{column}_{text}": sum(row[f"{column}_{text}"] for row in mine) / len(mine)
                 for column in columns for text in ("plays", "reference")}
         pairs = (f"{mean[column + '_plays']:.4g} / {mean[column + '_reference']:.4g}" for column in columns)
-        print(f"{name:28}" + "".join(f"{pair:>16}" for pair in pairs) + f"   {mine[0]['state']:,}")
+        say(f"{name:28}" + "".join(f"{pair:>18}" for pair in pairs) + f"{4e-6 * mine[0]['state']:>12.1f}{len(mine):>8}")
+        bits = [row["bits_plays"] for row in mine]
+        say("    bits per byte of the plays " + lab.spread(statistics.mean(bits), min(bits), max(bits)))
         for ax, key in zip(axes, ("bits_plays", "far_plays"), strict=True):
             low, high = (f(row[key] for row in mine) for f in (min, max))
-            ax.errorbar(4 * mine[0]["state"], mean[key], [[mean[key] - low], [high - mean[key]]], fmt="o", capsize=3,
-                        label=name)
-    axes[0].set(xscale="log", xlabel="bytes of state, float32", ylabel="bits per byte", title="Held-out plays")
-    axes[1].set(xscale="log", yscale="log", xlabel="bytes of state, float32", ylabel="perplexity",
-                title=f"Targets whose pair stood before, only more than {NEAR} tokens back")
-    axes[1].legend(fontsize=8)
+            ax.errorbar(4e-6 * mine[0]["state"], mean[key], [[mean[key] - low], [high - mean[key]]], fmt="o", capsize=3)
+            ax.annotate(name + " (one seed)" * (len(mine) == 1), (4e-6 * mine[0]["state"], mean[key]),
+                        (0, -14 if "first" in name else 6),
+                        textcoords="offset points", ha="center", fontsize=9)
+    axes[0].set(ylabel="bits per byte", title="Held-out plays")
+    axes[1].set(yscale="log", ylabel="perplexity",
+                title=f"Targets whose pair stood before,\nonly more than {NEAR} tokens back")
+    for ax in axes:
+        ax.set_xscale("log", base=2)
+        ax.set_xlabel("MB of state after 512 tokens, float32")
+        ax.margins(x=0.2, y=0.12)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
     lab.save(fig, args.out / "conversion.png")
