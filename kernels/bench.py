@@ -93,7 +93,7 @@ def by_the_clock(f):
     return 1e3 * (time.perf_counter() - start)
 
 
-def timed(candidates, rounds=3, ms=30):
+def timed(candidates, rounds=2, ms=30):
     """{name: median ms} of functions without arguments, measured in turns; what takes 20 ms or more once, by the
     clock."""
     times = {name: [by_the_clock(f)] for name, f in candidates.items()}
@@ -154,7 +154,9 @@ def peers(package, load):
 
 def agree(name, candidates, tensors):
     """Print how far the output and the gradients of the other candidates are from the first one's; AssertionError above
-    2%."""
+    2%. With --time, nothing is done."""
+    if "--time" in sys.argv:
+        return
     first, *others = (values_and_gradients(f, tensors, torch.bfloat16) for f in candidates.values())
     for other, results in zip(list(candidates)[1:], others, strict=True):
         gaps = [error(x, y.double()) for x, y in zip(results, first, strict=True)]
@@ -171,7 +173,8 @@ def line_of(times):
 def compare(rows, rates, gradients=True):
     """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of
     the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the others'
-    times as multiples of it. The last column is of those that take less than 20 ms. With --check, nothing is done."""
+    times as multiples of it. The last column is of those that take less than 3 ms: of longer ones the GPU
+    is the bound. With --check, nothing is done."""
     if "--check" in sys.argv:
         return
     titles = "forward, ms", *(["forward + backward, ms"] if gradients else []), "the same, called from Python, ms"
@@ -179,7 +182,7 @@ def compare(rows, rates, gradients=True):
     for name, candidates, tensors, n_bytes, flops in rows:
         pairs = {c: forward_and_backward(f, tensors) for c, f in candidates.items()}
         columns = [timed({c: pair[i] for c, pair in pairs.items()}) for i in range(len(titles) - 1)]
-        columns.append({c: called(pairs[c][len(titles) - 2]) for c, ms in columns[-1].items() if ms < 20})
+        columns.append({c: called(pairs[c][len(titles) - 2]) for c, ms in columns[-1].items() if ms < 3})
         limit = 1e3 * max(n_bytes / rates[0], flops / rates[1])
         print(f"{name:38}{limit:8.3f}{limit / next(iter(columns[0].values())):7.0%} | "
               + " | ".join(f"{line_of(times):55}" for times in columns).rstrip(), flush=True)

@@ -34,7 +34,6 @@ before, and in the walk each chunk.
     python -m kernels.delta_rule [--peers]      check, then a table; with --peers beside flash-linear-attention's
 """
 
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -618,46 +617,6 @@ def peers(wanted):
             "vector": heads_last(chunk_kda)}
 
 
-def main():
-    from kernels import bench
-    rates, others = bench.print_machine(), peers("--peers" in sys.argv)
-
-    def shapes(kind, t, b=1, h=4, d=64):
-        q, k, v = bench.random(*[(b, h, t, d)] * 3)
-        k, beta = F.normalize(k.float(), dim=-1).to(k.dtype), bench.random((b, h, t, 1), dtype=torch.float32, seed=2)[0]
-        g = -bench.random((b, h, t, d if kind == "vector" else 1), dtype=torch.float32, seed=3)[0].abs() / 10
-        return q * d ** -0.5, k, v, *([] if kind == "none" else [g]), beta.sigmoid()
-
-    def called(f):                                               # with g or without
-        return lambda q, k, v, *gates: f(q, k, v, *(gates if len(gates) == 2 else (None, *gates)))[0]
-
-    def compared(kind, d, t, tensors):
-        """The peers that do this, too; their outputs, gradients and memory are compared on the way."""
-        if "--time" in sys.argv:
-            return others.get(kind, {})
-        mine, memory = bench.values_and_gradients(kernel, tensors, torch.bfloat16), bench.memory(kernel, tensors)
-        for name, f in others.get(kind, {}).items():
-            gaps = [bench.error(x, y.double()) for x, y in
-                    zip(bench.values_and_gradients(f, tensors, torch.bfloat16), mine, strict=True)]
-            print(f"  decay {kind}, t {t} d {d}: {name}'s output and gradients are off by "
-                  f"{', '.join(f'{x:.1e}' for x in gaps)}; forward and backward take {memory / 2 ** 30:.2f} GiB, its "
-                  f"{bench.memory(f, tensors) / 2 ** 30:.2f}", flush=True)
-        return others.get(kind, {})
-    kernel, plain, tokens = called(delta_rule), called(reference), 32768
-    for kind in ("none", "scalar", "vector"):
-        print(f"decay: {kind}")
-        bench.check(kernel, plain, ("twin", plain), lambda t: shapes(kind, t),                    # noqa: B023
-                    ("q", "k", "v", *(["g"] if kind != "none" else []), "beta"), loose="g")
-        for d in (64, 128):
-            rows = []
-            for t in (2048, 8192):
-                tensors = shapes(kind, t, tokens // t, 16, d)
-                rows.append((f"decay {kind}, b {tokens // t} h 16 t {t} d {d}",
-                             {"kernel": kernel} | compared(kind, d, t, tensors), tensors,
-                             8 * tensors[0].numel() + 4 * sum(x.numel() for x in tensors[3:]),
-                             tokens * 16 * 2 * (10 * CHUNK ** 2 + 5 * CHUNK * d + 3 * d ** 2)))
-            bench.compare(rows, rates)
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.delta_rule()

@@ -285,33 +285,6 @@ def gla(q, k, v, g, state=None):
     return without_zeros(o, e), S[:, :, :d, :e]
 
 
-def main():
-    from kernels import bench
-    rates = bench.print_machine()
-
-    def inputs(t, b=1, h=4, strength=1 / 16, dtype=torch.bfloat16):
-        q, k, v = bench.random(*[(b, h, t, 64)] * 3, dtype=dtype)
-        return q * 0.125, k, v, -strength * bench.random((b, h, t, 64), dtype=torch.float32, seed=2)[0].abs()
-
-    def fla():
-        from fla.ops.gla import chunk_gla
-        return lambda *x: chunk_gla(*(z.transpose(1, 2) for z in x), scale=1.0)[0].transpose(1, 2)
-    kernel, twin = (lambda *x, f=f: f(*x)[0] for f in (gla, reference))
-    for strength, dtype, floor in ((1 / 16, torch.bfloat16, 2 ** -7), (3, torch.bfloat16, 2 ** -7),
-                                   (1 / 16, torch.float32, 1e-5)):
-        print(f"gates of about -{strength}")
-        bench.check(kernel, twin, ("twin", twin), lambda t: inputs(t, strength=strength, dtype=dtype),     # noqa: B023
-                    "qkvg", floor=floor)
-    others = bench.peers("fla", fla)
-    candidates, (q, k, v, g) = {"kernel": kernel} | others, inputs(2048, 2, 16)
-    bench.agree("t 2048", {name: lambda *x, f=f: f(*x, g) for name, f in candidates.items()}, (q, k, v))
-    for name, f in others.items():
-        bench.check(kernel, twin, (name, f), lambda t: inputs(t, 1, 16), "qkvg", lengths=(4096,))
-    bench.compare(((f"b {b} h 16 t {t} d 64", candidates, x, 12 * x[0].numel(), 10 * 2 * CHUNK * x[0].numel())
-                   for b, t in ((16, 2048), (4, 8192), (1, 32768)) for x in [inputs(t, b, 16)]), rates)
-    print("memory, forward + backward, b 4 h 16 t 8192: " + ", ".join(
-        f"{name} {bench.memory(f, inputs(8192, 4, 16)) / 2 ** 30:.2f} GiB" for name, f in candidates.items()))
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.gla()

@@ -23,7 +23,6 @@ segment would leave from zero; in a second, each starts from those before it, ad
 
     python -m kernels.linear_attention [--peers]      check, then tables; with --peers, Mamba-2's beside mamba-ssm's
 """
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -333,68 +332,6 @@ def mamba_2(x, dt, A, B, C):
     return linear_attention(q, k, v, (dt.float() * A).mT[..., None])[0].transpose(1, 2)
 
 
-def compare_mamba_2(rates):
-    from kernels import bench
-
-    def recurrence(x, dt, A, B, C):
-        """mamba_2() by the twin."""
-        q, k, v = (z.transpose(1, 2) for z in (C.expand(-1, -1, 16, -1), B.expand(-1, -1, 16, -1), x * dt[..., None]))
-        return reference(q, k, v, (dt * A).mT[..., None])[0].transpose(1, 2)
-
-    def inputs(b, t):
-        x, dt, B, C = (z.transpose(1, 2).contiguous() for z in bench.random(
-            (b, 16, t, 64), (b, 16, t, 1), (b, 1, t, 64), (b, 1, t, 64)))
-        return x, F.softplus(dt[..., 0] - 3), torch.linspace(-2, -1, 16, device="cuda"), B, C
-
-    def mamba_ssm():
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-        return lambda *x: mamba_chunk_scan_combined(*x, chunk_size=256)
-    candidates = {"kernel": mamba_2} | bench.peers("mamba-ssm", mamba_ssm)
-    if "--time" not in sys.argv:
-        x = inputs(2, 2048)
-        exact = bench.values_and_gradients(recurrence, x, torch.float64)
-        for name, f in candidates.items():
-            gaps = [bench.error(a, b) for a, b in zip(bench.values_and_gradients(f, x, torch.bfloat16), exact,
-                                                      strict=True)]
-            print(f"Mamba-2, t 2048, relative errors of o, dx, ddt, dA, dB, dC: {name} "
-                  f"{', '.join(f'{gap:.1e}' for gap in gaps)}; {bench.memory(f, x) / 2 ** 30:.2f} GiB", flush=True)
-            assert max(gaps[:3]) < 0.02, f"{name} computes something else"
-    bench.compare([(f"Mamba-2, b {32768 // t} h 16 t {t} n 64 d 64", candidates, x, 2 * x[0].nbytes, 0)
-                   for t in (2048, 8192) for x in [inputs(32768 // t, t)]], rates)
-
-
-def main():
-    from kernels import bench
-    rates = bench.print_machine()
-
-    def shapes(t, b=1, h=4):
-        q, k, v = bench.random(*[(b, h, t, 64)] * 3)
-        return q * 0.125, k, v
-
-    def decays(t, b=1, h=4):
-        return -bench.random((b, h, t, 1), dtype=torch.float32, seed=2)[0].abs() / 10
-
-    def output(f):
-        return lambda *x: f(*x)[0]
-
-    def sdpa(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    bench.check(output(linear_attention), output(reference), ("twin", output(reference)), shapes, "qkv")
-    print("with a decay for each token")
-    bench.check(output(linear_attention), output(reference), ("twin", output(reference)),
-                lambda t: (*shapes(t), decays(t)), "qkvg", loose="g")
-    gamma, rows = (1 - 2.0 ** (-5 - torch.arange(16, device="cuda") / 4)).log()[None, :, None, None], []
-    for t in (2048, 8192, 32768):
-        qkv, g = shapes(t, 32768 // t, 16), decays(t, 32768 // t, 16)
-        size, others = qkv[0].numel(), {"SDPA": sdpa} | ({"twin": output(reference)} if t == 8192 else {})
-        n_bytes, flops = 8 * size, size // 64 * (4 * CHUNK * 64 + 4 * 64 * 64)
-        mine = {"kernel": output(linear_attention)}
-        rows += [(f"no decay, b {32768 // t} h 16 t {t} d 64", mine | others, qkv, n_bytes, flops),
-                 (f"constant decay, t {t}", {"kernel": lambda *x: linear_attention(*x, gamma)[0]}, qkv, n_bytes, flops),
-                 (f"decay of each token, t {t}", mine, (*qkv, g), n_bytes + 4 * g.numel(), flops)]
-    bench.compare(rows, rates)
-    compare_mamba_2(rates)
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.linear_attention()

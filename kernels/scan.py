@@ -13,7 +13,6 @@ two exponents the larger one stays, so none that is taken is above 0. Memory see
 
     python -m kernels.scan [--peers]      check, then a table; with --peers, RWKV-4's beside flash-linear-attention's
 """
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -374,74 +373,6 @@ def rwkv_peers():
     return called
 
 
-def compare_mixers(rates):
-    """RWKV-4 and GateLoop."""
-    from kernels import bench
-
-    def inputs(b, t, c=1024):
-        k, v = (x[:, :, 0].contiguous() for x in bench.random((b, c, 1, t), (b, c, 1, t)))
-        w, u = (x.flatten() for x in bench.random((1, c, 1, 1), (1, c, 1, 1), dtype=torch.float32, seed=1))
-        return [k, v, -w.exp(), u]
-
-    def plain(k, v, w, u):
-        nothing = torch.zeros(*k.shape[:2], device=k.device, dtype=torch.promote_types(w.dtype, torch.float32))
-        k, v = k.to(nothing.dtype), v.to(nothing.dtype)
-        return rwkv_reference(k, v, w, u, nothing, nothing, nothing - 1e30)[0]
-
-    def loop(q, k, v, size, turn):
-        return gateloop(*(x[..., None] for x in (q, k, v)), torch.complex(F.logsigmoid(size), turn)[..., None])[0]
-    print("RWKV-4")
-    bench.check(lambda *x: rwkv(*x)[0], plain, ("twin", plain), lambda t: inputs(2, t, 8), "kvwu")
-    ours, twin = {"kernel": lambda *x: rwkv(*x)[0]}, {"twin": plain}
-    others = bench.peers("fla", rwkv_peers)
-    if "--time" not in sys.argv:
-        bench.agree("RWKV-4, t 2048, float32", ours | others, [x.float() for x in inputs(16, 2048)])
-    rows = [(f"RWKV-4, bfloat16, b {32768 // t} c 1024 t {t}", ours | others | (twin if t == 8192 else {}), x,
-             3 * x[0].nbytes, 0) for t in (2048, 8192, 32768) for x in [inputs(32768 // t, t)]]
-    q, k, v, size, turn = (x[:, :, 0].contiguous() for x in bench.random(*[(4, 1024, 1, 8192)] * 5))
-    rows.append(("GateLoop, bfloat16, b 4 c 1024 t 8192", {"kernel": loop}, [q, k, v, size.float() + 3, turn.float()],
-                 4 * q.nbytes + 8 * q.numel(), 0))
-    bench.compare(rows, rates)
-
-
-def main():
-    from kernels import bench
-    rates = bench.print_machine()
-
-    def inputs(b, c, t, dtype=torch.float32):
-        a, b = bench.random((b, c, 1, t), (b, c, 1, t), dtype=torch.float32)
-        return [x[:, :, 0].contiguous().to(dtype) for x in (a.sigmoid(), b)]
-
-    def output(f):
-        return lambda *x: f(*x)[0]
-
-    def as_complex(f):
-        """Of real pairs: |a| < 1 and an angle, and b."""
-        def g(r, angle, b, bi):
-            h = f(torch.polar(r, angle), torch.complex(b, bi))[0]
-            return torch.cat([h.real, h.imag], dim=-1)
-        return g
-
-    compare_mixers(rates)
-    print("the scan")
-    bench.check(output(scan), output(reference), ("twin", output(reference)), lambda t: inputs(2, 8, t), "ab",
-                (1, 17, 1000, 8192, 65536), floor=2e-6)
-    print("complex")
-    bench.check(as_complex(scan), as_complex(reference), ("twin", as_complex(reference)),
-                lambda t: [*inputs(2, 8, t), *inputs(2, 8, t)[::-1]], ("a", "angle", "b", "bi"),
-                (1, 17, 1000, 8192, 65536), floor=2e-6)
-    rows = []
-    for b, t in ((16, 2048), (4, 8192), (1, 32768)):
-        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            tensors = inputs(b, 1024, t, dtype)
-            others = {"twin": output(reference)} if t == 8192 else {}
-            rows.append((f"{name}, b {b} c 1024 t {t}", {"kernel": output(scan)} | others, tensors,
-                         3 * tensors[0].nbytes, 0))
-    r, angle = inputs(4, 1024, 8192)
-    rows.append(("complex64, b 4 c 1024 t 8192", {"kernel": output(scan), "twin": output(reference)},
-                 [torch.polar(r, angle), torch.complex(angle, r)], 24 * r.numel(), 0))
-    bench.compare(rows, rates)
-
-
 if __name__ == "__main__":
-    main()
+    from kernels import tables
+    tables.scan()
