@@ -23,7 +23,9 @@ each chunk adds to the state), walk_kernel (the state before each chunk), output
 time, with K, Q, dO for Q, K, V; gradients_kernel makes dq, dk and dg.
 
 Bytes for a token and head, d = e = 64 in bfloat16: 768 for q, k, v, o and g (float32); with the states, and G in
-between, 2048. FLOPs: 10 products of 64 x 64 x 64 for a chunk.
+between, 2048, half of the time that it takes on an H200. FLOPs: 12 products of 64 x 64 x 64 for a chunk. What bounds it
+beside the bytes is waiting, for one small product after the other, in two programs a multiprocessor: registers leave no
+room for more.
 
     python -m kernels.gla [--peers]      check, then a table; with --peers beside flash-linear-attention's
 """
@@ -199,9 +201,10 @@ def gradients_kernel(q, k, v, G, do, states, dstates, dq, dk, dg, T, H, D: tl.co
     for level in range(levels_of(C)):
         Z, decay, target, cut = at_level(level, q_i, k_i, G + key, G_i, rows, d, T, H * D, D, C)
         dZ = tl.dot(tl.where(cut, dM, 0.0).to(Z.dtype), Z, input_precision=PRECISION)
-        dq_i += tl.where(target, decay * dZ, 0.0)
-        dk_i += tl.where(target, 0.0, decay * dZ)
-        x += tl.where(target, Z * dZ, -(Z * dZ))
+        to_q = target.to(tl.float32)
+        dq_i += to_q * (decay * dZ)
+        dk_i += (1.0 - to_q) * (decay * dZ)
+        x += (2.0 * to_q - 1.0) * (Z * dZ)
     store(dq + key, dq_i, rows, d, T, H * D, D)
     store(dk + key, dk_i, rows, d, T, H * D, D)
     store(dg + key, sums(t <= s, x, q_i, PRECISION) + over[None, :], rows, d, T, H * D, D)
@@ -224,7 +227,7 @@ def states_of(k, v, g, S0, S_T, reverse):
     sizes, products, shape, grid = settings(k, v)
     G, states = torch.empty_like(g), k.new_empty(*grid, 64, 64)
     run(adds_kernel, grid, k, v, g, G, states, *shape, **sizes, **products, REVERSE=reverse)
-    run(walk_kernel, (grid[0], 8), states, G, S0, S_T, *shape, **sizes, ROWS=8, REVERSE=reverse, num_warps=2)
+    run(walk_kernel, (grid[0], 16), states, G, S0, S_T, *shape, **sizes, ROWS=4, REVERSE=reverse, num_warps=1)
     return G, states
 
 

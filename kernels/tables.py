@@ -184,7 +184,7 @@ def gla():
     bench.agree("t 2048", {name: lambda *x, f=f: f(*x, g) for name, f in candidates.items()}, (q, k, v))
     for name, f in others.items():
         bench.check(kernel, twin, (name, f), lambda t: inputs(t, 1, 16), "qkvg", lengths=(4096,))
-    bench.compare(((f"b {b} h 16 t {t} d 64", candidates, x, 12 * x[0].numel(), 10 * 2 * CHUNK * x[0].numel())
+    bench.compare(((f"b {b} h 16 t {t} d 64", candidates, x, 12 * x[0].numel(), 12 * 2 * CHUNK * x[0].numel())
                    for b, t in ((16, 2048), (4, 8192), (1, 32768)) for x in [inputs(t, b, 16)]), rates)
     print("memory, forward + backward, b 4 h 16 t 8192: " + ", ".join(
         f"{name} {bench.memory(f, inputs(8192, 4, 16)) / 2 ** 30:.2f} GiB" for name, f in candidates.items()))
