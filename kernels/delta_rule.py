@@ -26,10 +26,10 @@ e^{G_cut - G_s}, and no exponent is above 0 (kernels.gla). But one of the two ma
 overflow: blocks that decay by less than e^72 in each half are not cut any more, so that of mild gates one cut of the
 whole chunk takes all pairs, and of strong ones, blocks of 8 and three cuts above them.
 
-Bytes for a token and head, d = e = 64 in bfloat16: 512 for q, k, v and o; P, U and W are 128 each, written and read,
-so 1280 in all; with gradients 4100. FLOPs: 18 products of 64 x 64 x 64 for a chunk, 0.1 ms of an H100 for 32768 tokens
-and 16 heads, where the bytes take 0.23. What bounds it is neither, but waiting: in chunks() each product needs the one
-before, and in the walk each chunk.
+Bytes for a token and head, d = e = 64 in bfloat16: P, U and W are 128 each, written once and read once, q and k read
+twice, v and o once, 1536 in all; with gradients 5120. FLOPs: 18 products of 64 x 64 x 64 for a chunk, 0.1 ms of an H200
+for 32768 tokens and 16 heads, where the bytes take 0.19, with gradients 0.64. What is left (0.42 and 1.11 ms measured)
+is waiting: in chunks() each product needs the one before, and in the walk each chunk.
 
     python -m kernels.delta_rule [--peers]      check, then a table; with --peers beside flash-linear-attention's
 """
@@ -523,7 +523,7 @@ class DeltaRule(torch.autograd.Function):
         blocks = q.shape[-1] // 64
         dg, dbeta = (x.new_empty(1 if x.shape[-1] > 1 else blocks, *x.shape, dtype=torch.float32) for x in (g, beta))
         run(pairs_kernel, grid, G, do, inverse, new, dnew, dv, dP, dA, *shape, **sizes)
-        warps = 8 if sizes["VECTOR"] else sizes["num_warps"]
+        warps = 8 if sizes["VECTOR"] and q.shape[-1] > 64 else sizes["num_warps"]
         run(gradients_kernel, (*grid, blocks), q, k, G, lowest, beta, do, dv, new, dP, dA, states, dstates, dq, dk, dg,
             dbeta, *shape, **sizes | {"num_warps": warps})
         dg, dbeta = (x[0] if len(x) == 1 else x.sum(dim=0) for x in (dg, dbeta))

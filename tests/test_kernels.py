@@ -202,9 +202,9 @@ def test_the_gradient_of_a_decay_does_not_drift(t):
     mine, twins, exact = (dg_of(f, *numbers) for f, numbers in (
         (linear_attention.linear_attention, half), (linear_attention.reference, half),
         (linear_attention.reference, exact)))
-    for f in (lambda dg: dg, lambda dg: dg.sum(dim=2)):
+    for f, allowed in ((lambda dg: dg, 0.01), (lambda dg: dg.sum(dim=2), 0.05)):
         a, b = ((f(dg) - f(exact)).norm() / f(exact).norm() for dg in (mine, twins))
-        assert a <= 0.01 + 3 * b, f"{a:.1e} off, the twin {b:.1e}"
+        assert a <= allowed + 3 * b, f"{a:.1e} off, the twin {b:.1e}"
 
 
 @pytest.mark.parametrize("kind", ["none", "scalar"])
