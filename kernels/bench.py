@@ -93,7 +93,7 @@ def by_the_clock(f):
     return 1e3 * (time.perf_counter() - start)
 
 
-def timed(candidates, rounds=3, ms=30):
+def timed(candidates, rounds=2, ms=30):
     """{name: median ms} of functions without arguments, measured in turns; what takes 20 ms or more once, by the
     clock."""
     times = {name: [by_the_clock(f)] for name, f in candidates.items()}
@@ -171,7 +171,7 @@ def line_of(times):
 def compare(rows, rates, gradients=True):
     """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of
     the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the others'
-    times as multiples of it. The last column is of those that take less than 20 ms. With --check, nothing is done."""
+    times as multiples of it. The last column is of those that take less than 3 ms. With --check, nothing is done."""
     if "--check" in sys.argv:
         return
     titles = "forward, ms", *(["forward + backward, ms"] if gradients else []), "the same, called from Python, ms"
@@ -179,7 +179,7 @@ def compare(rows, rates, gradients=True):
     for name, candidates, tensors, n_bytes, flops in rows:
         pairs = {c: forward_and_backward(f, tensors) for c, f in candidates.items()}
         columns = [timed({c: pair[i] for c, pair in pairs.items()}) for i in range(len(titles) - 1)]
-        columns.append({c: called(pairs[c][len(titles) - 2]) for c, ms in columns[-1].items() if ms < 20})
+        columns.append({c: called(pairs[c][len(titles) - 2]) for c, ms in columns[-1].items() if ms < 3})
         limit = 1e3 * max(n_bytes / rates[0], flops / rates[1])
         print(f"{name:38}{limit:8.3f}{limit / next(iter(columns[0].values())):7.0%} | "
               + " | ".join(f"{line_of(times):55}" for times in columns).rstrip(), flush=True)
