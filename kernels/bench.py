@@ -173,8 +173,7 @@ def line_of(times):
 def compare(rows, rates, gradients=True):
     """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of
     the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the others'
-    times as multiples of it. The last column is of those that take less than 3 ms: of longer ones the GPU
-    is the bound. With --check, nothing is done."""
+    times as multiples of it. The last column is of those that take less than 3 ms. With --check, nothing is done."""
     if "--check" in sys.argv:
         return
     titles = "forward, ms", *(["forward + backward, ms"] if gradients else []), "the same, called from Python, ms"

@@ -12,8 +12,9 @@ Backward, with L = m + log2 l and D = rowsum(dO * O):  P = 2^(S - L),  dS = P * 
     dV = P^T dO      dK = dS^T Q      one program for a block of sources, walking over the targets that see it
     dQ = dS K                         one program for a block of targets, as forward
 
-Seven products, where keeping dQ in memory and adding to it from many programs would take five; but the sums are
-always in the same order.
+Seven products, where keeping dQ in memory and adding to it from many programs would take five, whose sums come in any
+order. Written in Triton, where a program waits for each product, those five take longer: 4.3 ms against 4.2 at t = 8192
+and d = 64, 4.6 against 3.8 at d = 128 (on an H200).
 
     python -m kernels.flash_attention      check, then a table
 """
@@ -76,6 +77,12 @@ def block_of(x, b, start, h, H, T, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.c
 
 
 @triton.jit
+def filled_up(T):
+    """Rows of L and delta: whole blocks, so that none is read under a mask."""
+    return tl.cdiv(T, 128) * 128
+
+
+@triton.jit
 def sources_of(first, last, window, S, BN: tl.constexpr):
     """Where three stretches of sources begin and the last one ends, for targets at positions first to last: those on
     the window's edge, those that every target sees, those on the diagonal. All but the end: multiples of BN."""
@@ -118,7 +125,7 @@ def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl
             acc = tl.dot(p.to(v_i.dtype), v_i, acc=acc, input_precision=PRECISION)
     l = tl.maximum(l, 1e-30)                                     # rows behind the end may see nothing
     store(o + place(b_h, H, H, T, E), acc / l[:, None], rows, e, T, H * E, E)
-    tl.store(L + b_h * T + rows, m + tl.log2(l), mask=rows < T)
+    tl.store(L + b_h * filled_up(T) + rows, m + tl.log2(l))
 
 
 @triton.jit
@@ -126,7 +133,7 @@ def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl
     """D = rowsum(dO * O), from rows of (b, t, h, e) to (b, h, t)."""
     rows, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
     x = load(do, rows, e, n, E, E).to(tl.float32) * load(o, rows, e, n, E, E).to(tl.float32)
-    tl.store(D + (rows // (T * H) * H + rows % H) * T + rows // H % T, tl.sum(x, axis=1), mask=rows < n)
+    tl.store(D + (rows // (T * H) * H + rows % H) * filled_up(T) + rows // H % T, tl.sum(x, axis=1), mask=rows < n)
 
 
 @triton.jit
@@ -140,8 +147,7 @@ def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr
     targets = rows + S - T
     q_i = load(q + place(b_h, H, H, T, D), rows, d, T, H * D, D)
     do_i = load(do + place(b_h, H, H, T, E), rows, e, T, H * E, E)
-    L_i = tl.load(L + b_h * T + rows, mask=rows < T, other=0.0)
-    delta_i = tl.load(delta + b_h * T + rows, mask=rows < T, other=0.0)
+    L_i, delta_i = tl.load(L + b_h * filled_up(T) + rows), tl.load(delta + b_h * filled_up(T) + rows)
     dq_i = tl.zeros((BM, BD), tl.float32)
     stretches = sources_of(block * BM + S - T, block * BM + BM - 1 + S - T, window, S, BN)
     for i in tl.static_range(3):
@@ -174,7 +180,7 @@ def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, GROUP: tl.cons
                 rows = start + tl.arange(0, BM)
                 q_i = block_of(q, b, start, h, H, T, D, BD, BM, TMA)
                 do_i = block_of(do, b, start, h, H, T, E, BE, BM, TMA)
-                at = (b * H + h) * T + (rows if i == 1 else tl.minimum(rows, T - 1))         # behind T, q and do are 0
+                at = (b * H + h) * filled_up(T) + rows                   # behind T, q and do are 0
                 L_i, delta_i = tl.load(L + at), tl.load(delta + at)
                 p = tl.exp2(tl.dot(k_i, q_i.T, input_precision=PRECISION) * SCALE - L_i[None, :])    # (BN, BM)
                 if i != 1:
@@ -247,7 +253,7 @@ class FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, window, width):
         (b, t, h, _), e = q.shape, v.shape[-1]
         shape, sizes, (blocks, *_) = settings(q, k, v, window, width)
-        o, L = q.new_empty(b, t, h, e), torch.empty(b, h, t, device=q.device)
+        o, L = q.new_empty(b, t, h, e), torch.empty(b, h, 128 * cdiv(t, 128), device=q.device)
         q_d, k_d, v_d = described(q, blocks[0]), described(k, blocks[1]), described(v, blocks[1])
         run(forward_kernel, (cdiv(t, blocks[0]) * b * h,), q_d, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
         ctx.save_for_backward(q, k, v, o, L)
@@ -262,7 +268,7 @@ class FlashAttention(torch.autograd.Function):
             return *differentiable_gradients(own_twin, (q, k, v), (do,)), None, None
         do, (b, t, h, _), (_, s, g, e) = do.contiguous(), q.shape, v.shape
         shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window, ctx.width)
-        delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        delta, dq, dk, dv = torch.zeros_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         run(rowsum_kernel, (cdiv(b * t * h, 64),), do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
         q_d, do_d = described(q, for_dkv[0]), described(do, for_dkv[0])
         run(dkv_kernel, (cdiv(s, for_dkv[1]) * b * g,), q_d, k, v, do_d, L, delta, dk, dv, *shape, h // g, **sizes,

@@ -387,11 +387,11 @@ def flash_attention():
         for t in (2048, 8192, n):
             tensors = shapes(t, n // t, h, h, d)
             rows.append((f"b {n // t} h {h} t {t} d {d}", candidates, tensors, 8192 * n, 2048 * n * t))
-    rows.append(("4 heads share keys, b 4 h 16 t 8192", candidates, shapes(8192, 4, 16, 4), 5120 * n, 2048 * n * 8192))
     for window in (64, 256, 1024):
         mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None, 8192, 8192)  # noqa: B023
         rows.append((f"window {window}, b 4 h 16 t 8192 d 64",
                      {"kernel": lambda q, k, v, window=window: flash_attention(q, k, v, window),
                       "flex": lambda q, k, v, mask=mask: flex(q, k, v, block_mask=mask)}, shapes(8192, 4, 16, 16),
                      8192 * n, 4096 * n * window))
+    rows.append(("4 heads share keys, b 4 h 16 t 8192", candidates, shapes(8192, 4, 16, 4), 5120 * n, 2048 * n * 8192))
     bench.compare(rows, rates)

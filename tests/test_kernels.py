@@ -114,6 +114,14 @@ def test_flash_attention_reads_blocks_with_and_without_descriptors(monkeypatch, 
                  lambda *x: flash_attention.reference(*x, window), random((2, h, t, d), (2, g, s, d), (2, g, s, e)))
 
 
+@pytest.mark.skipif(not GPU, reason="programs of the interpreter run one after the other")
+def test_the_gradients_of_attention_are_the_same_each_time():
+    q, k, v, do = (x.to(DEVICE, torch.bfloat16).requires_grad_() for x in random(*[(2, 4, 1000, 64)] * 4))
+    first, second = (torch.autograd.grad(flash_attention.flash_attention(q, k, v), (q, k, v), do) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("t, s, h, g, window", [(70, 70, 4, 2, None), (30, 130, 2, 1, None), (65, 200, 4, 1, 50),
                                                 (1, 90, 2, 2, 7)])
 def test_flash_attention_with_a_cache_and_shared_heads(t, s, h, g, window):
