@@ -237,7 +237,8 @@ def described(x, rows):
     """x (b, t, h, d), or its descriptor, for blocks of rows of a head."""
     if not copies_blocks(x.device):
         return x
-    x = x.clone() if x.storage_offset() % 8 else x                   # it must begin at a multiple of 16 bytes
+    if not torch.compiler.is_compiling() and x.storage_offset() % 8:         # it must begin at a multiple of 16 bytes
+        x = x.clone()
     return TensorDescriptor.from_tensor(x, [1, rows, 1, max(16, next_power_of_2(x.shape[-1]))])
 
 
