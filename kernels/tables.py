@@ -395,3 +395,55 @@ def flash_attention():
                      8192 * n, 4096 * n * window))
     rows.append(("4 heads share keys, b 4 h 16 t 8192", candidates, shapes(8192, 4, 16, 4), 5120 * n, 2048 * n * 8192))
     bench.compare(rows, rates)
+
+
+def called_from_python():
+    """A forward and a backward pass of every kernel, microseconds: of the GPU (CUDA graphs), and as called from Python,
+    also with the backward pass in the calling thread, and not in one that autograd keeps for a device."""
+    from triton.testing import do_bench_cudagraph
+
+    from kernels import (
+        delta_rule,
+        fft_conv,
+        flash_attention,
+        gla,
+        linear_attention,
+        scan,
+        selective_scan,
+        taylor_attention,
+    )
+    bench.print_machine()
+
+    def heads(t, *widths):
+        return bench.random(*[(32768 // t, 16, t, d) for d in widths])
+
+    def channels(t, c=1024):
+        return torch.randn(32768 // t, c, t, device="cuda").bfloat16()
+    linear, g = output(linear_attention.linear_attention), -torch.rand(4, 16, 8192, 1, device="cuda") / 10
+    u, K, (q, k, v) = channels(2048), torch.randn(1024, 8192, device="cuda") / 100, heads(8192, 64, 64, 64)
+    ssm = (F.softplus(u - 3), -torch.ones(1024, 16, device="cuda"), channels(2048, 16), channels(2048, 16),
+           torch.ones(1024, device="cuda"))
+    rows = [("linear t 8192", linear, (q, k, v)), ("linear t 2048", linear, heads(2048, 64, 64, 64)),
+            ("linear g t 8192", linear, (q, k, v, g)),
+            ("window 64 t 8192", lambda *x: flash_attention.flash_attention(*x, 64), (q, k, v)),
+            ("attention t 2048", flash_attention.flash_attention, heads(2048, 64, 64, 64)),
+            ("taylor t 8192", output(taylor_attention.taylor_attention), heads(8192, 16, 16, 64)),
+            ("gla t 8192", output(gla.gla), (q, k, v, g.expand(q.shape).contiguous())),
+            ("delta t 8192", lambda q, k, v, beta: delta_rule.delta_rule(q, k, v, None, beta)[0],
+             (q, F.normalize(k.float(), dim=-1).to(k.dtype), v, torch.rand(4, 16, 8192, 1, device="cuda"))),
+            ("conv t 2048", fft_conv.fft_conv, (u, K[:, :2048].contiguous())),
+            ("conv two gates t 2048", fft_conv.fft_conv, (u, K[:, :2048].contiguous(), u.flip(0), u.flip(1))),
+            ("conv t 8192", fft_conv.fft_conv, (channels(8192), K)),
+            ("scan bf16 t 2048", output(scan.scan), (u.sigmoid(), u)),
+            ("selective t 2048", output(selective_scan.selective_scan), (u, *ssm))]
+    for name, f, tensors in rows:
+        _, both = bench.forward_and_backward(f, tensors)
+        gpu, python = do_bench_cudagraph(both, rep=20, return_mode="median"), bench.called(both)
+        with torch.autograd.set_multithreading_enabled(False):
+            one = bench.called(both)
+        print(f"{name:22} gpu {1e3 * gpu:7.1f} called {1e3 * python:7.1f} (in one thread {1e3 * one:7.1f}) over "
+              f"{1e3 * (python - gpu):7.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    called_from_python()
