@@ -45,7 +45,7 @@ rwkv7                             vector, data        chunked parallel recurrent
 rwkv6                             vector, data        chunked parallel recurrent       h d e and the last token
 rwkv4                             vector, constant    scan parallel recurrent          3 c and the last token
 gateloop                          complex, data       scan parallel recurrent          2 c
-(all but rwkv7, rwkv4 and gateloop also triton: one kernel, the default on a GPU in bfloat16)
+(all but kda and rwkv7 also triton: one kernel, the default on a GPU in bfloat16)
 
     python 02_linear_attention.py                  forms compared and timed; how well each feature map mimics softmax
     python 02_linear_attention.py --plot FILE.png  the feature maps' weights beside softmax's, and the mixing matrices
@@ -870,14 +870,13 @@ delta_chunked, delta_parallel, delta_recurrent = (partial(with_beta, form) for f
 
 
 def delta_triton(q, k, v, g, beta, state=None):
-    """The delta rule as one kernel, on a GPU: kernels/delta_rule.py, which also has the step. Heads up to 128 wide."""
-    from kernels.delta_rule import delta_rule, delta_step
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    if q.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
-        g = None if g is None else g[:, :, 0]
-        o, state = delta_step(*(x[:, :, 0] for x in (q, k, v)), g, beta[:, :, 0], state)
-        return o[:, :, None], state
-    return delta_rule(q, k, v, g, beta, state)
+    """The delta rule as one kernel, on a GPU: kernels/delta_rule.py, for heads up to 128 wide. What goes on from a state
+    takes the other forms: the kernel's own way to do so has been checked in the interpreter only."""
+    if state is not None:
+        form = delta_recurrent if q.shape[2] == 1 else delta_chunked
+        return form(*(at_least_float32(x) for x in (q, k, v, g, beta)), state=state)
+    from kernels.delta_rule import delta_rule
+    return delta_rule(q.to(v.dtype), k.to(v.dtype), v, g, beta)
 
 
 class DeltaNet(LinearMixer):
@@ -897,7 +896,7 @@ class DeltaNet(LinearMixer):
         self.beta, self.out = linear(d_model, n_heads), linear(d_value, d_model)
         self.norm = nn.Parameter(torch.ones(d_value // n_heads))
         self.state_shape = (n_heads, d, d_value // n_heads)
-        self.forms = type(self).forms if d <= 128 else type(self).forms[:-1]                 # what the kernel holds
+        self.forms = tuple(form for form in type(self).forms if form != "triton" or d <= 128)   # the kernel
 
     def project(self, x, carry):
         qkv, carry = self.conv(self.qkv(x), carry)
@@ -940,7 +939,9 @@ class GatedDeltaNet(DeltaNet):
 
 class KDA(DeltaNet):
     """Kimi Delta Attention [Ki25]: gated DeltaNet with a decay for each key channel, g = -e^{A_log} softplus(W_2 W_1 x
-    + dt_bias), and a sigmoid gate behind the norm, both gates of rank d."""
+    + dt_bias), and a sigmoid gate behind the norm, both gates of rank d. (kernels/delta_rule.py takes such decays, but
+    was not checked on a GPU for them, so it is not used here.)"""
+    forms = ("chunked", "parallel", "recurrent")
 
     def __init__(self, d_model, n_heads=4, beta_max=1.0):
         super().__init__(d_model, n_heads, beta_max=beta_max)
@@ -989,12 +990,19 @@ def real_part(form, q, k, v, g, state=None):
     return o.real, S
 
 
+def gateloop_triton(q, k, v, g, state=None):
+    """The scan as a kernel, on a GPU: kernels/scan.py."""
+    from kernels.scan import gateloop
+    return gateloop(q, k, v, g, state)
+
+
 class GateLoop(LinearMixer):
     """[Ka23, eq. 6]: a complex decay for each channel from the token, g = logsigmoid(a) + i b, with heads of width 1:
     one complex number of state a channel, which can rotate as well as fade. o = q Re(S), then a swish gate.
     (gateloop-transformer's layer has |e^g| = sigmoid(|z|), so never below 1/2.)"""
-    forms = ("scan", "parallel", "recurrent")        # for a state of one number a chunk's matrix does not pay
+    forms = ("scan", "parallel", "recurrent", "triton")          # for one number a chunk's matrix does not pay
     functions = {name: partial(real_part, form) for name, form in (FORMS | {"scan": scanned}).items()}
+    functions["triton"] = gateloop_triton
 
     def __init__(self, d_model, n_heads=None):                   # n_heads is not used: each channel is one
         super().__init__()
@@ -1221,12 +1229,18 @@ def rwkv_scan(k, v, w, u, state):
     return o, torch.stack([p[..., -1], q[..., -1], m[..., -1]], dim=1)
 
 
+def rwkv_triton(k, v, w, u, state):
+    """The scan as one kernel, on a GPU: kernels/scan.py."""
+    from kernels.scan import rwkv
+    return rwkv(k, v, w, u, state)
+
+
 class RWKV4(LinearMixer):
     """RWKV-4's time mixing [Pe23, eq. 11-13, 16, 17]: for each channel a weighted average of v with weights e^k that
     decay by e^w a step (w below 0; the paper's w is -w here), the token itself at e^{u+k}; times sigmoid(r). Forms with
     a running maximum, as exponents k are free to grow."""
-    forms = ("scan", "parallel", "recurrent")
-    functions = {"scan": rwkv_scan, "recurrent": rwkv_recurrent, "parallel": rwkv_parallel}
+    forms = ("scan", "parallel", "recurrent", "triton")
+    functions = {"scan": rwkv_scan, "recurrent": rwkv_recurrent, "parallel": rwkv_parallel, "triton": rwkv_triton}
 
     def __init__(self, d_model, n_heads=None, depth=0.5):        # n_heads is not used: each channel is one
         super().__init__()

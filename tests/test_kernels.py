@@ -996,7 +996,7 @@ def test_the_kernels_form_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ValueError, match="needs a GPU"):
         mixer.float()(torch.zeros(1, 4, D_MODEL), "triton")
     assert "triton" not in MIXERS["attention"](1024, n_heads=2).forms
-    assert "triton" not in MIXERS["kda"](512, n_heads=2).forms and "triton" in MIXERS["kda"](256, n_heads=2).forms
+    assert "triton" not in MIXERS["deltanet"](512, n_heads=2).forms and "triton" in MIXERS["deltanet"](256).forms
     assert "triton" not in MIXERS["based"](32, feature_dim=32).forms and "triton" in MIXERS["based"](32).forms
 
 
@@ -1020,7 +1020,7 @@ class Nothing:
 
 
 @pytest.mark.skipif(GPU, reason="a GPU runs the kernels themselves")
-@pytest.mark.parametrize("name", ["attention", "mamba2", "gla", "based", "mamba", "h3", "lru", "baseconv", "jrt"])
+@pytest.mark.parametrize("name", "attention mamba2 gla based mamba h3 lru baseconv rwkv4 gateloop jrt".split())
 def test_what_stands_around_the_kernels_compiles(monkeypatch, name):
     """Forward and backward, with the strides that a compiler expects."""
     for module in (flash_attention, linear_attention, gla, taylor_attention, scan, selective_scan, fft_conv, tiles):
