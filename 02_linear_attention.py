@@ -870,8 +870,8 @@ delta_chunked, delta_parallel, delta_recurrent = (partial(with_beta, form) for f
 
 
 def delta_triton(q, k, v, g, beta, state=None):
-    """The delta rule as one kernel, on a GPU: kernels/delta_rule.py, for heads up to 128 wide. What goes on from a state
-    takes the other forms: the kernel's own way to do so has been checked in the interpreter only."""
+    """The delta rule as one kernel, on a GPU: kernels/delta_rule.py, for heads up to 128 wide. What goes on from a
+    state takes the other forms: the kernel's own way to do so has been checked in the interpreter only."""
     if state is not None:
         form = delta_recurrent if q.shape[2] == 1 else delta_chunked
         return form(*(at_least_float32(x) for x in (q, k, v, g, beta)), state=state)
