@@ -228,14 +228,16 @@ class JRT(nn.Module):
 
     def inputs(self, x, prefix=0):
         """q, k, v, k', v', and `inside`, or None if the prefix is empty."""
-        prefix = torch.as_tensor(prefix)                 # a number stays on the CPU: to look at it must not wait
-        if prefix.is_floating_point() or prefix.numel() not in (1, len(x)):
-            raise ValueError(f"prefix must be a whole number, or {len(x)}, one a sequence; not {prefix.tolist()}")
-        shortest, longest = int(prefix.min()), int(prefix.max())
+        shortest = longest = length = prefix             # a number needs no tensor: to look at one is to wait for it
+        if not isinstance(prefix, int):
+            prefix = torch.as_tensor(prefix)
+            if prefix.is_floating_point() or prefix.numel() not in (1, len(x)):
+                raise ValueError(f"prefix must be a whole number, or {len(x)}, one a sequence; not {prefix.tolist()}")
+            shortest, longest = int(prefix.min()), int(prefix.max())
+            length = longest if prefix.numel() == 1 else prefix.to(x.device).view(-1, 1)
         if shortest < 0 or longest > x.shape[1]:
             n = shortest if shortest < 0 else longest
             raise ValueError(f"a prefix of {n} tokens does not fit {x.shape[1]} tokens: it must come whole")
-        length = longest if prefix.numel() == 1 else prefix.to(x.device).view(-1, 1)
         inside = (torch.arange(x.shape[1], device=x.device) < length).view(-1, x.shape[1])   # (1 or b, t)
         inside = inside[:, None, :, None] if longest else None
         q, k = split_heads(self.qk(x), 2 * self.n_heads).chunk(2, dim=1)
