@@ -7,10 +7,10 @@ Lesson 02's state_tracking: texts of 40 tokens, the state asked after each token
 160 and 161 to 320 of longer texts, which only who has learned the rule can answer. What a layer can do hangs on the
 eigenvalues of the matrix with which it multiplies its state: parity wants one that is not at least 0, counting modulo 3
 or 5 one that is not real (Grazzi et al. 2024, theorems 1 and 2), swaps matrices that do not commute. One layer with its
-MLP, short convolution included; DeltaNet and RWKV-7 also with two, where a product of reflections is a rotation; and
-Mamba-3 also trained on 160 tokens, as its authors do. 2000 steps of 64 texts, Mamba-3 4000 (its authors: 10,000 of
-256; Grazzi et al.: 100,000 of 1024); three rates; one seed chooses, three others are reported. Writes
-state_tracking.csv, .txt and .png.
+short convolution, no MLP, 32 wide, 600 steps of 32 texts, two rates; DeltaNet also with two layers, where a product of
+reflections is a rotation. With --mlp 2.67: 64 wide, 2000 steps of 64 texts, three rates. (Grazzi et al.: two layers,
+100,000 steps of 1024; Mamba-3's authors: one, 10,000 steps of 256, texts that grow to 160 tokens.) Writes
+state_tracking.csv, .txt and .png, or state_tracking_mlp's.
 """
 import lab
 
@@ -29,7 +29,7 @@ CAN = {"parity": REFLECT + ROTATE, "swaps": REFLECT, "count 3": ROTATE, "count 5
 PAPER = {"parity": {"attention": 0.022, "mlstm": 0.087, "mamba": 0.0, "deltanet": 0.017, "deltanet, beta to 2": 1.0,
                     "mamba2": 0.009, "gated deltanet, beta to 2": 1.0, "mamba3": 1.0},
          "swaps": {"deltanet, beta to 2": 1.0}}
-SPANS, CHOOSER = (80, 160, 320), 100
+SPANS = (80, 160, 320)
 
 
 def asked(kind, after, until):
@@ -40,34 +40,33 @@ def tests(kind, n):
     return [f"{asked(kind, until // 2, until)} {n}" for until in SPANS]
 
 
-def cells(quick, only=None):
-    common = {"d_model": 64, "warmup": 100, "batch_size": 64}
-    runs = [(kind, name, 1, 40) for kind in KINDS for name in (*REFLECT[:1], *ROTATE, *REFLECT[1:], *MODELS)]
-    runs += [(kind, "mamba3", 1, 160) for kind in ("parity", "count 3")]
-    runs += [(kind, name, 2, 40) for kind in ("count 3", "parity", "swaps") for name in (REFLECT[0], "rwkv7")]
-    seeds, rates, steps, n, n_test = (CHOOSER, 0, 1, 2), (1e-3, 3e-3, 1e-2), 2000, 16000, 250
+def cells(quick, only=None, mlp=None):
+    common = {"d_model": 32, "n_heads": 2, "mlp": 0, "warmup": 50, "batch_size": 32}
+    runs = [(kind, name, 1) for kind in KINDS for name in (*REFLECT, *ROTATE, *MODELS)]
+    runs += [(kind, REFLECT[0], 2) for kind in ("count 3", "count 5")]
+    seeds, rates, steps, n, n_test = (100, 0, 1, 2), (3e-3, 1e-2), 600, 8000, 100
+    if mlp:
+        common |= {"d_model": 64, "n_heads": 4, "mlp": float(mlp), "warmup": 100, "batch_size": 64}
+        rates, steps, n, n_test = (1e-3, 3e-3, 1e-2), 2000, 16000, 250
     if quick:
-        common |= {"d_model": 32, "batch_size": 32}
-        runs = [("parity", name, 1, 40) for name in ("gla", "deltanet, beta to 2")]
-        seeds, rates, steps, n, n_test = (0,), (1e-2,), 200, 2000, 50
+        runs, seeds, rates, steps = [("parity", name, 1) for name in ("gla", REFLECT[0])], (0,), (1e-2,), 200
     runs = [run for run in dict.fromkeys(runs) if not only or run[0] in only.split(",")]
-    return [common | {"model": name, "kind": kind, "n_layers": layers, "trained": trained, "mixer": MODELS[name],
-                      "task": f"{asked(kind, trained, trained + 1)} {n}", "test": ", ".join(tests(kind, n_test)),
-                      "lr": lr, "seed": seed, "steps": steps * (2 if name == "mamba3" else 1)}
-            for kind, name, layers, trained in runs for seed in seeds for lr in rates]
+    return [common | {"model": name, "kind": kind, "n_layers": layers, "mixer": MODELS[name],
+                      "task": f"{asked(kind, 40, 41)} {n}", "test": ", ".join(tests(kind, n_test)), "lr": lr,
+                      "seed": seed, "steps": steps}
+            for kind, name, layers in runs for seed in seeds for lr in rates]
 
 
 def measure(cells):
     results = yield from lab.packed(cells)
     for cell, result in zip(cells, results, strict=True):
-        result["use"] = "choose" if cell["seed"] == CHOOSER else "report"
         for spec, until in zip(cell["test"].split(", "), SPANS, strict=True):
             result[f"to {until}"] = result.pop(spec)
     return results
 
 
-def label(name, layers, trained):
-    return name + (", 2 layers" if layers == 2 else "") + (", 160 tokens" if trained == 160 else "")
+def label(name, layers):
+    return name + (", 2 layers" if layers == 2 else "")
 
 
 def print_table(say, results):
@@ -84,12 +83,12 @@ def published(kind, name):
     return None if scaled is None else CHANCE[kind] + scaled * (1 - CHANCE[kind])
 
 
-def draw(args, rows):
-    by = ("kind", "model", "n_layers", "trained")
+def draw(args, name, rows):
+    by = ("kind", "model", "n_layers")
     spans = {until: lab.best(rows, by, f"to {until}", judge="val_accuracy") for until in SPANS}
     results = {key: spans[SPANS[-1]][key] for key in sorted(spans[SPANS[-1]], key=lambda key: (
-        key[2], key[3], list(MODELS).index(key[1])))}
-    print_table(lab.reporter(args.out / "state_tracking.txt"), results)
+        key[2], list(MODELS).index(key[1])))}
+    print_table(lab.reporter(args.out / f"{name}.txt"), results)
     runs = list(dict.fromkeys(key[1:] for key in results))
     fig, axes = lab.figure(15, 1.2 + 0.34 * len(runs), columns=len(KINDS), sharey=True, squeeze=False)
     for ax, kind in zip(axes[0], KINDS, strict=True):
@@ -97,7 +96,7 @@ def draw(args, rows):
             if run[1] == 1 and run[0] in CAN[kind]:
                 ax.axhspan(y - 0.5, y + 0.5, color="C2", alpha=0.12, lw=0)
             for until, size, colour in zip(SPANS, (4, 6, 9), ("C0", "C4", "C3"), strict=True):
-                if (kind, *run) in spans[until] and until > run[2]:
+                if (kind, *run) in spans[until]:
                     mean, low, high = spans[until][kind, *run]
                     ax.plot([low, high], [y, y], "-", color=colour, lw=1)
                     ax.plot(mean, y, "o", color=colour, ms=size, mfc="none",
@@ -110,9 +109,12 @@ def draw(args, rows):
     axes[0, 0].legend(fontsize=8, loc="lower left")
     fig.suptitle("Trained on 40 tokens, asked further on. Green: the eigenvalues of one layer allow it. Grey diamonds: "
                  "the papers' numbers. Dotted: chance", fontsize=10)
-    lab.save(fig, args.out / "state_tracking.png")
+    lab.save(fig, args.out / f"{name}.png")
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__, only="these kinds, a,b")
-    draw(args, lab.sweep(args, "state_tracking", cells(args.quick, args.only), measure, pack=12))
+    args = lab.options(__doc__, only="these kinds, a,b", mlp="larger models, with an MLP of this width, for a GPU")
+    name = "state_tracking" + ("_mlp" if args.mlp else "")
+    rows = lab.sweep(args, name, cells(args.quick, args.only, args.mlp), measure, ("kind", "model", "n_layers"),
+                     "val_accuracy", pack=4, enough=0)
+    draw(args, name, rows)
