@@ -32,7 +32,7 @@ def cells(quick):
 
 
 def run(args):
-    return lab.sweep(args, "icll", cells(args.quick), lab.packed, pack=3)
+    return lab.sweep(args, "icll", cells(args.quick), lab.packed, pack=3, needed=False)
 
 
 def counting(order, task, texts=128):
@@ -54,7 +54,7 @@ def counting(order, task, texts=128):
 
 def draw(ax, results, models, filled, say, title):
     for (model, ngram), accuracy in results.items():
-        label = ("three layers", "n-gram heads and two layers")[ngram] if filled and model == models[0] else None
+        label = ("three layers", "n-gram heads and two layers")[ngram] if model == models[0] and not filled else None
         ax.errorbar(models.index(model) + 0.2 * ngram - (0.1 if filled else 0.16), *lab.bars([accuracy]), capsize=4,
                     fmt="os"[ngram], color=("gray", "C0")[ngram], mfc=None if filled else "white", label=label)
         say(f"{title}: {model:18}{'with' if ngram else 'without'} n-gram heads {lab.spread(*accuracy, '.4f')}")
@@ -70,7 +70,7 @@ if __name__ == "__main__":
     draw(ax, lab.best(rows, ("model", "ngram"), "accuracy"), models, True, say, "30,000 steps")
     draw(ax, lab.best(small, ("model", "ngram"), "accuracy"), models, False, say, "5,000 steps, 64 wide")
     for order in range(4):
-        accuracy = counting(order, rows[0]["test"].split()[0])
+        accuracy = counting(order, cells(args.quick)[0]["test"].split()[0])
         say(f"counting what followed the last {order} letters: {accuracy:.4f}")
         ax.axhline(accuracy, color="black", lw=0.8, ls=":")
         ax.text(len(models) - 0.45, accuracy, f"the last {order} letters counted", fontsize=8, ha="right",

@@ -1,4 +1,5 @@
 """Every experiment runs, small; a sweep goes on where it stopped; one seed chooses, others are reported."""
+import csv
 import importlib
 import importlib.util
 import math
@@ -375,8 +376,11 @@ def numbers_of(text):
 
 def in_results():
     """Every number of results/: of NAME.txt, or else of NAME.csv."""
-    files = [path for path in sorted(RESULTS.glob("*.csv")) if not path.with_suffix(".txt").exists()]
-    return {float(word) for path in [*files, *RESULTS.glob("*.txt")] for word in numbers_of(path.read_text())}
+    texts = [path.read_text() for path in RESULTS.glob("*.txt")]
+    for path in (path for path in RESULTS.glob("*.csv") if not path.with_suffix(".txt").exists()):
+        with open(path, newline="") as f:
+            texts += [cell for row in csv.reader(f) for cell in row]
+    return {float(word) for text in texts for word in numbers_of(text)}
 
 
 def claimed(page):
