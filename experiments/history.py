@@ -2,7 +2,7 @@
 
     python experiments/history.py [--only "LSTM,S4D"] [--jobs 6] [--quick]
 
-Digits, drawn by fonts at changing places, sizes and angles, are read pixel by pixel, 256 tokens, and named after the
+Digits, drawn by fonts at changing places, sizes and angles, are read pixel by pixel, 144 tokens, and named after the
 last: as sequential MNIST (784), with which the state spaces began, but without a download. Two layers, 64 wide. One
 layer (LSSL, lesson 03) with three A: HiPPO's; a random one of the same size, which dt slows down as it does HiPPO's;
 and a random one as a plain linear RNN has it, h_t = A h_{t-1} + B u_t. Beside: how much of an input l steps back each
@@ -151,8 +151,8 @@ def known():
 
 
 def cells(quick, only=None):
-    common = {"n_layers": 2, "d_model": 64, "batch_size": 32, "steps": 800, "warmup": 80}
-    size, n, models, lrs, seeds = 16, 20000, MODELS, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS)
+    common = {"n_layers": 2, "d_model": 32, "batch_size": 32, "steps": 600, "warmup": 60}
+    size, n, models, lrs, seeds = 12, 20000, MODELS, (3e-3, 1e-2), (CHOOSING, *SEEDS)
     if quick:
         common |= {"d_model": 32, "steps": 60, "warmup": 10}
         size, n, models, lrs, seeds = 10, 2000, list(MODELS)[:3], (3e-3,), (0,)

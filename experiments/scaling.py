@@ -4,9 +4,9 @@ and the length from which Hyena is faster than attention.
     python experiments/scaling.py [--only crossing] [--quick]
 
 Forward passes of one layer at growing lengths; the exponent p of time ~ t^p is fitted to the longer half of them. The
-lengths end where the next one might take more than two seconds. Writes scaling.csv and .png. The crossing: the same
-number of tokens in fewer and longer texts through a layer of Hyena and three attentions, the t x t matrix written out,
-lesson 01's tiles, and PyTorch's own function; five measurements of each. Writes crossing.csv, .txt and .png.
+lengths end where the next one might take more than two seconds. Writes scaling.csv, .txt and .png. The crossing: the
+same number of tokens in fewer and longer texts through a layer of Hyena and three attentions, the t x t matrix written
+out, lesson 01's tiles, and PyTorch's own function; five measurements of each. Writes crossing.csv, .txt and .png.
 """
 import importlib
 import math
@@ -20,6 +20,7 @@ from lab import train
 
 lesson01 = importlib.import_module("01_attention")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = DEVICE == "cuda"
 SLOW = 2.0
 
 
@@ -62,7 +63,6 @@ class PyTorchs(lesson01.Attention):
         return self.output(F.scaled_dot_product_attention(*self.project(x), is_causal=True), x)
 
 
-GPU = DEVICE == "cuda"
 LAYERS = {"attention, written out": (lesson01.Attention, "parallel"),
           "attention in tiles (lesson 01)": (lesson01.Attention, "triton" if GPU else "chunked"),
           "attention, PyTorch's own": (PyTorchs, None),
@@ -163,14 +163,25 @@ def draw_crossing(args):
     lab.save(fig, args.out / "crossing.png")
 
 
-def draw_scaling(args):
-    lengths = (64, 128, 256) if args.quick else tuple(2 ** i for i in range(7, 16 if DEVICE == "cuda" else 13))
+def scaling_rows(args):
+    """Drawn elsewhere than measured: whatever the table has."""
+    if args.draw:
+        return lab.read(args.out / "scaling.csv")
+    lengths = (64, 128, 256) if args.quick else tuple(2 ** i for i in range(7, 16 if GPU else 13))
     known = train.from_lessons("MIXERS")
     chosen = ("attention", "linear_attention", "s4d", "based") if args.quick else known
-    cells = [{"mixer": name, "form": form, "d_model": 128, "lengths": lengths}
-             for name in chosen for form in known[name].forms if form != "triton" or DEVICE == "cuda"]
-    rows = lab.sweep(args, "scaling", cells, measure)
-    fig, (left, right) = lab.figure(14, 5.5, columns=2)
+    return lab.sweep(args, "scaling", [{"mixer": name, "form": form, "d_model": 128, "lengths": lengths}
+                                       for name in chosen for form in known[name].forms if form != "triton" or GPU],
+                     measure)
+
+
+def draw_scaling(args):
+    rows, known = scaling_rows(args), train.from_lessons("MIXERS")
+    if not rows:
+        return
+    lengths = sorted({int(t) for row in rows for t in str(row["lengths"]).strip("()").split(",") if t.strip()})
+    say = lab.reporter(args.out / "scaling.txt")
+    fig, (left, right) = lab.figure(12, 5, columns=2)
     shown = ("attention", "window", "linear_attention", "based", "mamba", "s4d", "hyena", "rwkv4")
     for i, name in enumerate(name for name in shown if any(row["mixer"] == name for row in rows)):
         for row in (row for row in rows if row["mixer"] == name and row["form"] in (known[name].forms[0], "parallel")):
@@ -190,7 +201,7 @@ def draw_scaling(args):
     right.legend(fontsize=8)
     for row in rows:
         exponent = "too slow for two lengths" if math.isnan(row["exponent"]) else f"t^{row['exponent']:.2f}"
-        print(f"{row['mixer']:18}{row['form']:11}{exponent}")
+        say(f"{row['mixer']:18}{row['form']:11}{exponent}")
     lab.save(fig, args.out / "scaling.png")
 
 

@@ -9,14 +9,13 @@ channel of a model puts on the ideal places, over the rows that have any; best o
 
 trained_matrices.csv, .npz, .png: each model has two layers, a short gated convolution and the mixer (Hyena and Mamba,
 which have a convolution in them: two of these), and learns multi-query associative recall (lesson 04's mqar, 4 pairs of
-31 keys and 32 values in 32 tokens; 50,000 texts for each seed). Also docs/trained.png: one row, in the text.
+31 keys and 32 values in 32 tokens). Also docs/trained.png: one row, in the text.
 ngram_heads.csv, .npz, .png: all 270 heads of SmolLM2-135M (pretrained.py says how to get it; without it these are left
 out), orders 1 to 3, on passages of 400 tokens of the plays.
 """
 import importlib
 import importlib.util
 import itertools
-import math
 import statistics
 from functools import cache, partial
 
@@ -27,8 +26,8 @@ import torch
 from lab import train
 
 ngram_heads = importlib.import_module("01_attention").NGram.matrix
-MODELS = {"attention": "short_conv,attention", "convolution (Hyena)": "hyena,hyena", "Based": "short_conv,based",
-          "Mamba": "mamba,mamba", "gated linear attention": "short_conv,gla", "delta rule": "short_conv,deltanet"}
+MODELS = {"attention": "short_conv,attention", "Based": "short_conv,based", "convolution (Hyena)": "hyena,hyena",
+          "delta rule": "short_conv,deltanet", "gated linear attention": "short_conv,gla", "Mamba": "mamba,mamba"}
 SHOWN = ("attention", "convolution (Hyena)", "Based")                                        # in docs/trained.png
 CHOOSING, SEEDS, ORDERS = 100, (0, 1, 2), (1, 2, 3)
 SENTENCE = "Enter Morvin. Morvin, what news? The king asks for Morvin, and when the king asks, Morvin has to speak."
@@ -94,51 +93,39 @@ def baselines(ids, asked):
     return over_rows(even, rows), over_rows(first, rows)
 
 
-def held_out(pack, part, n):
-    """n texts of a pack's validation or test set, for the CPU: ids and targets (n, t)."""
-    data = pack.held_out[part][0]
-    return data.ids[0, :n].long().cpu(), data.targets[0, :n].long().cpu()
-
-
 @torch.no_grad()
-def look(model, validation, test):
-    """The row of a trained model; its best head's matrix of the first text of the test: (t, t). ids, targets each."""
-    (ids, targets), (test_ids, test_targets) = validation, test
+def look(model, data):
+    """The row of a trained model, and its best head's matrix of the first text: (t, t)."""
+    (ids, targets, _), *rest = data.held_out(8, 5)
     layer, head = best_head(shares(matrices(model, ids), ids, targets != -100), 1)
-    found = shares(matrices(model, test_ids), test_ids, test_targets != -100)
-    return {"layer": layer + 1, "head": head + 1, "share": round(found[layer][0, head].item(), 4),
-            "even": round(baselines(test_ids, test_targets != -100)[0][0].item(), 4)}, list(
-                matrices(model, test_ids[:1]))[layer][0, head].numpy()
+    shown = list(matrices(model, ids[:1]))[layer][0, head]
+    ids, targets = torch.cat([ids for ids, *_ in rest]), torch.cat([targets for _, targets, _ in rest])
+    asked = targets != -100
+    found, right = shares(matrices(model, ids), ids, asked), model(ids).argmax(dim=-1)[asked] == targets[asked]
+    return {"accuracy": round(right.float().mean().item(), 4), "layer": layer + 1, "head": head + 1,
+            "share": round(found[layer][0, head].item(), 4),
+            "even": round(baselines(ids, asked)[0][0].item(), 4)}, shown.numpy()
 
 
-def measure(parts, cells):
-    """Trains a pack (see lab.packed), looks, and keeps the matrix of the seed that is drawn in the folder `parts`."""
-    pack, results = lab.Pack(cells), []
-    ended = yield from pack.train(enough=0.999)
-    pack.file.unlink(missing_ok=True)
-    right = [pack.ask(part)[0] for part in (lab.VALIDATION, lab.TEST)]
-    validation, test = held_out(pack, lab.VALIDATION, 32), held_out(pack, lab.TEST, 64)
-    for i, cell in enumerate(cells):
-        pieces = pack.theta[i].detach().cpu().split([math.prod(shape) for shape in pack.shapes.values()])
-        weights = {name: x.view(shape) for (name, shape), x in zip(pack.shapes.items(), pieces, strict=True)}
-        pack.model.load_state_dict(weights, strict=False)                    # without the buffers, which do not learn
-        row, shown = look(pack.model.eval(), validation, test)
-        accuracy = {"val_accuracy": round(right[0][i], 4), "accuracy": round(right[1][i], 4)}
-        results.append(accuracy | row | {"ended": ended})
-        if cell["seed"] == SEEDS[0]:
-            parts.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(parts / f"{cell['model']}.npz", M=shown.astype(np.float32), ids=test[0][0],
-                                targets=test[1][0], accuracy=results[-1]["accuracy"])
-    return results
+def measure(parts, cell):
+    """Trains, looks, and keeps the matrix of the seed that is drawn in the folder `parts`."""
+    flags = {name: value for name, value in cell.items() if name != "model"}
+    data = train.Task(lab.parsed(flags))
+    row, shown = lab.trained(flags, then=lambda model: look(model, data))
+    if cell["seed"] == SEEDS[0]:
+        ids, targets, _ = next(iter(data.held_out(8, 5)))
+        parts.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(parts / f"{cell['model']}.npz", M=shown.astype(np.float32), ids=ids[0], targets=targets[0],
+                            accuracy=row["accuracy"])
+    return row
 
 
 def cells(quick):
-    task = "mqar:length=32:n_pairs=4:vocab_size=64"
-    common = {"task": f"{task} 50000", "test": f"{task} 1000", "d_model": 64, "batch_size": 64, "warmup": 200}
-    models, steps, lrs, seeds = MODELS, 2000, (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS)
+    common = {"task": "mqar:length=32:n_pairs=4:vocab_size=64", "d_model": 64, "batch_size": 64, "warmup": 100}
+    models, steps, lrs, seeds = MODELS, 3000, (1e-3, 3e-3), (CHOOSING, *SEEDS)
     if quick:
         models, steps, lrs, seeds = SHOWN, 200, (1e-2,), SEEDS[:1]
-        common |= {"task": f"{task} 2000", "test": f"{task} 100", "d_model": 32, "warmup": 20}
+        common |= {"d_model": 32, "warmup": 20}
     return [{"model": name, "mixer": MODELS[name]} | common | {"steps": steps, "lr": lr, "seed": seed}
             for name in models for seed in seeds for lr in lrs]
 
@@ -189,27 +176,27 @@ def show(ax, M, tokens, title, at, color="black"):
     ax.tick_params(length=0)
 
 
-def draw_matrices(args, kept, results):
+def draw_matrices(args, kept):
+    """Above the ideal in its two steps; below the trained models, with the share of the weight on the boxes."""
     ids, targets = torch.from_numpy(kept["ids"])[None], torch.from_numpy(kept["targets"])
     tokens, t = named(kept["ids"].tolist()), len(kept["ids"])
     same = (ids[0][:, None] == ids[0]).tril(-1).float() * (ids[0] > 0)                       # (t, s)
-    shift = torch.diag(torch.ones(t - 1), -1)
-    wanted = ideal(ids)[0, 0] * (ids[0] > 0)[:, None]
+    shift, wanted = torch.diag(torch.ones(t - 1), -1), ideal(ids)[0, 0] * (ids[0] > 0)[:, None]
     at = [(i, int(wanted[i].argmax())) for i in (targets != -100).nonzero()[:, 0].tolist()]
     fig, axes = lab.figure(13.5, 14, rows=3, columns=3)
-    theory = {"shift: each place knows the token before it": shift, "compare: where was this token?": same,
-              "both, the ideal: before which place was it?": wanted}
+    theory = {"shift: each place knows the token before": shift, "compare: where was this token?": same,
+              "both, the ideal: before which place?": wanted}
     for ax, (title, M) in zip(axes[0], theory.items(), strict=True):
         show(ax, M.numpy(), tokens, title, at if "ideal" in title else [])
     for ax, name, M in zip(axes[1:].flat, kept["names"], kept["M"], strict=False):
-        mean, low, high = results.get((name,), (0, 0, 0))
-        show(ax, M, tokens, f"{name}: {mean:.2f} ({low:.2f} to {high:.2f})", at)
+        M = np.abs(M) / np.abs(M).sum(axis=1, keepdims=True).clip(1e-9)
+        show(ax, M, tokens, f"{name}: {np.mean([M[place] for place in at]):.2f} on the boxes", at)
     for ax in axes[:, 0]:
         ax.set_ylabel("token that asks")
     for ax in axes[2]:
         ax.set_xlabel("token that is looked at")
-    fig.suptitle("Compare and shift, and what six trained models look at in a text they have not seen.\n"
-                 "Boxed: the values asked for; the number: the share of the weight on them", fontsize=14)
+    fig.suptitle("Shift and compare, and what six trained models look at in a text they have not seen.\n"
+                 "Boxed: the values asked for; the number: the share of these rows' weight", fontsize=14)
     lab.save(fig, args.out / "trained_matrices.png")
 
 
@@ -221,7 +208,7 @@ def draw_rows(path, kept):
     fig, axes = lab.figure(11, 3.6, rows=len(SHOWN), columns=1)
     for ax, name in zip(axes.flat, [name for name in SHOWN if name in kept["names"]], strict=False):
         i = list(kept["names"]).index(name)
-        row = kept["M"][i][asks, :asks + 1]
+        row = np.abs(kept["M"][i][asks, :asks + 1])
         for s, weight in enumerate(row / row.max()):
             edge = ("black", 2.0, 3) if s == wanted else ("lightgray", 0.5, 2)
             ax.add_patch(matplotlib.patches.Rectangle((s, 0), 1, 1, facecolor=(1 - weight, 1 - 0.7 * weight, 1),
@@ -287,13 +274,13 @@ def merge(parts, path):
 def recall(args):
     table = args.out / "trained_matrices.npz"
     parts = args.out / "parts" if args.quick else lab.ROOT / "runs" / "trained_matrices"
-    rows = lab.sweep(args, "trained_matrices", cells(args.quick), partial(measure, parts), ("model",), "val_accuracy",
-                     pack=4, enough=0.99)
+    rows = lab.sweep(args, "trained_matrices", cells(args.quick), partial(measure, parts), ("model",), "accuracy",
+                     enough=0.99)
     if not args.draw:                                                        # else what was trained elsewhere stays
         merge(parts, table)
     results, say = {}, lab.reporter(args.out / "trained_matrices.txt")
     for key in ("accuracy", "share"):
-        results[key] = lab.best(rows, ("model",), key, judge="val_accuracy")
+        results[key] = lab.best(rows, ("model",), key, judge="accuracy")
     for (name,), value in results["accuracy"].items():
         share = lab.spread(*results["share"][name,], ".2f")
         say(f"{name:24}{lab.spread(*value)} right, {share} of the weight on the value")
@@ -301,7 +288,7 @@ def recall(args):
     if args.draw and not table.exists():
         return
     kept = np.load(table)
-    draw_matrices(args, kept, results["share"])
+    draw_matrices(args, kept)
     draw_rows((lab.ROOT / "docs" if not args.quick else args.out) / "trained.png", kept)
 
 
