@@ -84,7 +84,8 @@ def reference(q, k, v, g, beta, state=None):
         A = torch.zeros_like(P)
         inverse = torch.eye(G.shape[2], dtype=more, device=q.device)
         for at, pairs in cuts(G.shape[2], q.device):
-            E = (G - G[:, :, at]).abs().neg().exp()
+            behind = (torch.arange(len(at), device=at.device) > at)[:, None]
+            E = torch.where(behind, G - G[:, :, at], G[:, :, at] - G).exp()                  # no exponent above 0
             q_E, k_E = (q_i * E).to(q.dtype), (k_i * E).to(q.dtype)
             P, A = P + pairs * (q_E @ k_E.mT), A + pairs * (k_E @ k_E.mT)
         P, A = P * beta_i.mT, A * beta_i.mT

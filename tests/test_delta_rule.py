@@ -33,6 +33,19 @@ def check_against_lesson(tensors, tolerance=2e-5, in_16_bits=0.1):
     check_kernel(delta_rule.delta_rule, delta_rule.reference, tensors, tolerance, in_16_bits)
 
 
+def test_a_decay_of_exactly_nothing_has_its_gradient():
+    """g = 0 at some tokens: the exponents of a chunk's cuts are 0 there, which is no place to bend."""
+    torch.manual_seed(0)
+    q, v = (torch.randn(1, 1, 20, 4, dtype=torch.float64) for _ in range(2))
+    k = F.normalize(torch.randn(1, 1, 20, 4, dtype=torch.float64), dim=-1)
+    g = -torch.rand(1, 1, 20, 4, dtype=torch.float64) * (torch.arange(20) % 3 > 0)[:, None]
+    tensors = [x.requires_grad_() for x in (q, k, v, g, torch.rand(1, 1, 20, 1, dtype=torch.float64))]
+    found, wanted = (torch.autograd.grad(f(*tensors)[0].sin().sum(), tensors)
+                     for f in (delta_rule.reference, linear.delta_recurrent))
+    for a, b, name in zip(found, wanted, "qkvg", strict=False):
+        assert (a - b).abs().max() < 1e-10, name
+
+
 @pytest.mark.parametrize("t", LENGTHS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_delta_rule(kind, t):
