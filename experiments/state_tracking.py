@@ -71,9 +71,10 @@ def label(name, layers):
 
 def print_table(say, results):
     """Accuracy in tokens 161 to 320: the mean of three seeds (the lowest to the highest)."""
-    say(f"| mixer | {' | '.join(KINDS)} |\n{'|---' * (1 + len(KINDS))}|")
+    kinds = [kind for kind in KINDS if any(key[0] == kind for key in results)]
+    say(f"| mixer | {' | '.join(kinds)} |\n{'|---' * (1 + len(kinds))}|")
     for run in dict.fromkeys(key[1:] for key in results):
-        found = [results.get((kind, *run)) for kind in KINDS]
+        found = [results.get((kind, *run)) for kind in kinds]
         say(f"| {label(*run)} | {' | '.join('' if y is None else lab.spread(*y) for y in found)} |")
 
 
@@ -90,8 +91,9 @@ def draw(args, name, rows):
         key[2], list(MODELS).index(key[1])))}
     print_table(lab.reporter(args.out / f"{name}.txt"), results)
     runs = list(dict.fromkeys(key[1:] for key in results))
-    fig, axes = lab.figure(15, 1.2 + 0.34 * len(runs), columns=len(KINDS), sharey=True, squeeze=False)
-    for ax, kind in zip(axes[0], KINDS, strict=True):
+    kinds = [kind for kind in KINDS if any(key[0] == kind for key in results)]
+    fig, axes = lab.figure(3 + 3 * len(kinds), 1.2 + 0.34 * len(runs), columns=len(kinds), sharey=True, squeeze=False)
+    for ax, kind in zip(axes[0], kinds, strict=True):
         for y, run in enumerate(runs):
             if run[1] == 1 and run[0] in CAN[kind]:
                 ax.axhspan(y - 0.5, y + 0.5, color="C2", alpha=0.12, lw=0)
@@ -107,8 +109,8 @@ def draw(args, name, rows):
         ax.set(title=kind, xlabel="accuracy", xlim=(0, 1.05), ylim=(len(runs) - 0.5, -0.5))
     axes[0, 0].set_yticks(range(len(runs)), [label(*run) for run in runs])
     axes[0, 0].legend(fontsize=8, loc="lower left")
-    fig.suptitle("Trained on 40 tokens, asked further on. Green: the eigenvalues of one layer allow it. Grey diamonds: "
-                 "the papers' numbers. Dotted: chance", fontsize=10)
+    fig.suptitle("Trained on 40 tokens, asked further on. Green: the eigenvalues of one layer allow it.\n"
+                 "Grey diamonds: the papers' numbers. Dotted: chance", fontsize=10)
     lab.save(fig, args.out / f"{name}.png")
 
 
