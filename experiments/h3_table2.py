@@ -64,5 +64,5 @@ if __name__ == "__main__":
         ax.grid(alpha=0.3)
     say(f"the most frequent value is right in {guess['h3_recall']:.1f}%")
     axes[0].set_ylabel("accuracy, %")
-    axes[0].legend(loc="center right", fontsize=8)
+    axes[1].legend(loc="lower center")
     lab.save(fig, args.out / "h3_table2.png")

@@ -77,5 +77,5 @@ if __name__ == "__main__":
                 va="bottom" if order == 3 else "top")
     ax.set_xticks(range(len(models)), [MIXERS[model] for model in models])
     ax.set(ylabel="accuracy", title="Random automata", xlim=(-0.5, len(models) - 0.4))
-    ax.legend(loc="center right")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     lab.save(fig, args.out / "icll.png")
