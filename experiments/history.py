@@ -3,11 +3,10 @@
     python experiments/history.py [--only "LSTM,S4D"] [--jobs 6] [--quick]
 
 Digits, drawn by fonts at changing places, sizes and angles, are read pixel by pixel, 144 tokens, and named after the
-last: as sequential MNIST (784), with which the state spaces began, but without a download. Two layers, 64 wide. One
-layer (LSSL, lesson 03) with three A: HiPPO's; a random one of the same size, which dt slows down as it does HiPPO's;
-and a random one as a plain linear RNN has it, h_t = A h_{t-1} + B u_t. Beside: how much of an input l steps back each
-of them still has in its state as it starts. Writes history.csv,
-.txt and .png.
+last: as sequential MNIST (784), with which the state spaces began, but without a download. Two layers, 32 wide, 600
+steps of 32. One layer (LSSL, lesson 03) with three A: HiPPO's; a random one of the same size, which dt slows down as it
+does HiPPO's; and a random one as a plain linear RNN has it, h_t = A h_{t-1} + B u_t. Beside: how much of an input l
+steps back each of them still has in its state as it starts. Writes history.csv, .txt and .png.
 """
 import functools
 import importlib
