@@ -69,10 +69,10 @@ def label(name, layers):
     return name + (", 2 layers" if layers == 2 else "")
 
 
-def print_table(say, results):
-    """Accuracy in tokens 161 to 320: the mean of three seeds (the lowest to the highest)."""
+def print_table(say, results, until):
+    """Accuracy in the second half of texts of so many tokens: the mean of three seeds (the lowest to the highest)."""
     kinds = [kind for kind in KINDS if any(key[0] == kind for key in results)]
-    say(f"| mixer | {' | '.join(kinds)} |\n{'|---' * (1 + len(kinds))}|")
+    say(f"| tokens {until // 2 + 1} to {until} | {' | '.join(kinds)} |\n{'|---' * (1 + len(kinds))}|")
     for run in dict.fromkeys(key[1:] for key in results):
         found = [results.get((kind, *run)) for kind in kinds]
         say(f"| {label(*run)} | {' | '.join('' if y is None else lab.spread(*y) for y in found)} |")
@@ -86,10 +86,14 @@ def published(kind, name):
 
 def draw(args, name, rows):
     by = ("kind", "model", "n_layers")
-    spans = {until: lab.best(rows, by, f"to {until}", judge="val_accuracy") for until in SPANS}
-    results = {key: spans[SPANS[-1]][key] for key in sorted(spans[SPANS[-1]], key=lambda key: (
-        key[2], list(MODELS).index(key[1])))}
-    print_table(lab.reporter(args.out / f"{name}.txt"), results)
+    spans = {}
+    for until in SPANS:
+        results = lab.best(rows, by, f"to {until}", judge="val_accuracy")
+        spans[until] = {key: results[key] for key in sorted(results, key=lambda key: (
+            key[2], list(MODELS).index(key[1])))}
+    say, results = lab.reporter(args.out / f"{name}.txt"), spans[SPANS[-1]]
+    for until in (SPANS[0], SPANS[-1]):
+        print_table(say, spans[until], until)
     runs = list(dict.fromkeys(key[1:] for key in results))
     kinds = [kind for kind in KINDS if any(key[0] == kind for key in results)]
     fig, axes = lab.figure(3 + 3 * len(kinds), 1.2 + 0.34 * len(runs), columns=len(kinds), sharey=True, squeeze=False)
