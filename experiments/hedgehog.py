@@ -8,6 +8,7 @@ compared on passages of plays that neither has seen. Divergences in nats for eac
 .png.
 """
 import importlib
+import statistics
 
 import lab
 import torch
@@ -87,7 +88,9 @@ if __name__ == "__main__":
              for name in (names[:2] if args.quick else names) for seed in ([0] if args.quick else [100, 0, 1, 2])
              for lr in ([1e-2] if args.quick else [3e-3, 1e-2, 3e-2, 1e-1])]
     rows = lab.sweep(args, "hedgehog", cells, measure, ("map",), "-validation")
-    results = {key: lab.best(rows, ("map",), key, judge="-validation") for key in ("at_first", "test")}
+    found = lab.chosen(rows, ("map",), "-validation")                        # of an unfinished map: the chooser's best
+    results = {key: {name: (statistics.mean(x), min(x), max(x)) for name, of in found.items()
+                     if (x := [row[key] for row in of])} for key in ("at_first", "test")}
     say = lab.reporter(args.out / "hedgehog.txt")
     fig, (left, right) = lab.figure(12, 4.2, columns=2)
     for name, (entropy, monotone, *_) in mimicry.items():
@@ -102,8 +105,8 @@ if __name__ == "__main__":
         right.errorbar(mean, torch.arange(len(order)) + 0.24 * j - 0.12, xerr=[mean - low, high - mean], fmt="so"[j],
                        color=("gray", "C0")[j], mfc=("white", "C0")[j], capsize=3, label=label)
     for name in order:
-        say(f"{name[0]:18}" + "   ".join("{} {:.3f} ({:.3f} to {:.3f})".format(key, *results[key][name])
-                                           for key in ("at_first", "test")))
+        say(f"{name[0]:12}" + "   ".join(f"{key} {lab.spread(*results[key][name])}" for key in ("at_first", "test")) +
+            f"   {len(found[name])} seed{'s' * (len(found[name]) > 1)}")
     right.set_yticks(range(len(order)), [NAMES.get(name, name) for name, in order])
     right.invert_yaxis()
     right.grid(alpha=0.3)
