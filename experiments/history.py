@@ -161,11 +161,11 @@ def cells(quick, only=None):
 
 
 @torch.no_grad()
-def remembered(name, t, error=1e-3, d_model=64):
+def remembered(name, t, seed=0, error=1e-3, d_model=64):
     """How much of the input l steps back can be read off the state of the layer as it starts, l = 0 ... t - 1, if each
     of its numbers has an error of 0.1% of its usual size: the share of the variance of white noise that the best linear
     readout explains, 1 for all. The sum over l is the number of inputs that the state keeps apart."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with known():
         (make, options), = train.pattern(MODELS[name])
     a, b, _ = make(d_model, **options).double().discrete()
@@ -190,6 +190,23 @@ def draw_accuracy(ax, results, names):
     ax.legend(fontsize=8, loc="lower left")
 
 
+def draw_memory(ax, size, say):
+    """The three A: the mean of three seeds, and the smallest and largest."""
+    for i, name in enumerate(name for name in MODELS if MODELS[name].startswith(("lssl", "linear_rnn"))):
+        kept = torch.stack([remembered(name, size * size, seed) for seed in SEEDS])                  # (seed, l)
+        total = kept.sum(dim=1)
+        ax.plot(kept.mean(dim=0).numpy(), color=f"C{i}", label=f"{name}: {total.mean():.0f} of {size * size}")
+        low, high = kept.amin(dim=0).numpy(), kept.amax(dim=0).numpy()
+        ax.fill_between(range(size * size), low, high, color=f"C{i}", alpha=0.2)
+        all_of, one = (lab.spread(*(f(x).item() for f in (torch.mean, torch.min, torch.max)), form)
+                       for x, form in ((total, ".1f"), (kept[:, 32], ".2f")))
+        say(f"{name}: {all_of} of {size * size} inputs kept apart as it starts, and {one} of the one 32 steps back")
+    ax.set(xlabel="steps back", ylabel="share of an input that the state gives back", ylim=(-0.02, 1.02),
+           title="One layer as it starts: what it remembers")
+    ax.legend(fontsize=9)
+    ax.grid(alpha=0.3)
+
+
 if __name__ == "__main__":
     args = lab.options(__doc__, only="these models, a,b,c")
     by, score = ("model",), "val_accuracy"
@@ -198,22 +215,15 @@ if __name__ == "__main__":
     say, results = lab.reporter(args.out / "history.txt"), lab.best(rows, by, "accuracy", judge=score)
     names = [name for name in MODELS if (name,) in results]
     size = int(rows[0]["task"].split()[0].split("=")[1])
-    fig, axes = lab.figure(11, 6, rows=2, columns=10, height_ratios=(1, 5))
+    fig, axes = lab.figure(11, 5.5, rows=2, columns=10, height_ratios=(1, 5))
     for ax, picture in zip(axes[0], draw(10, torch.Generator().manual_seed(5), size)[0], strict=True):
         ax.imshow(picture.numpy(), cmap="gray_r", vmin=0, vmax=1)
     for ax in axes.flat:
         ax.axis("off")
     grid = axes[0, 0].get_gridspec()
-    draw_accuracy(fig.add_subplot(grid[1, :5]), results, names)
-    ax = fig.add_subplot(grid[1, 5:])
-    for i, name in enumerate(name for name in MODELS if MODELS[name].startswith(("lssl", "linear_rnn"))):
-        kept = remembered(name, size * size)
-        ax.plot(kept.numpy(), color=f"C{i}", label=f"{name}: {kept.sum():.0f} of {size * size}")
-        say(f"{name}: {kept.sum():.0f} of {size * size} inputs kept apart as it starts")
-    ax.set(xlabel="steps back", ylabel="share of an input that the state still gives back",
-           title="One layer as it starts: what it remembers", ylim=(-0.02, 1.02))
-    ax.legend(fontsize=9)
-    ax.grid(alpha=0.3)
+    if len(names) > 1:
+        draw_accuracy(fig.add_subplot(grid[1, :5]), results, names)
+    draw_memory(fig.add_subplot(grid[1, 5 if len(names) > 1 else 0:]), size, say)
     for name in names:
         say(f"{name:26}{lab.spread(*results[name,])}")
     lab.save(fig, args.out / "history.png")

@@ -81,7 +81,8 @@ def draw_models(ax, points):
     """points: {model: (accuracy, recall)}, each (mean, smallest, largest)."""
     for name, ((x, *xs), (y, *ys)) in points.items():
         ax.errorbar(x, y, [[y - ys[0]], [ys[1] - y]], [[x - xs[0]], [xs[1] - x]], fmt="o", capsize=2)
-        ax.annotate(name, (x, y), textcoords="offset points", xytext=(-6, 5) if x > 0.7 else (6, 5), fontsize=9,
+        ax.annotate(name, (x, y), textcoords="offset points", fontsize=9,
+                    xytext=(-6 if x > 0.7 else 6, -11 if name == "H3" else 5),
                     ha="right" if x > 0.7 else "left")
     ax.set(xlabel="right answers on mqar, 32 pairs", ylabel="nats on rare bigrams that came before, in code",
            title="The test beside recall in text", xlim=(-0.04, 1.04))
