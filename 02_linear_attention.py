@@ -564,6 +564,7 @@ class LightningAttention(LinearMixer):
     """MiniMax's lightning attention [M25; Qi24]: retention without rotary positions. Constant decays, slower in later
     layers, g_h = -2^{-8 (h + 1) / H} (1 - depth), depth from 0, the first layer, to 1; silu on q, k and v; no division
     by sqrt(d), for a norm over all heads follows; a sigmoid gate.
+    ([M25]'s equations have no decay; [Qi24]'s and the code do.)
     Differs: the authors add 1e-5 to 1 - depth, which is the last layer's whole decay; so does this. Their depth is
     l / (L - 1 + 1e-5) in a model of L layers, the l-th."""
 
@@ -1105,10 +1106,11 @@ class RWKV6(LinearMixer):
 class RWKV7(LinearMixer):
     """RWKV-7's time mixing [Pe25]: the general delta rule. A removal key b of length 1 apart from the key k; a rate r
     in (0, 1) for each channel, at which what stands under b is taken out, a = -r b; a vector decay that is never below
-    e^{-e^{-1/2}} = 0.545. k is smaller where r is. A bonus adds v_t itself, behind the norm. Each input sees its own
-    mix of the token and the one before it. `depth`: place of the layer, 0 to 1, for the initial values.
+    e^{-e^{-1/2}} = 0.545: no eigenvalue of what multiplies S is below 0.545 - 1 (it is similar to a symmetric matrix),
+    so one layer has no factor of -1. k is smaller where r is. A bonus adds v_t itself, behind the norm. Each input sees
+    its own mix of the token and the one before it. `depth`: place of the layer, 0 to 1, for the initial values.
     Differs: no share of the first layer's values, for a mixer knows no other layer; the norm's scale starts at 1, the
-    authors' at ((l + 1) / L)^0.7 in the l-th of L layers."""
+    authors' at ((l + 1) / L)^0.7 in the l-th of L layers; all ranks are 32, theirs grow with the width."""
     forms = ("chunked", "parallel", "recurrent")
     functions = GENERAL
 
@@ -1283,7 +1285,7 @@ class RWKV4(LinearMixer):
 # ------------------------------------------------------------------------------------------------ the task: a state
 #
 # A decay can forget, and a state that only fades cannot tell odd from even: what parity wants is a factor of -1. The
-# delta rule has one, 1 - beta |k|^2, for beta up to 2 [Gr24]; a rotation (Mamba-3, lesson 03) turns modulo n.
+# delta rule has one, 1 - beta |k|^2, for beta up to 2 [Gr24]; rotations (Mamba-3, GateLoop) can count modulo n.
 
 
 def moves(kind, n):
