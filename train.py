@@ -55,6 +55,7 @@ CORPUS_SHA256 = "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee9
 CACHE, RUNS = ROOT / ".cache", ROOT / "runs"
 NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "form", "compile", "capture")
 MAY_CHANGE = ("steps", "enough", "rare", "eval_every", "data")                                     # with --resume
+BEFORE = {"beta2": 0.95, "lr_end": 0.1, "windows": "random"}              # in a checkpoint older than these flags
 MAX_GRAD_NORM = 1.0
 EXPECTED = (OSError, MemoryError, torch.OutOfMemoryError, CannotRecord)                    # may end a run, in a line
 BROKE = "the tokenizer's own code broke on this text, --tokenizer byte reads any"
@@ -419,7 +420,7 @@ class Text:
         self.train, self.val = (np.memmap(folder / f"{part}.bin", np.uint16, mode="r") for part in ("train", "val"))
         lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
         self.token_bytes, self.n_windows = torch.tensor(lengths), (len(self.val) - 1) // self.context
-        self.transform, self.rare = transform_of(args), args.rare
+        self.transform, self.rare, self.evenly = transform_of(args), args.rare, args.windows == "even"
         self.identity = {"tokenizer": saved, "n_tokens": [len(self.train), len(self.val)], "text": folder.name[-16:]}
 
     def windows(self, tokens, starts):
@@ -427,8 +428,15 @@ class Text:
         return rows[:, :-1], rows[:, 1:], {"weights": torch.ones(len(starts), self.context)}
 
     def batch(self, batch_size, generator, progress=1.0):
-        starts = torch.randint(len(self.train) - self.context, (batch_size,), generator=generator)
-        return self.transform(self.windows(self.train, starts.tolist()), generator)
+        """Window k starts k golden sections into the text, round and round: however many there are, they lie as evenly
+        as can be. Drawn at random, as many as cover the text twice leave an eighth of it out and show a third three
+        times or more. The next seed of the generator goes on with the next windows."""
+        n, first = len(self.train) - self.context, generator.initial_seed() * batch_size
+        if self.evenly:
+            starts = [k * round((5 ** 0.5 - 1) / 2 * n) % n for k in range(first, first + batch_size)]
+        else:
+            starts = torch.randint(n, (batch_size,), generator=generator).tolist()
+        return self.transform(self.windows(self.train, starts), generator)
 
     def held_out(self, batch_size, n_batches=None):
         """The held-out text in windows that do not overlap: all of them, or so many batches, spread evenly over it."""
@@ -579,14 +587,15 @@ def optimizer_for(model, args):
         own = {"lr": args.lr, "weight_decay": decay} | getattr(p, "optim", {})
         groups.setdefault(tuple(own.items()), []).append(p)
     groups = [{"params": params, **dict(own), "peak_lr": dict(own)["lr"]} for own, params in groups.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, args.beta2), fused=True)
 
 
 def schedule(step, args):
-    """Factor of the learning rate at step 1, 2, ...: a linear warm-up to 1, then a cosine to 0.1."""
+    """Factor of the learning rate at step 1, 2, ...: a linear warm-up to 1, then a cosine to --lr_end."""
     if step < args.warmup:
         return step / args.warmup
-    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup)))
+    done = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr_end + (1 - args.lr_end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def place(batch, machine, part=slice(None)):
@@ -821,6 +830,9 @@ def parse(argv):
     add("--accumulate", type=int, default=1, help="parts in which a process computes its share (default %(default)s)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
     add("--warmup", type=int, default=50, help="steps of warm-up (default %(default)s)")
+    add("--lr_end", type=float, default=0.0, help="its end, as a share of the peak (default %(default)s)")
+    add("--beta2", type=float, default=0.99, help="of AdamW: how long it remembers a gradient's size (%(default)s)")
+    add("--windows", default="even", choices=["even", "random"], help="where a batch's text starts (%(default)s)")
     add("--weight_decay", type=float, default=0.1, help="default %(default)s")
     add("--dropout", type=float, default=0.0, help="share of the embedding's numbers left out (default %(default)s)")
     add("--init_std", type=float, default=0.0, help="of the weights of linear layers at first (0: the mixers' own)")
@@ -845,7 +857,8 @@ def parse(argv):
         if args.resume and args.out and Path(args.out) != folder:
             raise BadInput(f"--resume {folder} writes to {folder}: leave --out {args.out} away, or copy the folder")
         checkpoint = load_checkpoint(folder)
-        checkpoint["args"] = {name: p.get_default(name) for name in saved_args(args)} | checkpoint["args"]
+        defaults = {name: p.get_default(name) for name in saved_args(args)}
+        checkpoint["args"] = defaults | BEFORE | checkpoint["args"]
         with one_line(f"{folder}/checkpoint.pt has other flags than train.py's", Exception):
             p.set_defaults(**{k: v if v is None else str(v) for k, v in checkpoint["args"].items()})  # read as if typed
         args = p.parse_args(argv)            # what differs from the checkpoint now was given by the user
@@ -859,7 +872,8 @@ def parse(argv):
     length = len(pattern(args.mixer))
     args.n_layers = max(2, length) if args.n_layers is None else args.n_layers
     for low, end, names in ((1, 2 ** 31, "context n_layers d_model n_heads steps batch_size accumulate eval_every"),
-                            (0, 2 ** 31, "seed warmup weight_decay mlp n_tokens temperature top_k rare"),
+                            (0, 2 ** 31, "seed warmup lr_end weight_decay mlp n_tokens temperature top_k rare"),
+                            (0, 1, "beta2"),
                             (257, 65537, "vocab_size")):                                     # the 256 bytes come first
         for name in names.split():
             if not low <= getattr(args, name) < end:

@@ -249,8 +249,9 @@ def test_accumulation_changes_nothing(text, tmp_path):
 def test_parameters_may_bring_their_own_learning_rate():
     model = torch.nn.Linear(3, 3)
     model.weight.optim = {"lr": 1e-3, "weight_decay": 0.0}
-    args, _ = train.parse(["--lr", "0.01", "--weight_decay", "0.2"])
+    args, _ = train.parse(["--lr", "0.01", "--weight_decay", "0.2", "--beta2", "0.9"])
     groups = {g["lr"]: g for g in train.optimizer_for(model, args).param_groups}
+    assert all(g["betas"] == (0.9, 0.9) for g in groups.values())
     assert groups[1e-3]["params"] == [model.weight] and groups[1e-3]["weight_decay"] == 0
     assert groups[0.01]["params"] == [model.bias] and groups[0.01]["weight_decay"] == 0
 
@@ -273,6 +274,7 @@ def test_parameters_may_bring_their_own_learning_rate():
     ("--sample hello", "there is no run"), ("--out /proc/no/folder", "cannot write"),
     ("--form scan", "--form scan: .* has .*parallel"), ("--capture --device cpu", "--capture is for one GPU"),
     ("--tokenizer gpt3", "invalid choice"), ("--enough 0.9", "text has none"), ("--rare -1", "--rare"),
+    ("--beta2 1", "--beta2 must be at least 0 and below 1"), ("--lr_end -0.1", "--lr_end"), ("--windows odd", "random"),
     ("--task induction --enough 2", "at most 1")])
 def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
     assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
@@ -563,14 +565,14 @@ def test_trains_on_a_gpu(flags, text, tmp_path):
 
 
 def test_the_schedule_by_hand():
-    """A straight line to the peak, which step --warmup reaches, then half a cosine to a tenth of it."""
-    args = train.parse(["--warmup", "4", "--steps", "12"])[0]
+    """A straight line to the peak, which step --warmup reaches, then half a cosine to --lr_end of it, by default 0."""
+    args = train.parse(["--warmup", "4", "--steps", "12", "--lr_end", "0.1"])[0]
     factors = [train.schedule(step, args) for step in range(1, 13)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[7] == pytest.approx(0.55) and factors[11] == pytest.approx(0.1)
     assert factors[5] == pytest.approx(0.55 + 0.45 * np.cos(np.pi / 4))
     no_warmup = train.parse(["--warmup", "0", "--steps", "2"])[0]
-    assert [train.schedule(step, no_warmup) for step in (1, 2)] == pytest.approx([0.55, 0.1])
+    assert [train.schedule(step, no_warmup) for step in (1, 2)] == pytest.approx([0.5, 0.0])
 
 
 def test_the_learning_rates_of_a_run_are_the_schedules(text, tmp_path, monkeypatch):
@@ -578,7 +580,7 @@ def test_the_learning_rates_of_a_run_are_the_schedules(text, tmp_path, monkeypat
     monkeypatch.setattr(train, "train_step", lambda model, optimizer, *rest: used.append(
         optimizer.param_groups[0]["lr"]) or real_step(model, optimizer, *rest))
     train.main([*SMALL, "--data", text, "--steps", "6", "--warmup", "3", "--lr", "0.003", "--out", str(tmp_path / "r")])
-    by_hand = [0.001, 0.002, 0.003, *(0.003 * (0.55 + 0.45 * np.cos(np.pi * i / 3)) for i in (1, 2, 3))]
+    by_hand = [0.001, 0.002, 0.003, *(0.003 * (0.5 + 0.5 * np.cos(np.pi * i / 3)) for i in (1, 2, 3))]
     assert used == pytest.approx(by_hand)
     with open(tmp_path / "r" / "log.csv") as f:
         assert [float(row["lr"]) for row in csv.DictReader(f)] == pytest.approx(by_hand)
@@ -606,6 +608,41 @@ def test_the_seed_orders_the_data(text, tmp_path, monkeypatch):
     assert torch.equal(runs[1], runs[2])
     steps = [tuple(ids.flatten().tolist()) for run in runs[:2] for ids in run]
     assert len(set(steps)) == 6                                        # no step like another, nor like another seed's
+
+
+def test_the_windows_cover_the_text_evenly(text, monkeypatch):
+    """From any seed on, once as many tokens as the text has were trained on twice: no token was in none of the windows,
+    and none in more than four. Of as many windows drawn at random, some tokens are in none."""
+    def counts(windows, seed):
+        data = train.Text(train.parse([*SMALL, "--data", text, "--windows", windows])[0])
+        seen = np.zeros(len(data.train), int)
+        monkeypatch.setattr(data, "windows", lambda _, starts: [np.add.at(seen, range(s, s + 32), 1) for s in starts])
+        monkeypatch.setattr(data, "transform", lambda batch, generator: batch)
+        for step in range(2 * len(seen) // (8 * 32)):
+            data.batch(8, torch.Generator().manual_seed(seed + step))
+        return seen[32:-32]                                         # fewer windows reach the two ends
+    for seed in (0, 123456789):
+        assert counts("even", seed).min() >= 1 and counts("even", seed).max() <= 4
+        assert counts("random", seed).min() == 0 and counts("random", seed).max() > 5
+
+
+def test_a_checkpoint_from_before_a_flag_goes_on_as_it_began(text, tmp_path, monkeypatch):
+    """It has no word of the flag: what was the rule then holds, not the default of today."""
+    old = [word for name, value in train.BEFORE.items() for word in (f"--{name}", str(value))]
+    train.main([*SMALL, "--data", text, "--steps", "8", *old, "--out", str(tmp_path / "whole")])
+    cut, real_args, real_save = tmp_path / "cut", train.saved_args, train.save
+
+    def save_and_stop(*rest):
+        real_save(*rest)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train, "save", save_and_stop)
+        m.setattr(train, "saved_args", lambda args: {k: v for k, v in real_args(args).items() if k not in train.BEFORE})
+        train.main([*SMALL, "--data", text, "--steps", "8", "--eval_every", "4", *old, "--out", str(cut)])
+    checkpoint = train.load_checkpoint(cut)
+    assert checkpoint["step"] == 4 and not checkpoint["args"].keys() & train.BEFORE.keys()
+    train.main(["--resume", str(cut), "--device", "cpu"])
+    assert losses(cut) == losses(tmp_path / "whole")
 
 
 def test_what_is_held_out_is_trained_on_nowhere(tmp_path):
