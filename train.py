@@ -57,6 +57,7 @@ NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "dev
 MAY_CHANGE = ("steps", "enough", "rare", "eval_every", "data")                                     # with --resume
 BEFORE = {"beta2": 0.95, "lr_end": 0.1, "windows": "random"}              # in a checkpoint older than these flags
 MAX_GRAD_NORM = 1.0
+GOLDEN = 0x9E3779B97F4A7C15                                                        # 2 ** 64 times the golden section
 EXPECTED = (OSError, MemoryError, torch.OutOfMemoryError, CannotRecord)                    # may end a run, in a line
 BROKE = "the tokenizer's own code broke on this text, --tokenizer byte reads any"
 RUN_FILES = ("checkpoint.pt", "log.csv", "run.lock", "config.json", "loss.png", "sample.txt")
@@ -430,10 +431,10 @@ class Text:
     def batch(self, batch_size, generator, progress=1.0):
         """Window k starts k golden sections into the text, round and round: however many there are, they lie as evenly
         as can be. Drawn at random, as many as cover the text twice leave an eighth of it out and show a third three
-        times or more. The next seed of the generator goes on with the next windows."""
+        times or more. The generator's next seed goes on with the next windows."""
         n, first = len(self.train) - self.context, generator.initial_seed() * batch_size
         if self.evenly:
-            starts = [k * round((5 ** 0.5 - 1) / 2 * n) % n for k in range(first, first + batch_size)]
+            starts = [k * GOLDEN % 2 ** 64 * n >> 64 for k in range(first, first + batch_size)]
         else:
             starts = torch.randint(n, (batch_size,), generator=generator).tolist()
         return self.transform(self.windows(self.train, starts), generator)
