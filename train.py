@@ -430,8 +430,8 @@ class Text:
         return rows[:, :-1], rows[:, 1:], {"weights": torch.ones(len(starts), self.context)}
 
     def batch(self, batch_size, generator, progress=1.0):
-        """Window k starts k golden sections into the text, round and round: spread as evenly as can be, where windows at
-        random leave out an eighth of a text that they would cover twice. The generator's next seed has the next ones."""
+        """Window k starts k golden sections into the text, round and round, which covers it evenly: of as many windows
+        at random as have twice the text's length, an eighth of the text is in none. The next seed has the next ones."""
         n, first = len(self.train) - self.context, generator.initial_seed() * batch_size
         starts = [k * GOLDEN % 2 ** 64 * n >> 64 for k in range(first, first + batch_size)]
         return self.transform(self.windows(self.train, starts), generator)

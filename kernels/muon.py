@@ -19,8 +19,8 @@ def orthogonal(G):
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, but Muon for the groups with a "momentum", each of matrices of one shape, which are made orthogonal at once.
-    Its weight decay is AdamW's: p <- (1 - lr decay) p."""
+    """Muon for the groups with a "momentum", each of matrices of one shape, which are made orthogonal at once; AdamW
+    for others. Weight decay is AdamW's in both: p <- (1 - lr decay) p."""
 
     @torch.no_grad()
     def step(self):
