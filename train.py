@@ -586,7 +586,7 @@ def optimizer_for(model, args):
         decay = args.weight_decay if p.ndim >= 2 and not name.endswith("bias") else 0.0
         own = {"lr": args.lr, "weight_decay": decay} | getattr(p, "optim", {})
         if p in muon and not hasattr(p, "optim"):
-            own |= {"lr": 20 / 3 * args.lr, "momentum": 0.9, "shape": tuple(p.shape)}
+            own |= {"lr": 20 / 3 * args.lr, "momentum": 0.9, "shape": tuple(p.shape)}               # 0.02 for 0.003
         groups.setdefault(tuple(own.items()), []).append(p)
     groups = [{"params": params, **dict(own), "peak_lr": dict(own)["lr"]} for own, params in groups.items()]
     return (Muon if muon else torch.optim.AdamW)(groups, betas=(0.9, args.beta2), fused=True)
