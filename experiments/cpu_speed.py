@@ -70,7 +70,7 @@ def seconds(step, data, args, i):
 def measure(flags, rounds=40):
     """Tokens per second from medians: the plain GPT as it runs by itself; then, with glibc told to keep its memory (as
     train.py does), both in turns. To be called once in a process: the memory setting cannot be taken back."""
-    args, _ = train.parse(flags.split())
+    args, _ = train.parse(["--optimizer", "adamw", *flags.split()])
     data = train.Text(args)
     ours, plain = train.build_model(args, data.vocab_size), PlainGPT(args, data.vocab_size)
     plain_step_ = functools.partial(plain_step, plain, torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=True))

@@ -25,13 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
+RECIPE = "--optimizer adamw --beta2 0.95 --lr_end 0.1".split()           # of the experiments, unless they say otherwise
 VALIDATION, TEST = -1, -2                                        # the seeds of these sets; training's are from 0 on
 
 
 def parsed(cell, *flags):
     """train.py's arguments for these flags; one whose value is "" is left out."""
     words = [word for name, value in cell.items() if value != "" for word in (f"--{name}", str(value))]
-    return train.parse([*words, *flags])[0]
+    return train.parse([*RECIPE, *words, *flags])[0]
 
 
 def time_is_up():

@@ -18,6 +18,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 import train
+from kernels.muon import orthogonal
 
 SMALL = """--d_model 32 --n_heads 2 --context 32 --batch_size 8 --tokenizer byte --n_tokens 5
            --warmup 5 --device cpu""".split()
@@ -177,8 +178,9 @@ def test_a_finished_run_says_more_about_itself(text, tmp_path, capsys):
     assert "at most 20 times" in capsys.readouterr().out
 
 
-def test_resuming_is_exact(text, tmp_path):
-    common = [*SMALL, "--data", text, "--eval_every", "6"]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resuming_is_exact(optimizer, text, tmp_path):
+    common = [*SMALL, "--data", text, "--eval_every", "6", "--optimizer", optimizer]
     train.main([*common, "--steps", "18", "--out", str(tmp_path / "whole")])
     train.main([*common, "--steps", "18", "--out", str(tmp_path / "cut")])
     checkpoint = train.load_checkpoint(tmp_path / "cut")
@@ -249,10 +251,56 @@ def test_accumulation_changes_nothing(text, tmp_path):
 def test_parameters_may_bring_their_own_learning_rate():
     model = torch.nn.Linear(3, 3)
     model.weight.optim = {"lr": 1e-3, "weight_decay": 0.0}
-    args, _ = train.parse(["--lr", "0.01", "--weight_decay", "0.2"])
+    args, _ = train.parse(["--lr", "0.01", "--weight_decay", "0.2", "--beta2", "0.9"])
     groups = {g["lr"]: g for g in train.optimizer_for(model, args).param_groups}
+    assert all(g["betas"] == (0.9, 0.9) for g in groups.values())
     assert groups[1e-3]["params"] == [model.weight] and groups[1e-3]["weight_decay"] == 0
     assert groups[0.01]["params"] == [model.bias] and groups[0.01]["weight_decay"] == 0
+
+
+def test_orthogonal_keeps_the_singular_vectors():
+    """Singular values from 0.7 to 1.2 whatever they were, the vectors as they were; nothing comes of nothing."""
+    torch.manual_seed(0)
+    for i, j in ((8, 8), (24, 8), (8, 24)):
+        G = torch.randn(2, i, j, dtype=torch.float64)
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        turned = U.mT @ orthogonal(G) @ Vh.mT
+        values = turned.diagonal(dim1=1, dim2=2)
+        assert (turned - torch.diag_embed(values)).abs().max() < 1e-9
+        large = S > S.max(dim=1, keepdim=True).values / 50
+        assert values[large].min() > 0.65 and values.max() < 1.25
+    assert (orthogonal(torch.zeros(1, 3, 3)) == 0).all()
+
+
+def test_two_steps_of_muon_by_hand():
+    """Mean of the gradients, Nesterov's look ahead, orthogonal, larger for a tall matrix; a bias is AdamW's, and so is
+    a parameter with a rate of its own."""
+    torch.manual_seed(0)
+    model, twin = (torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Linear(16, 4)) for _ in range(2))
+    model[1].weight.optim = {"lr": 0.005}
+    twin.load_state_dict(model.state_dict())
+    args, _ = train.parse(["--optimizer", "muon", "--lr", "0.003", "--weight_decay", "0.5"])
+    muon, W, mean = train.optimizer_for(model, args), model[0].weight.detach().clone(), torch.zeros(16, 4)
+    adamw = torch.optim.AdamW([{"params": [twin[0].bias, twin[1].bias], "lr": 0.003, "weight_decay": 0.0},
+                               {"params": [twin[1].weight], "lr": 0.005, "weight_decay": 0.5}], betas=(0.9, 0.99))
+    for _ in range(2):
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        mean = 0.9 * mean + 0.1 * twin[0].weight.grad
+        lr, G = 0.02, 0.1 * twin[0].weight.grad + 0.9 * mean
+        W = (1 - lr * 0.5) * W - lr * 2 * orthogonal(G[None])[0]
+        muon.step(), adamw.step()
+    assert torch.allclose(model[0].weight, W, atol=1e-6)
+    for p, q in zip(list(model.parameters())[1:], list(twin.parameters())[1:], strict=True):
+        assert torch.allclose(p, q, atol=1e-7)
+
+
+def test_a_run_does_not_change_its_optimizer(text, tmp_path, capsys):
+    train.main([*SMALL, "--data", text, "--steps", "1", "--out", str(tmp_path / "run")])
+    capsys.readouterr()
+    error = refusal(["--resume", tmp_path / "run", "--steps", "3", "--optimizer", "adamw"], capsys)
+    assert "has --optimizer muon: it cannot go on with adamw" in error
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -273,6 +321,7 @@ def test_parameters_may_bring_their_own_learning_rate():
     ("--sample hello", "there is no run"), ("--out /proc/no/folder", "cannot write"),
     ("--form scan", "--form scan: .* has .*parallel"), ("--capture --device cpu", "--capture is for one GPU"),
     ("--tokenizer gpt3", "invalid choice"), ("--enough 0.9", "text has none"), ("--rare -1", "--rare"),
+    ("--beta2 1", "--beta2 must be at least 0 and below 1"), ("--lr_end -0.1", "--lr_end"), ("--optimizer sgd", "muon"),
     ("--task induction --enough 2", "at most 1")])
 def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
     assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
@@ -563,14 +612,14 @@ def test_trains_on_a_gpu(flags, text, tmp_path):
 
 
 def test_the_schedule_by_hand():
-    """A straight line to the peak, which step --warmup reaches, then half a cosine to a tenth of it."""
-    args = train.parse(["--warmup", "4", "--steps", "12"])[0]
+    """A straight line to the peak, which step --warmup reaches, then half a cosine to --lr_end of it, by default 0."""
+    args = train.parse(["--warmup", "4", "--steps", "12", "--lr_end", "0.1"])[0]
     factors = [train.schedule(step, args) for step in range(1, 13)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[7] == pytest.approx(0.55) and factors[11] == pytest.approx(0.1)
     assert factors[5] == pytest.approx(0.55 + 0.45 * np.cos(np.pi / 4))
     no_warmup = train.parse(["--warmup", "0", "--steps", "2"])[0]
-    assert [train.schedule(step, no_warmup) for step in (1, 2)] == pytest.approx([0.55, 0.1])
+    assert [train.schedule(step, no_warmup) for step in (1, 2)] == pytest.approx([0.5, 0.0])
 
 
 def test_the_learning_rates_of_a_run_are_the_schedules(text, tmp_path, monkeypatch):
@@ -578,7 +627,7 @@ def test_the_learning_rates_of_a_run_are_the_schedules(text, tmp_path, monkeypat
     monkeypatch.setattr(train, "train_step", lambda model, optimizer, *rest: used.append(
         optimizer.param_groups[0]["lr"]) or real_step(model, optimizer, *rest))
     train.main([*SMALL, "--data", text, "--steps", "6", "--warmup", "3", "--lr", "0.003", "--out", str(tmp_path / "r")])
-    by_hand = [0.001, 0.002, 0.003, *(0.003 * (0.55 + 0.45 * np.cos(np.pi * i / 3)) for i in (1, 2, 3))]
+    by_hand = [0.001, 0.002, 0.003, *(0.003 * (0.5 + 0.5 * np.cos(np.pi * i / 3)) for i in (1, 2, 3))]
     assert used == pytest.approx(by_hand)
     with open(tmp_path / "r" / "log.csv") as f:
         assert [float(row["lr"]) for row in csv.DictReader(f)] == pytest.approx(by_hand)
@@ -606,6 +655,43 @@ def test_the_seed_orders_the_data(text, tmp_path, monkeypatch):
     assert torch.equal(runs[1], runs[2])
     steps = [tuple(ids.flatten().tolist()) for run in runs[:2] for ids in run]
     assert len(set(steps)) == 6                                        # no step like another, nor like another seed's
+
+
+def test_the_windows_cover_the_text_evenly(text, monkeypatch):
+    """Of a text as long as the plays, in steps as the default's, from any seed on: once two texts' worth of tokens was
+    trained on, each was in one window at least and in four at most. Of as many at random, a tenth is in none."""
+    data = train.Text(train.parse([*SMALL, "--data", text])[0])
+    data.train, data.context, starts = range(1_441_611), 128, []
+    monkeypatch.setattr(data, "windows", lambda _, batch: starts.extend(batch))
+    monkeypatch.setattr(data, "transform", lambda batch, generator: batch)
+    for seed in (0, 2654435761 % 2 ** 31):
+        starts.clear()
+        for step in range(2 * len(data.train) // (16 * 128)):
+            data.batch(16, torch.Generator().manual_seed(seed + step))
+        edges = np.zeros(len(data.train) + 1, int)
+        np.add.at(edges, starts, 1)
+        np.add.at(edges, np.array(starts) + 128, -1)
+        counts = edges.cumsum()[128:-129]                           # fewer windows reach the two ends
+        assert counts.min() >= 1 and counts.max() <= 4
+
+
+def test_a_checkpoint_from_before_a_flag_goes_on_as_it_began(text, tmp_path, monkeypatch):
+    """It has no word of the flag: what was the rule then holds, not the default of today."""
+    old = [word for name, value in train.BEFORE.items() for word in (f"--{name}", str(value))]
+    train.main([*SMALL, "--data", text, "--steps", "8", *old, "--out", str(tmp_path / "whole")])
+    cut, real_args, real_save = tmp_path / "cut", train.saved_args, train.save
+
+    def save_and_stop(*rest):
+        real_save(*rest)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(train, "save", save_and_stop)
+        m.setattr(train, "saved_args", lambda args: {k: v for k, v in real_args(args).items() if k not in train.BEFORE})
+        train.main([*SMALL, "--data", text, "--steps", "8", "--eval_every", "4", *old, "--out", str(cut)])
+    checkpoint = train.load_checkpoint(cut)
+    assert checkpoint["step"] == 4 and not checkpoint["args"].keys() & train.BEFORE.keys()
+    train.main(["--resume", str(cut), "--device", "cpu"])
+    assert losses(cut) == losses(tmp_path / "whole")
 
 
 def test_what_is_held_out_is_trained_on_nowhere(tmp_path):
