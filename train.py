@@ -827,7 +827,7 @@ def parse(argv):
     add("--d_model", type=int, default=128, help="width (default %(default)s)")
     add("--n_heads", type=int, default=4, help="default %(default)s")
     add("--mlp", type=float, default=8 / 3, help="SwiGLU width as a multiple of d_model; 0 for none (default 8/3)")
-    add("--steps", type=int, default=1350, help="default %(default)s")
+    add("--steps", type=int, default=1200, help="default %(default)s")
     add("--batch_size", type=int, default=16, help="sequences a step, over all processes (default %(default)s)")
     add("--accumulate", type=int, default=1, help="parts in which a process computes its share (default %(default)s)")
     add("--optimizer", default="muon", choices=["muon", "adamw"], help="see kernels/muon.py (default %(default)s)")
