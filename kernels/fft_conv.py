@@ -5,30 +5,30 @@ back. A Fourier transform of N numbers is an N x N matrix, too large to be multi
 of N1 rows and N2 columns, N = N1 N2, u needs two small ones, with a factor between them (a Monarch matrix [F23c]):
 
     1.  A = F u            F: (N1, N1)    down each column
-    2.  U = (A . T) G      G: (N2, N2)    along each row; T: (N1, N2), number by number
-        V = U . K^         K^ is the same of K: here the convolution happens
-    3.  B = V G*           back along the rows; * is conj, F and G are symmetric and unitary
-    4.  y = Re F* (B . T*) back down the columns
+    2.  U = (A . T) G      G: (N2, N2)    along each row; T: (N1, N2); a dot is a product number by number
+        V = U . K^         K^ (K hat) is the same of K, times sqrt(N): here the convolution happens
+    3.  B = V G*           back along the rows; * is conj, without transposing: F and G are symmetric and unitary, so
+    4.  y = Re F* (B . T*) it is the inverse; back down the columns
 
-`first_kernel` is this and no more: read it first.
+A Fourier transform convolves in a circle: what is longer than N wraps around, onto the beginning. Padding with N zeros
+would help, at twice the work. Here u and K are multiplied as polynomials mod X^N - i, that is, X^N = i: what wraps
+around comes back times i. Of real u and K, the causal convolution is then the real part, and what wrapped around is the
+imaginary part, which is dropped ("right-angle" convolution). Weighted by w^j, with w^N = i, u and K convolve in an
+ordinary circle again; the weights are in F and T. With j = N2 j1 + j2, k = k1 + N1 k2, e(x) = e^{2 pi i x}, w =
+e(1 / (4 N)), and F and G divided by sqrt(N1) and sqrt(N2), F T G is at (j, k) w^j e(-j k / N) / sqrt(N):
 
-Products of polynomials mod X^N - i. A Fourier transform convolves in a circle: what is longer than N wraps around, onto
-the beginning. Padding with N zeros would help, at twice the work. Here what wraps around comes back times i: of real u
-and K, the causal convolution is the real part, and all that is not causal is the imaginary one ("right-angle"
-convolution). It is a circle again for w^j u_j, if w^N = i; the weights w are in F and T. With j = N2 j1 + j2,
-k = k1 + N1 k2, e(x) = e^{2 pi i x}, w = e(1 / (4 N)),
-
-    U_k = sum_j w^j u_j e(-j k / N)                               F_{k1 j1} = e(-(k1 - 1/4) (j1 - 1/4) / N1)
+    U_k = sum_j w^j u_j e(-j k / N) / sqrt(N)                     F_{k1 j1} = e(-(k1 - 1/4) (j1 - 1/4) / N1)
                                                                   T_{k1 j2} = e(-(k1 - 1/4) (1 / (4 N1) + j2 / N))
                                                                   G_{j2 k2} = e(-j2 k2 / N2)
 
-Complex columns lie as pairs of real ones, so G acts as a real matrix of twice the size. A program owns a channel and
-does all this for one sequence after the other: memory sees u and y once, 4 bytes a number in 16 bits, for 8 N1 + 16 N2
-FLOPs a number. Tiles are scaled by their largest number, so that float16 holds all that is in between. The gradient of
-u is the same with conj(K^); that of K is sum conj(U) D, D of dy, transformed back.
+`first_kernel` is this and no more: read it first. The kernels after it lay complex columns as pairs of real ones, so
+that G acts as a real matrix of twice the size. A program of theirs owns a channel and does all this for one sequence
+after the other: memory sees u and y once, 4 bytes a number in 16 bits, for 8 N1 + 16 N2 FLOPs a number (u and y being
+real). Tiles are scaled by their largest number, so that float16 holds all that is in between. The gradient of u is the
+same with conj(K^); that of K is sum conj(U) D, D of dy, transformed back.
 
 Longer sequences and filters are cut into blocks of N. Of the product of a filter's block m and a sequence's block j,
-what does not wrap around belongs to block m + j; what does, to the next one, and -i makes it real:
+what does not wrap around belongs to block m + j; what does, to the next one, where times -i it is real (K^_-1 = 0):
 
     V_n = sum_m L_m U_{n-m},   L_m = K^_m - i K^_{m-1}
 
@@ -67,12 +67,12 @@ def factors(n1, n2):
 
 @functools.cache
 def kept(n1, n2, dtype, device):
-    with torch.inference_mode(False):                            # whoever asks first, a gradient may pass them later
+    with torch.inference_mode(False):                            # tensors made in inference mode can't meet autograd
         return [x.to(device, dtype) for x in factors(n1, n2)]
 
 
 def reference(u, K, pre=None, post=None):
-    """The same in complex numbers, for a power of two above t; in float32 or float64. Shapes as in fft_conv."""
+    """The same in complex numbers, with t filled up to a power of two; in float32 or float64. Shapes as in fft_conv."""
     dtype, t = torch.promote_types(u.dtype, torch.float32), u.shape[-1]
     bits = max(2, math.ceil(math.log2(t)))
     n1, n2 = 2 ** (bits - bits // 2), 2 ** (bits // 2)
@@ -80,22 +80,23 @@ def reference(u, K, pre=None, post=None):
 
     def transform(x):
         x = torch.nn.functional.pad(x.to(dtype), (0, n1 * n2 - x.shape[-1])).unflatten(-1, (n1, n2))
-        return F @ x.to(F.dtype) * T @ G
+        return ((F @ x.to(F.dtype)) * T) @ G
 
     V = transform(u if pre is None else pre.to(dtype) * u) * transform(K[..., :t]) * (n1 * n2) ** 0.5
-    y = (F.conj() @ (V @ G.conj() * T.conj())).real.flatten(-2)[..., :t]
+    y = (F.conj() @ ((V @ G.conj()) * T.conj())).real.flatten(-2)[..., :t]
     return (y if post is None else post * y).to(u.dtype)
 
 
 @torch.compiler.assume_constant_result       # made once, also when torch.compile looks on
 def tables(n1, n2, dtype, device):
-    """F and T: real and imaginary part, one behind the other; G and conj(G): (2 n2, 2 n2), for pairs."""
+    """For the kernels after the first: F and T, real and imaginary part one behind the other; G and conj(G): (2 n2,
+    2 n2), for pairs of real columns, eight real parts before their eight imaginary ones."""
     key = n1, n2, dtype, device
     if key not in TABLES:
         F, T, G = factors(n1, n2)
         G = torch.stack([torch.view_as_real(G), torch.view_as_real(1j * G)], dim=1)          # (j, re im, k, re im)
-        turns = torch.arange(2 * n2).view(-1, 8, 2).mT.flatten()                             # the kernels' pairs
-        G = G.flatten(2).flatten(0, 1)[turns][:, turns]
+        order = torch.arange(2 * n2).view(-1, 8, 2).mT.flatten()
+        G = G.flatten(2).flatten(0, 1)[order][:, order]
         G = torch.stack([G, G.mT])                                                           # G is symmetric
         TABLES[key] = [x.to(device, dtype).contiguous() for x in (torch.stack([F.real, F.imag]),
                                                                   torch.stack([T.real, T.imag]), G)]
@@ -118,8 +119,8 @@ def matrix_product(A_r, A_i, B_r, B_i):
 
 @triton.jit
 def first_kernel(u, K, y, F, T, G, C, N1: tl.constexpr, N2: tl.constexpr):
-    """The idea alone: one sequence of one channel, N1 N2 steps long. K: the transforms of the channels' filters; _r and
-    _i: the real and the imaginary part."""
+    """The idea alone: one sequence of one channel, N1 N2 steps long. K: the transforms of the channels' filters, times
+    sqrt(N); _r and _i: the real and the imaginary part."""
     N: tl.constexpr = N1 * N2
     sequence, channel = u + tl.program_id(0) * N, tl.program_id(0) % C
     F_r, F_i = table(F, N1, N1), table(F + N1 * N1, N1, N1)
@@ -135,7 +136,7 @@ def first_kernel(u, K, y, F, T, G, C, N1: tl.constexpr, N2: tl.constexpr):
     B_r, B_i = B_r * T_r + B_i * T_i, B_i * T_r - B_r * T_i                      # times T*, number by number
     y_r, _ = matrix_product(F_r, -F_i, B_r, B_i)                                 # 4. F* B, back down the columns
     at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    tl.store(y + tl.program_id(0) * N + at, y_r)                                 # (its imaginary part wrapped around)
+    tl.store(y + tl.program_id(0) * N + at, y_r)                             # the imaginary part, what wrapped around, is dropped
 
 
 def first_fft_conv(u, K, n1=16):
