@@ -136,7 +136,7 @@ def first_kernel(u, K, y, F, T, G, C, N1: tl.constexpr, N2: tl.constexpr):
     B_r, B_i = B_r * T_r + B_i * T_i, B_i * T_r - B_r * T_i                      # times T*, number by number
     y_r, _ = matrix_product(F_r, -F_i, B_r, B_i)                                 # 4. F* B, back down the columns
     at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    tl.store(y + tl.program_id(0) * N + at, y_r)                                 # what wrapped around is the imaginary part
+    tl.store(y + tl.program_id(0) * N + at, y_r)                                 # the wrapped part is imaginary
 
 
 def first_fft_conv(u, K, n1=16):
