@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 import os
+import signal
 import sys
 import textwrap
 import threading
@@ -420,6 +421,7 @@ def check(exercise, file, limit):
         raise BadInput(f"{shown(path)} does not exist{begin}")
     watch = threading.Timer(limit, lambda: (expired.append(True), _thread.interrupt_main()))
     watch.daemon = True
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background ignores interrupts
     watch.start()
     try:
         largest = judge(exercise, path)
@@ -435,6 +437,7 @@ def check(exercise, file, limit):
         return False
     finally:
         watch.cancel()
+        signal.signal(signal.SIGINT, before)
     print(f"{exercise.name}: equal, gradients too, with t = {listed(exercise.lengths)}, in")
     for call in dict.fromkeys(call for _, *calls in exercise.judges for call in calls):
         print(f"    {call}")

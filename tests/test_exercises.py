@@ -1,6 +1,7 @@
 """The exercises: the lesson's own function passes each of them, three plausible mistakes do not, and are told where."""
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -259,9 +260,16 @@ def test_code_that_does_not_run_or_fit_gets_one_message(function, says, tmp_path
     assert says in said and "Traceback" not in said
 
 
-def test_a_loop_without_end_is_stopped_in_its_line(tmp_path, capsys):
-    (tmp_path / "mine.py").write_text("def zoh(A, dt):\n    while True:\n        A = A + 0\n")
-    said = told(capsys, "zoh", "--file", str(tmp_path / "mine.py"), "--limit", "1")
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def test_a_loop_without_end_is_stopped_in_its_line(tmp_path, capsys, handler):
+    """Also where interrupts are ignored, as in what a shell starts in the background."""
+    (tmp_path / "mine.py").write_text("def zoh(A, dt):\n    while True:\n        A = 1 * 1\n")
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        said = told(capsys, "zoh", "--file", str(tmp_path / "mine.py"), "--limit", "1")
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert re.search(r"stopped after 1 seconds, in line [23], `.*`. Does it end\?", said)
 
 
