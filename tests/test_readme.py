@@ -8,9 +8,9 @@ from harness import check_forms, check_matrix, check_split, sees_future
 import train
 
 README = (train.ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", README + (train.ROOT / "docs" / "your_own.md").read_text("utf-8"), re.S)
 PAGES = [train.ROOT / "README.md", *sorted((train.ROOT / "docs").glob("*.md")), train.ROOT / "kernels" / "README.md",
-         train.ROOT / "experiments" / "README.md"]
+         train.ROOT / "experiments" / "README.md", train.ROOT / "docs" / "explore" / "README.md"]
 
 
 def test_the_ten_lines_show_equal_forms(capsys):
@@ -47,6 +47,12 @@ def test_a_mixer_of_your_own_is_trained_by_its_name(tmp_path, monkeypatch):
     assert scores["loss"] > 0
 
 
+def headings(page):
+    """The anchors of a page: its headings, small, without points and the like, with - for each space."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "]", title).lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(train.ROOT).as_posix())
 def test_links_and_pictures_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
@@ -54,6 +60,8 @@ def test_links_and_pictures_lead_somewhere(page):
         path, _, anchor = target.partition("#")
         if not path.startswith(("http:", "https:")):
             assert not path or (page.parent / path).exists(), f"{page.name}: {target}"
+            if anchor and (not path or path.endswith(".md")):
+                assert anchor in headings(page.parent / path if path else page), f"{page.name}: {target}"
 
 
 def test_every_mixer_is_in_the_table():
