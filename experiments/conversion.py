@@ -279,7 +279,8 @@ def measure(cell, load=smollm2):
 if __name__ == "__main__":
     args = lab.options(__doc__)
     try:
-        pretrained.package_file()
+        if not args.draw:
+            pretrained.package_file()
     except pretrained.BadInput as e:
         sys.exit(str(e))
     quick = {"batch": [2], "context": [256], "held_out": [1024], "transfer": [args.steps or 24], "steps": [0]}

@@ -1,4 +1,4 @@
-"""Muon, an optimizer for matrices [K. Jordan et al., 2024, kellerjordan.github.io/posts/muon; after Shampoo].
+"""Muon, an optimizer for matrices [J24]: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
 
 A gradient G = U S V^T of a layer's weights has few large singular values: the directions that all tokens ask for. A
 step along G, also with each number scaled by itself as AdamW does, goes far in these and hardly in the others. Muon

@@ -906,7 +906,7 @@ def at_step(n, what, monkeypatch):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_saved(number, code, text, tmp_path, capsys, monkeypatch):
     """Also where an exception is swallowed: in a callback of the garbage collector. It goes on as it would have."""
-    flags = [*SMALL, "--data", text, "--steps", "9", "--eval_every", "100"]
+    flags, before = [*SMALL, "--data", text, "--steps", "9", "--eval_every", "100"], signal.getsignal(signal.SIGINT)
     train.main([*flags, "--out", str(tmp_path / "whole")])
 
     def callback(*_):
@@ -925,7 +925,7 @@ def test_a_signal_ends_a_run_saved(number, code, text, tmp_path, capsys, monkeyp
     train.main(["--resume", str(tmp_path / "run"), "--device", "cpu"])
     assert f"going on with {tmp_path / 'run'}: seed 0, step 4 of 9" in capsys.readouterr().out
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_signal_before_the_first_step_or_after_the_last(text, tmp_path, capsys, monkeypatch):
