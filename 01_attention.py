@@ -327,15 +327,15 @@ class Attention(nn.Module):
     tokens a token sees, itself included (default: all before it). rope: rotate q and k. n_positions: so many positions
     have a learned vector, added to x (default: none); a text cannot be longer. Pretrained models want more. head_dim:
     d (default: d_model / n_heads). qkv_bias, out_bias: biases. qk_norm: the eps of an RMSNorm of each q and each k,
-    before they turn (default: no norm). theta: rope's angles for one position, for as many pairs of the first numbers
-    of a head; the others do not turn (default: rope's own, for all). forward and prefill take real: (b, t)
-    bool, False at padding, which no token then looks at; the kernel knows no padding, so there the chunked form runs.
-    ValueError for sizes that do not fit."""
+    before they turn (default: no norm); with whole_norm, of all heads' q at once, and k. theta: rope's angles for one
+    position, for as many pairs of the first numbers of a head; the others do not turn (default: rope's own, for all).
+    forward and prefill take real: (b, t) bool, False at padding, which no token then looks at; the kernel knows no
+    padding, so there the chunked form runs. ValueError for sizes that do not fit."""
     forms = ("chunked", "parallel", "recurrent", "triton")
     causal = True
 
     def __init__(self, d_model, n_heads=4, n_kv_heads=None, window=None, rope=True, n_positions=None, head_dim=None,
-                 qkv_bias=False, out_bias=False, qk_norm=None, theta=None):
+                 qkv_bias=False, out_bias=False, qk_norm=None, whole_norm=False, theta=None):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         if n_heads < 1 or head_dim is None and d_model % n_heads:
@@ -356,7 +356,10 @@ class Attention(nn.Module):
         self.forms = type(self).forms if self.d_head <= 256 else type(self).forms[:-1]       # what the kernel holds
         self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * d, bias=qkv_bias)
         self.out = nn.Linear(n_heads * d, d_model, bias=out_bias)
-        self.norms = nn.ModuleList(nn.RMSNorm(d, eps=qk_norm) for _ in "qk") if qk_norm is not None else None
+        self.norms, self.whole_norm = None, whole_norm
+        if qk_norm is not None:
+            sizes = (n_heads * d, n_kv_heads * d) if whole_norm else (d, d)
+            self.norms = nn.ModuleList(nn.RMSNorm(size, eps=qk_norm) for size in sizes)
         self.positions = nn.Parameter(0.02 * torch.randn(n_positions, d_model)) if n_positions else None
 
     def add_positions(self, x, start):
@@ -375,9 +378,13 @@ class Attention(nn.Module):
         x = x if self.positions is None else self.add_positions(x, start)
         qk, v = split_heads(self.qkv(x), h + 2 * g).split([h + g, g], dim=1)
         if self.norms:
-            qk = torch.cat([norm(y) for norm, y in zip(self.norms, qk.split([h, g], dim=1), strict=True)], dim=1)
+            qk = torch.cat([self.normed(norm, y) for norm, y in
+                            zip(self.norms, qk.split([h, g], dim=1), strict=True)], dim=1)
         q, k = (self.turn(qk, start) if self.rope else qk).split([h, g], dim=1)
         return q, k, v
+
+    def normed(self, norm, y):
+        return split_heads(norm(join_heads(y)), y.shape[1]) if self.whole_norm else norm(y)
 
     def turn(self, qk, start):
         n = 2 * len(self.theta or ())

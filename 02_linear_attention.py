@@ -880,20 +880,29 @@ def delta_triton(q, k, v, g, beta, state=None):
     return delta_rule(q.to(v.dtype), k.to(v.dtype), v, g, beta)
 
 
+def unit_length(x):
+    """x / |x|, with 1e-6 under the root as in the authors' code."""
+    return x * torch.rsqrt(at_least_float32(x).square().sum(dim=-1, keepdim=True) + 1e-6)
+
+
 class DeltaNet(LinearMixer):
     """The delta rule [Y24]: with keys of length 1 and beta = sigmoid(W x), writing under a key first takes out the
     share beta of what is there. q, k, v pass a short convolution; a norm for each head after. beta_max=2 lets 1 - beta
-    k k^T mirror the state, with an eigenvalue down to -1, which is what parity and swaps need [Gr24]."""
+    k k^T mirror the state, with an eigenvalue down to -1, which is what parity and swaps need [Gr24]. d_key: the width
+    of a head's key (default: d_model / n_heads)."""
     functions = {"chunked": delta_chunked, "parallel": delta_parallel, "recurrent": delta_recurrent,
                  "triton": delta_triton}
 
-    def __init__(self, d_model, n_heads=4, expand_v=1, beta_max=1.0):
+    def __init__(self, d_model, n_heads=4, expand_v=1, beta_max=1.0, d_key=None):
         super().__init__()
         if not 0 < beta_max <= 2:
             raise ValueError(f"beta_max must be above 0 and at most 2, not {beta_max}: beyond, the state grows")
-        self.n_heads, d, d_value = n_heads, head_dim(d_model, n_heads), expand_v * d_model
-        self.beta_max = beta_max
-        self.qkv, self.conv = linear(d_model, 2 * d_model + d_value), ShortConv(2 * d_model + d_value)
+        if d_key is not None and d_key < 1:
+            raise ValueError(f"d_key, the width of a key, must be at least 1, not {d_key}")
+        self.n_heads, d = n_heads, head_dim(d_model, n_heads) if d_key is None else d_key    # d: of a key
+        self.beta_max, d_value = beta_max, n_heads * expand_v * d
+        self.sizes = n_heads * d, n_heads * d, d_value                                       # of q, k, v
+        self.qkv, self.conv = linear(d_model, sum(self.sizes)), ShortConv(sum(self.sizes))
         self.beta, self.out = linear(d_model, n_heads), linear(d_value, d_model)
         self.norm = nn.Parameter(torch.ones(d_value // n_heads))
         self.state_shape = (n_heads, d, d_value // n_heads)
@@ -901,8 +910,8 @@ class DeltaNet(LinearMixer):
 
     def project(self, x, carry):
         qkv, carry = self.conv(self.qkv(x), carry)
-        q, k, v = (split_heads(y, self.n_heads) for y in qkv.split([x.shape[2], x.shape[2], self.out.in_features], -1))
-        q, k = F.normalize(q, dim=-1) * q.shape[-1] ** -0.5, F.normalize(k, dim=-1)
+        q, k, v = (split_heads(y, self.n_heads) for y in qkv.split(self.sizes, dim=-1))
+        q, k = unit_length(q) * q.shape[-1] ** -0.5, unit_length(k)
         beta = self.beta_max * torch.sigmoid(at_least_float32(self.beta(x))).mT[..., None]   # (b, h, t, 1)
         return (q, k, v, None, beta), None, carry
 
@@ -922,8 +931,8 @@ class GatedDeltaNet(DeltaNet):
     and a swish gate behind the norm [Y25]. (transformers' Qwen3-Next stores the norm's weight as it is here, and
     everywhere else as 1 + w. OLMo-hybrid's is this with beta_max=2.)"""
 
-    def __init__(self, d_model, n_heads=4, expand_v=2, beta_max=1.0):
-        super().__init__(d_model, n_heads, expand_v, beta_max)
+    def __init__(self, d_model, n_heads=4, expand_v=2, beta_max=1.0, d_key=None):
+        super().__init__(d_model, n_heads, expand_v, beta_max, d_key)
         self.decay, self.gate = linear(d_model, n_heads), linear(d_model, self.out.in_features)
         self.dt_bias = nn.Parameter(time_steps(n_heads))
         self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(0, 16).log())

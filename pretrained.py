@@ -17,6 +17,8 @@ family           mixer
 llama            01 Attention: shared key heads, rotary positions                SmolLM2, Llama 2 and 3, TinyLlama
 mistral          01 Attention with a window
 qwen2, qwen3     01 Attention with biases; with norms of q and k
+olmo2            01 Attention with one norm for all heads' q, one for all heads' k
+olmo_hybrid      02 GatedDeltaNet, and every fourth layer 01 Attention            OLMo-hybrid
 gpt2             01 Attention, positions learned by the model
 mamba, mamba2    03 Mamba, 02 Mamba2
 rwkv             02 RWKV4
@@ -117,15 +119,15 @@ class ChannelMix(nn.Module):
 
 
 class Half(nn.Module):
-    """x + part(norm(x))"""
+    """x + part(norm(x)), or with after, x + norm(part(x))."""
 
-    def __init__(self, norm, part):
+    def __init__(self, norm, part, after=False):
         super().__init__()
-        self.norm, self.part = norm, part
+        self.norm, self.part, self.after = norm, part, after
 
     def forward(self, x, state, how):
-        y, state = getattr(self.part, how)(self.norm(x), state)
-        return x + y, state
+        y, state = getattr(self.part, how)(x if self.after else self.norm(x), state)
+        return x + (self.norm(y) if self.after else y), state
 
 
 class Model(nn.Module):
@@ -188,7 +190,8 @@ class Model(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ families
 #
 # A family is a function of config.json. It returns a Model, and the table parameter here -> names there: a * is the
-# number of a layer, and a function before the names says what to do with their tensors (default: one, as it is).
+# number of a layer, a | stands between names of which a file has one, and a function before the names says what to do
+# with their tensors (default: one, as it is).
 
 
 def rows(*tensors):
@@ -275,6 +278,60 @@ def llama(c):
         "layers.*.mlp.part.up.bias": [rows, mlp + "gate_proj.bias", mlp + "up_proj.bias"],
         "layers.*.mlp.part.down.weight": [mlp + "down_proj.weight"],
         "layers.*.mlp.part.down.bias": [mlp + "down_proj.bias"]}
+
+
+def olmo(c):
+    """OLMo 2: a Llama whose norms come after each half, and go over all heads' q or k. In OLMo-hybrid three of four
+    layers are gated DeltaNets, whose beta goes up to 2, with the norms before; and its attention knows no positions."""
+    c.require(hidden_act="silu", attention_bias=False, linear_conv_kernel_dim=4,
+              linear_num_key_heads=c["num_attention_heads"], linear_num_value_heads=c["num_attention_heads"])
+    d, h, eps, n = c["hidden_size"], c["num_attention_heads"], c["rms_norm_eps"], c["num_hidden_layers"]
+    turns = c["model_type"] == "olmo2" or (c.get("rope_parameters") or {}).get("rope_theta")
+    options = {"head_dim": d // h, "n_kv_heads": c.get("num_key_value_heads") or h, "qk_norm": eps, "whole_norm": True,
+               "rope": bool(turns), "theta": angles(c, d // h) if turns else None}
+
+    def half(part, after):
+        return Half(nn.RMSNorm(d, eps), part, after)
+
+    def layer(kind):
+        mlp = MLP(d, c["intermediate_size"], F.silu, gated=True, bias=False)
+        if kind == "full_attention":
+            return {"attention": half(lesson_1.Attention(d, h, **options), True), "mlp": half(mlp, True)}
+        if kind != "linear_attention":
+            raise BadInput(f"a layer of type {kind!r} is not done here: full_attention and linear_attention are")
+        d_key, d_value = c["linear_key_head_dim"], c["linear_value_head_dim"]
+        c.require(linear_value_head_dim=d_value // d_key * d_key)
+        beta_max = 2.0 if c.get("linear_allow_neg_eigval", True) else 1.0
+        mixer = lesson_2.GatedDeltaNet(d, h, d_value // d_key, beta_max, d_key)
+        return {"delta": half(mixer, False), "delta_mlp": half(mlp, False)}
+
+    def either(*names):                             # transformers and the authors call the norms by different names
+        return "|".join(f"layers.*.{name}.weight" for name in names)
+
+    kinds = c.get("layer_types") or ["full_attention"] * n
+    c.require(num_hidden_layers=len(kinds))
+    model = Model(c["vocab_size"], d, [layer(kind) for kind in kinds], nn.RMSNorm(d, eps),
+                  tied=c.get("tie_word_embeddings", False))
+    attention, delta, mlp = "layers.*.self_attn.", "layers.*.linear_attn.", "layers.*.mlp."
+    here = {"beta.weight": "b_proj.weight", "decay.weight": "a_proj.weight", "gate.weight": "g_proj.weight",
+            "out.weight": "o_proj.weight", "norm": "o_norm.weight", "A_log": "A_log", "dt_bias": "dt_bias"}
+    table = {
+        "embed.weight": ["embed_tokens.weight"], "head.weight": ["lm_head.weight"], "norm.weight": ["norm.weight"],
+        "layers.*.attention.norm.weight": [either("post_attention_layernorm", "feedforward_layer_norm")],
+        "layers.*.mlp.norm.weight": ["layers.*.post_feedforward_layernorm.weight"],
+        "layers.*.delta.norm.weight": [either("attention_layer_norm", "input_layernorm")],
+        "layers.*.delta_mlp.norm.weight": [either("feedforward_layer_norm", "post_attention_layernorm")],
+        "layers.*.attention.part.qkv.weight": [rows, *(f"{attention}{x}_proj.weight" for x in "qkv")],
+        "layers.*.attention.part.norms.0.weight": [attention + "q_norm.weight"],
+        "layers.*.attention.part.norms.1.weight": [attention + "k_norm.weight"],
+        "layers.*.attention.part.out.weight": [attention + "o_proj.weight"],
+        "layers.*.delta.part.qkv.weight": [rows, *(f"{delta}{x}_proj.weight" for x in "qkv")],
+        "layers.*.delta.part.conv.conv.weight": [rows, *(f"{delta}{x}_conv1d.weight" for x in "qkv")],
+        **{"layers.*.delta.part." + a: [delta + b] for a, b in here.items()}}
+    for name in ("mlp", "delta_mlp"):
+        table[f"layers.*.{name}.part.up.weight"] = [rows, mlp + "gate_proj.weight", mlp + "up_proj.weight"]
+        table[f"layers.*.{name}.part.down.weight"] = [mlp + "down_proj.weight"]
+    return model, table
 
 
 def gpt2(c):
@@ -418,8 +475,8 @@ def recurrent_gemma(c):
         "layers.*.mlp.part.up.bias": [rows, mlp + "gate_proj.bias", mlp + "up_proj.bias"]}
 
 
-FAMILIES = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama, "gpt2": gpt2, "mamba": mamba,
-            "mamba2": mamba2, "rwkv": rwkv, "recurrent_gemma": recurrent_gemma}
+FAMILIES = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama, "olmo2": olmo, "olmo_hybrid": olmo,
+            "gpt2": gpt2, "mamba": mamba, "mamba2": mamba2, "rwkv": rwkv, "recurrent_gemma": recurrent_gemma}
 PREFIXES = ("model.", "transformer.", "backbone.", "rwkv.")                  # of all names but the head's
 NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|^h\.\d+\.attn\.(masked_)?bias$")      # constants in older files
 
@@ -437,7 +494,7 @@ def build(config):
     try:
         with torch.device("meta"):
             return FAMILIES[kind](config)
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as e:
+    except (ValueError, TypeError, LookupError, ZeroDivisionError) as e:
         raise BadInput(f"the config does not fit together: {type(e).__name__}: {e}") from e
 
 
@@ -451,6 +508,7 @@ def fill(model, table, weights, dtype):
         how, sources = (how, sources) if callable(how) else (lambda x: x, [how])
         number = re.findall(r"^layers\.(\d+)", name)
         sources = [source.replace("*", *number) if number else source for source in sources]
+        sources = [next((x for x in source.split("|") if x in weights), source) for source in sources]
         for source in sources:
             if source not in weights:
                 raise BadInput(f"the weights {source!r} are missing")

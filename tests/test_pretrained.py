@@ -33,6 +33,12 @@ CASES = {
     "qwen2, windows above layer 1": ("Qwen2", ATTENTION | {"use_sliding_window": True, "sliding_window": 4,
                                                            "max_window_layers": 1}),
     "qwen3": ("Qwen3", ATTENTION | {"head_dim": 12}),
+    "olmo2": ("Olmo2", ATTENTION),
+    "olmo_hybrid": ("OlmoHybrid", ATTENTION | {"num_hidden_layers": 4, "linear_key_head_dim": 6,
+                                               "linear_value_head_dim": 12}),
+    "olmo_hybrid, rotary": ("OlmoHybrid", ATTENTION | {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     "gpt2": ("GPT2", SMALL | {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "mamba": ("Mamba", LAYERS | {"state_size": 8}),
     "mamba2": ("Mamba2", LAYERS | {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}),
@@ -61,6 +67,8 @@ def save_peer(case, path, dtype=torch.float32):
     saved before it has run: RWKV-4 rescales its weights where it writes."""
     require("transformers")
     (name, settings), library = CASES[case], peer("transformers")
+    if name == "OlmoHybrid":
+        peer("transformers.models.olmo_hybrid.modeling_olmo_hybrid")                             # without fla in sight
     with in_double() if dtype == torch.float64 else contextlib.nullcontext():
         torch.manual_seed(0)
         causal = getattr(library, f"{name}ForCausalLM", None) or getattr(library, f"{name}LMHeadModel")
@@ -292,10 +300,16 @@ def test_a_config_that_says_too_little(capsys, tmp_path):
     ("mamba2", {"time_step_limit": [0.1, 1.0]}, "time_step_limit"), ("mamba2", {"n_groups": 2}, "n_groups = 2"),
     ("mamba", {"use_bias": True}, "use_bias"), ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
     ("rwkv", {"attention_hidden_size": 64}, "attention_hidden_size = 64"),
-    ("recurrent_gemma", {"lru_width": 48}, "lru_width = 48")])
+    ("recurrent_gemma", {"lru_width": 48}, "lru_width = 48"),
+    ("olmo_hybrid", {"layer_types": ["sliding_attention"]}, "'sliding_attention' is not done here: full_attention and"),
+    ("olmo_hybrid", {"layer_types": ["full_attention"] * 2}, "num_hidden_layers = 1 is not done here: only 2 is"),
+    ("olmo_hybrid", {"layer_types": ["linear_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 12},
+     "linear_value_head_dim = 12 is not done here: only 8 is"),
+    ("qwen2", {"num_hidden_layers": 2, "layer_types": ["full_attention"]}, "does not fit together: IndexError")])
 def test_what_a_family_may_ask_for_and_a_mixer_cannot_do(family, more, words):
     kind = {"hidden_size": 32, "vocab_size": 9, "num_hidden_layers": 1, "state_size": 8, "layer_norm_epsilon": 1e-5,
-            "num_heads": 4, "num_attention_heads": 4, "n_embd": 32, "rms_norm_eps": 1e-6, "block_types": ["attention"]}
+            "num_heads": 4, "num_attention_heads": 4, "n_embd": 32, "rms_norm_eps": 1e-6, "block_types": ["attention"],
+            "intermediate_size": 8}
     with pytest.raises(pretrained.BadInput, match=words):
         pretrained.build(pretrained.Config(kind | more, model_type=family))
 

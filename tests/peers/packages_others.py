@@ -87,7 +87,8 @@ def delta_inputs(p, x, beta_max=1):
     c = x.shape[-1]
     mixed = short_filter(lin(x, p, "qkv"), p["conv.conv.weight"])
     q, k, v = (y.unflatten(-1, (H, -1)) for y in mixed.split([c, c, mixed.shape[-1] - 2 * c], dim=-1))
-    return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta_max * torch.sigmoid(lin(x, p, "beta"))
+    q, k = (y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt() for y in (q, k))        # as fla's l2norm
+    return q, k, v, beta_max * torch.sigmoid(lin(x, p, "beta"))
 
 
 @referee("deltanet", by="fla's naive delta rule", needs=("fla", "einops"))

@@ -156,10 +156,8 @@ def mamba2(p, x):
 
 @functools.cache
 def qwen3_next_layer(e):
-    """Qwen3-Next's gated DeltaNet with values of e numbers for each head. Under the root of the lengths of q and k it
-    adds 1e-6; that is taken out here (with it, the outputs are 2e-5 apart)."""
+    """Qwen3-Next's gated DeltaNet with values of e numbers for each head."""
     module = peer("transformers.models.qwen3_next.modeling_qwen3_next")
-    module.l2norm = lambda x, dim=-1, eps=None: x / torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     config = module.Qwen3NextConfig(hidden_size=C, num_hidden_layers=1, linear_num_value_heads=H, vocab_size=9,
                                     linear_num_key_heads=H, linear_key_head_dim=C // H, linear_value_head_dim=e,
                                     rms_norm_eps=1e-5, layer_types=["linear_attention"], num_experts=2)
@@ -184,9 +182,8 @@ def gated_deltanet(p, x):
 
 @functools.cache
 def olmo_hybrid_layer():
-    """OLMo-hybrid's gated DeltaNet, whose beta goes up to 2. Its 1e-6 under the root is taken out, as above."""
+    """OLMo-hybrid's gated DeltaNet, whose beta goes up to 2."""
     module = peer("transformers.models.olmo_hybrid.modeling_olmo_hybrid")
-    module.l2norm = lambda x, dim=-1, eps=None: x / torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     config = module.OlmoHybridConfig(hidden_size=C, num_hidden_layers=2, num_attention_heads=H, vocab_size=9,
                                      linear_key_head_dim=C // H, linear_value_head_dim=2 * C // H)
     return module.OlmoHybridGatedDeltaNet(config, layer_idx=0).eval(), config
@@ -208,9 +205,8 @@ def gated_deltanet_up_to_2(p, x):
 
 @functools.cache
 def kimi_layer():
-    """Kimi Linear's delta attention. Its 1e-6 under the root is taken out, as above."""
+    """Kimi Linear's delta attention."""
     module = peer("transformers.models.kimi_linear.modeling_kimi_linear")
-    module.l2norm = lambda x, dim=-1, eps=None: x / torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     config = module.KimiLinearConfig(hidden_size=C, num_hidden_layers=1, vocab_size=9, linear_num_heads=H,
                                      linear_head_dim=C // H)
     return module.KimiLinearDeltaAttention(config, layer_idx=0).eval(), config

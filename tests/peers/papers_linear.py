@@ -337,12 +337,12 @@ def rwkv7(p, x):
 
 def delta_rule(p, x, alpha, beta_max=1):
     """S_t = S_{t-1} Diag(alpha_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t with
-    q / sqrt(d); q and k of length 1, q, k, v = swish of a short filter; beta = beta_max sigmoid(W x).
-    alpha: (b, h, t, 1 or d)"""
+    q / sqrt(d); q and k of length 1 (1e-6 under the root: the authors' code), q, k, v = swish of a short filter; beta
+    = beta_max sigmoid(W x). alpha: (b, h, t, 1 or d)"""
     c = x.shape[-1]
     qkv = short_filter(x @ p["qkv.weight"].mT, p["conv.conv.weight"])
     q, k, v = (y.unflatten(-1, (H, -1)).transpose(1, 2) for y in qkv.split([c, c, qkv.shape[-1] - 2 * c], dim=-1))
-    q, k = (y / torch.sqrt((y * y).sum(-1, keepdim=True)) for y in (q, k))
+    q, k = (y / torch.sqrt((y * y).sum(-1, keepdim=True) + 1e-6) for y in (q, k))
     beta = beta_max * torch.sigmoid(x @ p["beta.weight"].mT).mT                      # (b, h, t)
     S = torch.zeros(*v.shape[:2], v.shape[-1], k.shape[-1], dtype=x.dtype)
     one = torch.eye(k.shape[-1], dtype=x.dtype)
