@@ -310,9 +310,9 @@ if __name__ == "__main__":
         for ax, key in zip(axes, ("bits_plays", "far_plays"), strict=True):
             low, high = (f(row[key] for row in mine) for f in (min, max))
             ax.errorbar(4e-6 * mine[0]["state"], mean[key], [[mean[key] - low], [high - mean[key]]], fmt="o", capsize=3)
-            ax.annotate(name + " (one seed)" * (len(mine) == 1), (4e-6 * mine[0]["state"], mean[key]),
-                        (0, -14 if "first" in name else 6),
-                        textcoords="offset points", ha="center", fontsize=9)
+            side = ((7, -3), "left") if name.startswith("Taylor, w") else ((0, -14 if "first" in name else 6), "center")
+            ax.annotate(name + " (one seed)" * (len(mine) == 1), (4e-6 * mine[0]["state"], mean[key]), side[0],
+                        textcoords="offset points", ha=side[1], fontsize=9)
     axes[0].set(ylabel="bits per byte", title="Held-out plays")
     axes[1].set(yscale="log", ylabel="perplexity",
                 title=f"Targets whose pair stood before,\nonly more than {NEAR} tokens back")

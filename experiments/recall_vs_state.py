@@ -1,13 +1,13 @@
 """Based's Figure 2: recall against the bytes of state that a mixer really keeps.
 
-    python experiments/recall_vs_state.py [--jobs 4] [--quick]
+    python experiments/recall_vs_state.py [--jobs 4] [--small kda,rwkv7] [--quick]
 
 The authors' settings: MQAR with random filler on their mixture of lengths (64 to 256) and pairs (4 to 64), 180,000
 examples, in every epoch from easy to hard, 22,500 steps of 256; accuracy is the mean over seven tests, 4 pairs in 64
 tokens to 256 in 1024. Two layers without MLP: a short convolution and the mixer, or two of Mamba, H3, Hyena; dropout
 0.1 of the embedding; four rates from 0.001 to 0.03, and beyond. Right: recall_vs_state_small.csv, 32 pairs in 128
-tokens only, 10,000 steps of 128, where also Mamba, H3 and Hyena stand behind a convolution. Writes recall_vs_state.csv
-and .png.
+tokens only, 10,000 steps of 128, where also Mamba, H3 and Hyena stand behind a convolution; --small adds these mixers
+there, and runs nothing else. Writes recall_vs_state.csv and .png.
 """
 import lab
 
@@ -19,8 +19,10 @@ FAMILIES = {
     "DeltaNet": ["short_conv,deltanet"], "GLA": ["short_conv,gla"],
     "elu + 1": [f"short_conv,linear_attention:feature_dim={f}" for f in (45, 16, 153)],
     "Taylor without convolution": [], "Based": [],
+    "KDA": [], "RWKV-7": [], "mLSTM": [], "Mamba-3": [], "lightning": [],                    # in the small setting only
 }
-STYLES = {family: (("o-", "s--")[i // 10], f"C{i % 10}") for i, family in enumerate(FAMILIES)}
+SMALL = {"kda": "KDA", "rwkv7": "RWKV-7", "mlstm": "mLSTM", "mamba3": "Mamba-3", "lightning_attention": "lightning"}
+STYLES = {family: (("o-", "s--", "^:")[i // 10], f"C{i % 10}") for i, family in enumerate(FAMILIES)}
 TRAIN = ((64, 4, 100000), (128, 8, 20000), (256, 16, 20000), (256, 32, 20000), (256, 64, 20000))
 TEST = ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
 # read off Based's figure 2: bytes, accuracy
@@ -54,7 +56,25 @@ def measure(cells):
     return [{"state_bytes": lab.state_bytes(flags, cells[0]["t"])} | result for result in results]
 
 
+def small_cells(names):
+    if not set(names) <= set(SMALL):
+        raise SystemExit(f"--small {','.join(names)}: unknown mixer; there are {', '.join(SMALL)}")
+    common = {"mlp": 0, "warmup": 100, "n_heads": 1, "task": "mqar_based_128:easy=0.25", "t": 128, "steps": 10000,
+              "batch_size": 128, "d_model": 64}
+    return [common | {"family": SMALL[name], "mixer": f"short_conv,{name}", "lr": lr, "seed": seed}
+            for seed in (0, 1, 2) for name in names for lr in (3e-3, 1e-2)]
+
+
+def measure_small(cell):
+    scores = lab.trained({name: cell[name] for name in cell if name not in ("family", "t")}, enough=0.997)
+    return {"state_bytes": lab.state_bytes({name: cell[name] for name in ("mixer", "n_heads", "d_model")}, cell["t"]),
+            "accuracy": scores["accuracy"], "ended": scores["ended"]}
+
+
 def run(args):
+    if args.small:
+        lab.sweep(args, "recall_vs_state_small", small_cells(args.small.split(",")), measure_small, needed=False)
+        args.draw = True
     return lab.sweep(args, "recall_vs_state", cells(args.quick), measure, ("family", "mixer"), "val_accuracy", pack=4,
                      needed=False)
 
@@ -74,7 +94,7 @@ def draw(ax, results, title, say):
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__)
+    args = lab.options(__doc__, small="these mixers, a,b, in the small setting")
     rows = run(args)
     results = lab.best(rows, ("family", "mixer", "state_bytes"), "accuracy", judge="val_accuracy")
     small = lab.read(lab.ROOT / "experiments" / "results" / "recall_vs_state_small.csv")
