@@ -1,16 +1,17 @@
 """Following a state beyond the lengths of training: which mixer can tell odd from even, keep three things in order, and
 count?
 
-    python experiments/state_tracking.py [--jobs 4] [--only parity,swaps] [--quick]
+    python experiments/state_tracking.py [--jobs 4] [--only parity,swaps] [--mlp 2.67 | --long mamba3] [--quick]
 
 Lesson 02's state_tracking: texts of 40 tokens, the state asked after each token; then asked in tokens 41 to 80, 81 to
 160 and 161 to 320 of longer texts, which only who has learned the rule can answer. What a layer can do hangs on the
 eigenvalues of the matrix with which it multiplies its state: parity wants one that is not at least 0, counting modulo 3
 or 5 one that is not real (Grazzi et al. 2024, theorems 1 and 2), swaps matrices that do not commute. One layer with its
 short convolution, no MLP, 32 wide, 600 steps of 32 texts, two rates; DeltaNet also with two layers, where a product of
-reflections is a rotation. With --mlp 2.67: 64 wide, 2000 steps of 64 texts, three rates. (Grazzi et al.: two layers,
-100,000 steps of 1024; Mamba-3's authors: one, 10,000 steps of 256, texts that grow to 160 tokens.) Writes
-state_tracking.csv, .txt and .png, or state_tracking_mlp's.
+reflections is a rotation. With --mlp 2.67: 64 wide, 2000 steps of 64 texts, three rates. With --long: these models as
+long as Mamba-3's authors train, 10,000 steps of 256 texts of up to 160 tokens (in every epoch first those of 40), 64
+wide, three rates. (Grazzi et al.: two layers, 100,000 steps of 1024.) Writes state_tracking.csv, .txt and .png, or
+state_tracking_mlp's, or state_tracking_long's.
 """
 import lab
 
@@ -40,7 +41,7 @@ def tests(kind, n):
     return [f"{asked(kind, until // 2, until)} {n}" for until in SPANS]
 
 
-def cells(quick, only=None, mlp=None):
+def cells(quick, only=None, mlp=None, long=None):
     common = {"d_model": 32, "n_heads": 2, "mlp": 0, "warmup": 50, "batch_size": 32}
     runs = [(kind, name, 1) for kind in KINDS for name in (*REFLECT, *ROTATE, *MODELS)]
     runs += [(kind, REFLECT[0], 2) for kind in ("count 3", "count 5")]
@@ -48,12 +49,17 @@ def cells(quick, only=None, mlp=None):
     if mlp:
         common |= {"d_model": 64, "n_heads": 4, "mlp": float(mlp), "warmup": 100, "batch_size": 64}
         rates, steps, n, n_test = (1e-3, 3e-3, 1e-2), 2000, 16000, 250
+    lengths = (40, 160) if long else (40,)
+    if long:
+        runs = [run for run in runs if run[1] in long.split(",") and run[2] == 1]
+        common |= {"d_model": 64, "n_heads": 4, "warmup": 200, "batch_size": 256}
+        rates, steps = (1e-3, 3e-3, 1e-2), 10000
     if quick:
         runs, seeds, rates, steps = [("parity", name, 1) for name in ("gla", REFLECT[0])], (0,), (1e-2,), 200
     runs = [run for run in dict.fromkeys(runs) if not only or run[0] in only.split(",")]
     return [common | {"model": name, "kind": kind, "n_layers": layers, "mixer": MODELS[name],
-                      "task": f"{asked(kind, 40, 41)} {n}", "test": ", ".join(tests(kind, n_test)), "lr": lr,
-                      "seed": seed, "steps": steps}
+                      "task": ", ".join(f"{asked(kind, t, t + 1)} {n}" for t in lengths),
+                      "test": ", ".join(tests(kind, n_test)), "lr": lr, "seed": seed, "steps": steps}
             for kind, name, layers in runs for seed in seeds for lr in rates]
 
 
@@ -113,14 +119,18 @@ def draw(args, name, rows):
         ax.set(title=kind, xlabel="accuracy", xlim=(0, 1.05), ylim=(len(runs) - 0.5, -0.5))
     axes[0, 0].set_yticks(range(len(runs)), [label(*run) for run in runs])
     axes[0, 0].legend(fontsize=8, loc="lower left")
-    fig.suptitle("Trained on 40 tokens, asked further on. Green: the eigenvalues of one layer allow it.\n"
+    trained_on = "up to 160" if args.long else "40"
+    fig.suptitle(f"Trained on {trained_on} tokens, asked further on. Green: the eigenvalues of one layer allow it.\n"
                  "Grey diamonds: the papers' numbers. Dotted: chance", fontsize=10)
     lab.save(fig, args.out / f"{name}.png")
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__, only="these kinds, a,b", mlp="larger models, with an MLP of this width, for a GPU")
-    name = "state_tracking" + ("_mlp" if args.mlp else "")
-    rows = lab.sweep(args, name, cells(args.quick, args.only, args.mlp), measure, ("kind", "model", "n_layers"),
-                     "val_accuracy", pack=4, enough=0)
+    args = lab.options(__doc__, only="these kinds, a,b", mlp="larger models, with an MLP of this width, for a GPU",
+                       long="these models, a,b, trained for longer and on longer texts, for a GPU")
+    if not set((args.long or "mamba3").split(",")) <= set(MODELS):
+        raise SystemExit(f"--long {args.long}: unknown model; there are {', '.join(MODELS)}")
+    name = "state_tracking" + ("_mlp" if args.mlp else "_long" if args.long else "")
+    due = cells(args.quick, args.only, args.mlp, args.long)
+    rows = lab.sweep(args, name, due, measure, ("kind", "model", "n_layers"), "val_accuracy", pack=4, enough=0)
     draw(args, name, rows)
