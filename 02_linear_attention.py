@@ -45,7 +45,7 @@ rwkv7                             vector, data        chunked parallel recurrent
 rwkv6                             vector, data        chunked parallel recurrent       h d e and the last token
 rwkv4                             vector, constant    scan parallel recurrent          3 c and the last token
 gateloop                          complex, data       scan parallel recurrent          2 c
-(all but kda and rwkv7 also triton: one kernel, the default on a GPU in bfloat16)
+(all but rwkv7 also triton: one kernel, the default on a GPU in bfloat16)
 
     python 02_linear_attention.py                  forms compared and timed; how well each feature map mimics softmax
     python 02_linear_attention.py --plot FILE.png  the feature maps' weights beside softmax's, and the mixing matrices
@@ -871,13 +871,14 @@ delta_chunked, delta_parallel, delta_recurrent = (partial(with_beta, form) for f
 
 
 def delta_triton(q, k, v, g, beta, state=None):
-    """The delta rule as one kernel, on a GPU: kernels/delta_rule.py, for heads up to 128 wide. What goes on from a
-    state takes the other forms: the kernel's own way to do so has been checked in the interpreter only."""
-    if state is not None:
-        form = delta_recurrent if q.shape[2] == 1 else delta_chunked
-        return form(*(at_least_float32(x) for x in (q, k, v, g, beta)), state=state)
-    from kernels.delta_rule import delta_rule
-    return delta_rule(q.to(v.dtype), k.to(v.dtype), v, g, beta)
+    """The delta rule as one kernel, on a GPU: kernels/delta_rule.py, for heads up to 128 wide; a single token by its
+    step."""
+    from kernels.delta_rule import delta_rule, delta_step
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if q.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
+        o, state = delta_step(*(x if x is None else x[:, :, 0] for x in (q, k, v, g, beta)), state)
+        return o[:, :, None], state
+    return delta_rule(q, k, v, g, beta, state)
 
 
 def unit_length(x):
@@ -949,9 +950,7 @@ class GatedDeltaNet(DeltaNet):
 
 class KDA(DeltaNet):
     """Kimi Delta Attention [Ki25]: gated DeltaNet with a decay for each key channel, g = -e^{A_log} softplus(W_2 W_1 x
-    + dt_bias), and a sigmoid gate behind the norm, both gates of rank d. (kernels/delta_rule.py takes such decays, but
-    was not checked on a GPU for them, so it is not used here.)"""
-    forms = ("chunked", "parallel", "recurrent")
+    + dt_bias), and a sigmoid gate behind the norm, both gates of rank d."""
 
     def __init__(self, d_model, n_heads=4, beta_max=1.0):
         super().__init__(d_model, n_heads, beta_max=beta_max)

@@ -159,6 +159,22 @@ def test_a_step(kind, d, e):
     assert torch.equal(before, tensors[-1])
 
 
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "kda"])
+def test_the_lessons_form_is_the_kernel(monkeypatch, name):
+    """Of a text from the start and of one that goes on; a single token is the step."""
+    seen = []
+    for f in (delta_rule.delta_rule, delta_rule.delta_step):
+        monkeypatch.setattr(delta_rule, f.__name__, lambda *x, f=f: seen.append(f.__name__) or f(*x))
+    monkeypatch.setattr(linear, "pick_form", lambda mixer, x, form=None: form or "triton")
+    mixer, x = linear.MIXERS[name](32, n_heads=2).to(DEVICE), torch.randn(1, 6, 32, device=DEVICE)
+    mixer(x, "triton").sum().backward()
+    with torch.no_grad():
+        _, state = mixer.prefill(x[:, :3])
+        _, state = mixer.prefill(x[:, 3:5], state)
+        mixer.step(x[:, 5], state)
+    assert seen == ["delta_rule"] * 3 + ["delta_step"]
+
+
 def test_nothing_is_copied_where_heads_are_64_wide():
     x = torch.randn(2, 40, 3, 64)
     assert in_one_piece(x.transpose(1, 2), 64).data_ptr() == x.data_ptr()

@@ -945,7 +945,8 @@ def test_the_kernels_form_is_the_others(name):
 @pytest.mark.parametrize("name, options", [
     ("attention", {}), ("window", {"window": 9}), ("linear_attention", {}), ("mamba2", {}), ("gla", {}), ("rwkv6", {}),
     ("based", {"window": 9}), ("based", {"window": 10 ** 9}), ("based", {"window": None}), ("jrt", {}),
-    ("mamba", {"n_state": 2}), ("rglru", {}), ("s5", {}), ("h3", {}), ("hyena", {})])
+    ("mamba", {"n_state": 2}), ("rglru", {}), ("s5", {}), ("h3", {}), ("hyena", {}), ("deltanet", {"beta_max": 2.0}),
+    ("gated_deltanet", {}), ("kda", {})])
 def test_generation_where_the_kernels_are_the_default(monkeypatch, name, options):
     """What a GPU does in bfloat16, prefill and steps by kernels, done wherever the tests run, in float32."""
     torch.manual_seed(0)
@@ -1020,10 +1021,11 @@ class Nothing:
 
 
 @pytest.mark.skipif(GPU, reason="a GPU runs the kernels themselves")
-@pytest.mark.parametrize("name", "attention mamba2 gla based mamba h3 lru baseconv rwkv4 gateloop jrt".split())
+@pytest.mark.parametrize("name", "attention mamba2 gla gated_deltanet kda based mamba h3 lru baseconv rwkv4 gateloop jrt".split())
 def test_what_stands_around_the_kernels_compiles(monkeypatch, name):
     """Forward and backward, with the strides that a compiler expects."""
-    for module in (flash_attention, linear_attention, gla, taylor_attention, scan, selective_scan, fft_conv, tiles):
+    for module in (flash_attention, linear_attention, gla, delta_rule, taylor_attention, scan, selective_scan, fft_conv,
+                   tiles):
         monkeypatch.setattr(module, "differentiable_gradients", None, raising=False)     # nothing of it is traced
         for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
             monkeypatch.setattr(module, kernel, Nothing())
