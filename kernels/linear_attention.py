@@ -1,6 +1,8 @@
 """Linear attention, with no decay, a constant one, or one number for each token: one pass over memory.
 
-    S_t = e^{g_t} S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t                           forms and names as in lesson 02
+    S_t = e^{g_t} S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t                    forms and names as in lesson 02
+
+(beta, a factor of what is written, is Mamba-2's dt; where it is not given it is 1, and left out below.)
 
 A program owns one head and a block of value columns. It walks over chunks of 64 tokens with the state S: (d, block)
 on chip. With G the sum of g from the start of the chunk, up to and including its row,
@@ -14,9 +16,9 @@ The gradients are the same walk, with the arguments in other places. From dP_ts 
 
     dV = walk(K, Q, dO) backwards in time      dK = walk(V, dO, Q) backwards      dQ = walk(dO, V, K) forwards
 
-and dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone. That is a small difference of
-large sums, in which the rounding of 16 bits would grow with the sequence: it is taken over 256 tokens, at whose end the
-state and its gradient say what is behind them.
+and dbeta = k . dk / beta, dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, because g enters as e^{G_t - G_s} alone. dg is a
+small difference of large sums, in which the rounding of 16 bits would grow with the sequence: it is taken over 256
+tokens, at whose end the state and its gradient say what is behind them.
 
 Few heads leave most of the GPU idle. Then the sequence is cut into segments: a first pass finds the state that each
 segment would leave from zero; in a second, each starts from those before it, added up, and all segments run at once.
@@ -45,13 +47,14 @@ CHUNK = 64
 SPAN = tl.constexpr(256)         # tokens over which g's gradient is summed up
 
 
-def reference(q, k, v, g=None, state=None):
+def reference(q, k, v, g=None, state=None, beta=None):
     """The kernel's loop over chunks; in 16 bits, what is added up is in float32, and what is multiplied is not. q, k:
-    (b, h, t, d), v: (b, h, t, e), g: log decay (b, h, t, 1) or None, state: (b, h, d, e) or None. Returns o: (b, h,
-    t, e) and the state after."""
+    (b, h, t, d), v: (b, h, t, e), g: log decay and beta: (b, h, t, 1) or None, state: (b, h, d, e) or None. Returns
+    o: (b, h, t, e) and the state after."""
     more = torch.promote_types(q.dtype, torch.float32)
     S = q.new_zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=more) if state is None else state
     g, o = q.new_zeros(*q.shape[:3], 1, dtype=more) if g is None else g, []
+    v = v if beta is None else (v * beta).to(v.dtype)
     for i in range(0, q.shape[2], CHUNK):
         q_i, k_i, v_i, g_i = (x[:, :, i:i + CHUNK] for x in (q, k, v, g))
         G = g_i.cumsum(dim=2)
@@ -69,12 +72,12 @@ def state_tile(S, d, e, rows, cols, D: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit
-def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, x, xo, kept, D: tl.constexpr, E: tl.constexpr,
+def walk(q, k, v, g, beta, o, S, e, start, end, HK, HV, H, g_stride, x, xo, kept, D: tl.constexpr, E: tl.constexpr,
          BD: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr):
     """o_t = sum_{s <= t} e^{G_t - G_s} (q_t . k_s) v_s for rows start to end, from the state S: (BD, len(e)).
-    q and k have HK heads, v and x HV, o H. REVERSE: the sum is over s >= t, with e^{G_s - G_t}. If xo is given, x_t .
-    o_t goes there; if kept is, the state at every SPAN rows: before them, REVERSE behind them. Returns the state behind
-    the last row, and the sum of g."""
+    q and k have HK heads, v and x HV, o H. REVERSE: the sum is over s >= t, with e^{G_s - G_t}. beta, if given, is a
+    factor of v_s, or, REVERSE, of o_t. If xo is given, x_t . o_t goes there, without this factor; if kept is, the state
+    at every SPAN rows: before them, REVERSE behind them. Returns the state behind the last row, and the sum of g."""
     i, d = tl.arange(0, C), tl.arange(0, BD)
     total = 0.0
     chunks = tl.cdiv(end - start, C)
@@ -92,7 +95,11 @@ def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, x, xo, kept, D: t
             g_i = tl.load(g + rows * g_stride, mask=rows < end, other=0.0)
             G, whole = tl.cumsum(g_i), tl.sum(g_i)
             first, last = (whole - G, G) if REVERSE else (G, whole - G)      # from the side that the walk comes from
-            written = (k_i * tl.exp(last)[:, None]).to(k_i.dtype)
+            of_source = tl.exp(last)
+            if beta is not None:
+                beta_i = tl.load(beta + rows * g_stride, mask=rows < end, other=0.0)
+                of_source = of_source if REVERSE else of_source * beta_i
+            written = (k_i * of_source[:, None]).to(k_i.dtype)
         if READ:
             q_i = load(q, rows, d, end, HK * D, D)
             if xo is not None:
@@ -102,12 +109,16 @@ def walk(q, k, v, g, o, S, e, start, end, HK, HV, H, g_stride, x, xo, kept, D: t
             o_i = tl.dot(q_i, S.to(q_i.dtype), input_precision=PRECISION)
             if g is not None:
                 P *= tl.exp(tl.where(seen, first[:, None] - first[None, :], 0.0))
+                if beta is not None:
+                    P = P if REVERSE else P * beta_i[None, :]
                 o_i *= tl.exp(first)[:, None]
             P = tl.where(seen, P, 0.0).to(v_i.dtype)
             o_i = tl.dot(P, v_i, acc=o_i, input_precision=PRECISION)
-            store(o, o_i, rows, e, end, H * E, E)
             if xo is not None:
                 tl.store(xo + rows, tl.sum(o_i * x_i, axis=1), mask=rows < end)
+            if g is not None and beta is not None:
+                o_i = o_i * beta_i[:, None] if REVERSE else o_i
+            store(o, o_i, rows, e, end, H * E, E)
         if g is not None:
             S *= tl.exp(whole)
             total += whole
@@ -131,7 +142,7 @@ def enter(S0, states, decays, d, e, n, head, N, rows, cols, D: tl.constexpr, E: 
 
 
 @triton.jit(do_not_specialize=["T"])
-def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr, E: tl.constexpr,
+def segment_kernel(k, v, g, beta, states, decays, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr, E: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
                    PRECISION: tl.constexpr):
     """What each segment adds to the state."""
@@ -139,9 +150,11 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D:
     d, e = tl.arange(0, BD), tl.program_id(2) * BE + tl.arange(0, BE)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
+    if beta is not None:
+        beta += b_h // H * g_b + b_h % H * g_h
     k, v, S = k + place(b_h, H, HK, T, D), v + place(b_h, H, H, T, E), tl.zeros((BD, BE), tl.float32)
-    S, total = walk(k, k, v, g, v, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H, H, g_t, None, None, None,
-                    D, E, BD, C, REVERSE, False, PRECISION)
+    S, total = walk(k, k, v, g, beta, v, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H, H, g_t, None, None,
+                    None, D, E, BD, C, REVERSE, False, PRECISION)
     this = b_h * tl.num_programs(1) + n
     at, inside = state_tile(states + this * D * E, d, e, E, 1, D, E)
     tl.store(at, S, mask=inside)
@@ -149,27 +162,30 @@ def segment_kernel(k, v, g, states, decays, T, H, segment, HK, g_b, g_h, g_t, D:
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward_kernel(q, k, v, g, S0, states, decays, o, S_T, kept, T, H, segment, HK, g_b, g_h, g_t, D: tl.constexpr,
-                   E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+def forward_kernel(q, k, v, g, beta, S0, states, decays, o, S_T, kept, T, H, segment, HK, g_b, g_h, g_t,
+                   D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr,
+                   PRECISION: tl.constexpr):
     n, N, b_h = tl.program_id(1), tl.num_programs(1), tl.program_id(0).to(tl.int64)
     d, e = tl.arange(0, BD), tl.program_id(2) * BE + tl.arange(0, BE)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
+    if beta is not None:
+        beta += b_h // H * g_b + b_h % H * g_h
     key, value = place(b_h, H, HK, T, D), place(b_h, H, H, T, E)
     if kept is not None:
         kept += b_h * tl.cdiv(T, SPAN) * D * E
     S = enter(S0, states, decays, d, e, n, b_h, N, E, 1, D, E, False)
-    S, _ = walk(q + key, k + key, v + value, g, o + value, S, e, n * segment, tl.minimum(T, (n + 1) * segment), HK, H,
-                H, g_t, None, None, kept, D, E, BD, C, False, True, PRECISION)
+    S, _ = walk(q + key, k + key, v + value, g, beta, o + value, S, e, n * segment, tl.minimum(T, (n + 1) * segment),
+                HK, H, H, g_t, None, None, kept, D, E, BD, C, False, True, PRECISION)
     if n == N - 1:
         at, inside = state_tile(S_T + b_h * D * E, d, e, E, 1, D, E)
         tl.store(at, S, mask=inside)
 
 
 @triton.jit(do_not_specialize=["T"])
-def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, x, kept, T, H, segment, HK, g_b,
-                    g_h, g_t, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BLOCK: tl.constexpr,
-                    C: tl.constexpr, PRECISION: tl.constexpr):
+def backward_kernel(q, k, v, g, beta, do, S0, dS_T, states, decays, dstates, dq, dk, dv, dS0, x, kept, T, H, segment,
+                    HK, g_b, g_h, g_t, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+                    BLOCK: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     """Three walks at once, over blocks of the E columns of dv, the D columns of dk, and those of dq. The states of dk
     and dq are those of dv and o, transposed. If x is given, k . dk and q . dq of a block go there, (blocks, b h, t),
     and the gradients of the states behind every SPAN tokens to kept."""
@@ -180,26 +196,28 @@ def backward_kernel(q, k, v, g, do, S0, dS_T, states, decays, dstates, dq, dk, d
     block = (p - (role >= 1) * of_dv - (role == 2) * of_dk) * BLOCK + tl.arange(0, BLOCK)
     if g is not None:
         g += b_h // H * g_b + b_h % H * g_h
+    if beta is not None:
+        beta += b_h // H * g_b + b_h % H * g_h
     if x is not None:
         x += ((p - of_dv) * tl.num_programs(0).to(tl.int64) + b_h) * T
         kept += b_h * tl.cdiv(T, SPAN) * D * E
     d, e, key, value = tl.arange(0, BD), tl.arange(0, BE), place(b_h, H, HK, T, D), place(b_h, H, H, T, E)
     if role == 0:
         R = enter(dS_T, dstates, decays, d, block, n, b_h, N, E, 1, D, E, True)
-        R, _ = walk(k + key, q + key, do + value, g, dv + value, R, block, start, end, HK, H, H, g_t, None, None, kept,
-                    D, E, BD, C, True, True, PRECISION)
+        R, _ = walk(k + key, q + key, do + value, g, beta, dv + value, R, block, start, end, HK, H, H, g_t, None, None,
+                    kept, D, E, BD, C, True, True, PRECISION)
         if dS0 is not None:
             if n == 0:
                 at, inside = state_tile(dS0 + b_h * D * E, d, block, E, 1, D, E)
                 tl.store(at, R, mask=inside)
     elif role == 1:
         R_T = enter(dS_T, dstates, decays, e, block, n, b_h, N, 1, E, E, D, True)
-        walk(v + value, do + value, q + key, g, dk + place(b_h, H, H, T, D), R_T, block, start, end, H, HK, H, g_t,
-             k + key, x, None, E, D, BE, C, True, True, PRECISION)
+        walk(v + value, do + value, q + key, g, beta, dk + place(b_h, H, H, T, D), R_T, block, start, end, H, HK, H,
+             g_t, k + key, x, None, E, D, BE, C, True, True, PRECISION)
     else:
         S_T = enter(S0, states, decays, e, block, n, b_h, N, 1, E, E, D, False)
-        walk(do + value, v + value, k + key, g, dq + place(b_h, H, H, T, D), S_T, block, start, end, H, HK, H, g_t,
-             q + key, x, None, E, D, BE, C, False, True, PRECISION)
+        walk(do + value, v + value, k + key, g, beta, dq + place(b_h, H, H, T, D), S_T, block, start, end, H, HK, H,
+             g_t, q + key, x, None, E, D, BE, C, False, True, PRECISION)
 
 
 def settings(q, v, g):
@@ -220,7 +238,7 @@ def settings(q, v, g):
     return block, sizes, (t, h, segment, hk, *strides), (b * h, cdiv(t, segment))
 
 
-def segment_states(k, v, g, block, sizes, shape, grid, reverse):
+def segment_states(k, v, g, beta, block, sizes, shape, grid, reverse):
     """The states that the segments leave from zero: (b h, segments, d, e), and the sums of g in each. None for
     one."""
     if grid[1] == 1:
@@ -228,13 +246,14 @@ def segment_states(k, v, g, block, sizes, shape, grid, reverse):
     states = torch.empty(*grid, k.shape[-1], v.shape[-1], device=k.device)
     decays = torch.empty(*grid, device=k.device)
     blocks = cdiv(v.shape[-1], block)
-    run(segment_kernel, (*grid, blocks), k, v, g, states, decays, *shape, BE=block, REVERSE=reverse, **sizes)
+    run(segment_kernel, (*grid, blocks), k, v, g, beta, states, decays, *shape, BE=block, REVERSE=reverse, **sizes)
     return states, decays
 
 
-def twin(q, k, v, g, S0):
+def twin(q, k, v, g, beta, S0):
     """The reference, for arguments as LinearAttention takes them."""
-    o, S = reference(*(x.transpose(1, 2) for x in (q, k, v)), None if g is None else g[..., None], S0)
+    g, beta = (x if x is None else x[..., None] for x in (g, beta))
+    o, S = reference(*(x.transpose(1, 2) for x in (q, k, v)), g, S0, beta)
     return o.transpose(1, 2), S
 
 
@@ -256,28 +275,29 @@ def decay_gradient(k_dk, q_dq, S, R, S_T, dS_T):
 
 
 class LinearAttention(torch.autograd.Function):
-    """q, k: (b, t, h or 1, d), v: (b, t, h, e), in one piece; g: (b, h, t) of any strides."""
+    """q, k: (b, t, h or 1, d), v: (b, t, h, e), in one piece; g, beta: (b, h, t), of the same strides."""
 
     @staticmethod
-    def forward(ctx, q, k, v, g, S0):
+    def forward(ctx, q, k, v, g, beta, S0):
         block, sizes, shape, grid = settings(q, v, g)
         o, S_T = torch.empty_like(v), q.new_empty(*v.shape[::2], q.shape[3], v.shape[3], dtype=torch.float32)
-        states, decays = segment_states(k, v, g, block, sizes, shape, grid, False)
-        blocks, kept = cdiv(v.shape[-1], block), spans(q, v) if ctx.needs_input_grad[3] else None
-        run(forward_kernel, (*grid, blocks), q, k, v, g, S0, states, decays, o, S_T, kept, *shape, BE=block, **sizes)
-        ctx.save_for_backward(q, k, v, g, S0, states, decays, S_T, kept)
+        states, decays = segment_states(k, v, g, beta, block, sizes, shape, grid, False)
+        blocks, kept = cdiv(v.shape[-1], block), spans(q, v) if any(ctx.needs_input_grad[3:5]) else None
+        run(forward_kernel, (*grid, blocks), q, k, v, g, beta, S0, states, decays, o, S_T, kept, *shape, BE=block,
+            **sizes)
+        ctx.save_for_backward(q, k, v, g, beta, S0, states, decays, S_T, kept)
         ctx.set_materialize_grads(False)
         return o, S_T
 
     @staticmethod
     def backward(ctx, do, dS_T):
-        q, k, v, g, S0, states, decays, S_T, kept = ctx.saved_tensors
+        q, k, v, g, beta, S0, states, decays, S_T, kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return differentiable_gradients(twin, (q, k, v, g, S0), (do, dS_T))
+            return differentiable_gradients(twin, (q, k, v, g, beta, S0), (do, dS_T))
         do = torch.zeros_like(v) if do is None else do.contiguous()
         dS_T = None if dS_T is None else dS_T.contiguous()
         block, sizes, shape, grid = settings(q, v, g)
-        dstates, _ = segment_states(q, do, g, block, sizes, shape, grid, True)
+        dstates, _ = segment_states(q, do, g, None, block, sizes, shape, grid, True)
         dq, dk = (q.new_empty(*v.shape[:3], q.shape[3]) for _ in "qk")
         dv, dS0 = torch.empty_like(v), None if S0 is None else torch.empty_like(S0)
         block = block if q.dtype == torch.float32 or max(q.shape[-1], v.shape[-1]) > 128 else 64
@@ -286,50 +306,57 @@ class LinearAttention(torch.autograd.Function):
         x, dkept = None, None
         if kept is not None:
             x, dkept = torch.empty(2, of_dk, *g.shape, device=q.device), torch.empty_like(kept)      # of dk, of dq
-        run(backward_kernel, (*grid, cdiv(v.shape[-1], block) + 2 * of_dk), q, k, v, g, do, S0, dS_T, states, decays,
-            dstates, dq, dk, dv, dS0, x, dkept, *shape, BLOCK=block, BE=max(16, next_power_of_2(v.shape[-1])), **sizes)
-        dg = None if x is None else decay_gradient(*x.sum(dim=1), kept, dkept, S_T, dS_T)
+        run(backward_kernel, (*grid, cdiv(v.shape[-1], block) + 2 * of_dk), q, k, v, g, beta, do, S0, dS_T, states,
+            decays, dstates, dq, dk, dv, dS0, x, dkept, *shape, BLOCK=block, BE=max(16, next_power_of_2(v.shape[-1])),
+            **sizes)
+        dg, dbeta = None, None
+        if x is not None:
+            dbeta, q_dq = x.sum(dim=1)
+            dg = decay_gradient(dbeta if beta is None else beta * dbeta, q_dq, kept, dkept, S_T, dS_T)
         if q.shape[2] < v.shape[2]:                                      # shared by the heads
             dq, dk = (x.sum(dim=2, keepdim=True, dtype=torch.float32) for x in (dq, dk))
-        return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dS0
+        return dq.to(q.dtype), dk.to(k.dtype), dv, dg, None if beta is None else dbeta, dS0
 
 
-def linear_attention(q, k, v, g=None, state=None):
-    """o_t = sum_{s <= t} e^{g_{s+1} + ... + g_t} (q_t . k_s) v_s, not normalised, and the state after: lesson 02's
-    form.
+def linear_attention(q, k, v, g=None, state=None, beta=None):
+    """o_t = sum_{s <= t} e^{g_{s+1} + ... + g_t} (q_t . k_s) beta_s v_s, not normalised, and the state after: lesson
+    02's form.
 
     q, k: (b, h, t, d), or (b, 1, t, d), which all heads share, v: (b, h, t, e), of one dtype, float32 or 16 bits; g:
-    log decay, at most 0, four axes that broadcast to (b, h, t, 1), or None; state: (b, h, d, e) or None. Returns o: (b,
-    h, t, e) and the state, float32. ValueError for a decay of each channel: see kernels.gla. The state of a head is on
-    chip, up to 256 x 256 numbers of it (128 x 128 in float32); o is a sum over key channels, and value channels do not
-    meet, so wider heads are done in parts."""
+    log decay, at most 0, and beta: four axes that broadcast to (b, h, t, 1), or None; state: (b, h, d, e) or None.
+    Returns o: (b, h, t, e) and the state, float32. ValueError for a decay of each channel: see kernels.gla. The state
+    of a head is on chip, up to 256 x 256 numbers of it (128 x 128 in float32); o is a sum over key channels, and value
+    channels do not meet, so wider heads are done in parts."""
     if g is not None and g.shape[-1] != 1:
         raise ValueError(f"g of shape {tuple(g.shape)}: a decay of each channel is kernels.gla's")
     d, e = q.shape[-1], v.shape[-1]
     most = 128 if q.dtype == torch.float32 else 256
     if d > most:
-        parts = [linear_attention(q[..., i], k[..., i], v, g, None if state is None else state[:, :, i])
+        parts = [linear_attention(q[..., i], k[..., i], v, g, None if state is None else state[:, :, i], beta)
                  for i in (slice(0, most), slice(most, d))]
         return parts[0][0] + parts[1][0], torch.cat([S for _, S in parts], dim=2)
     if e > most:
-        parts = [linear_attention(q, k, v[..., i], g, None if state is None else state[..., i])
+        parts = [linear_attention(q, k, v[..., i], g, None if state is None else state[..., i], beta)
                  for i in (slice(0, most), slice(most, e))]
         return tuple(torch.cat(pair, dim=-1) for pair in zip(*parts, strict=True))
     if q.shape != k.shape or q.shape[1] not in (1, v.shape[1]):
         raise ValueError(f"q of shape {tuple(q.shape)} and k of {tuple(k.shape)} should be one, with 1 head or as many "
                          f"as v, {v.shape[1]}")
-    g = None if g is None else g.squeeze(-1).float().expand(v.shape[:3])
+    g = torch.zeros_like(beta) if g is None and beta is not None else g
+    g, beta = (x if x is None else x.squeeze(-1).float().expand(v.shape[:3]) for x in (g, beta))
+    if beta is not None and g.stride() != beta.stride():
+        g, beta = g.contiguous(), beta.contiguous()
     q, k, v = (in_one_piece(x, 16) for x in (q, k, v))                                       # loads of 32 bytes
     if state is not None:
         state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - state.shape[2])).contiguous()
-    o, S = LinearAttention.apply(q, k, v, g, state)
+    o, S = LinearAttention.apply(q, k, v, g, beta, state)
     return without_zeros(o, e), S[:, :, :d, :e]
 
 
 def mamba_2(x, dt, A, B, C):
     """Mamba-2's recurrence as mamba-ssm has it. x: (b, t, h, e), dt: (b, t, h), A: (h,), B and C: (b, t, 1, d)."""
-    q, k, v = (z.transpose(1, 2) for z in (C, B, x * dt[..., None]))
-    return linear_attention(q, k, v, (dt.float() * A).mT[..., None])[0].transpose(1, 2)
+    (q, k, v), dt = (z.transpose(1, 2) for z in (C, B, x)), dt.float().mT[..., None]
+    return linear_attention(q, k, v, A[:, None, None] * dt, beta=dt)[0].transpose(1, 2)
 
 
 if __name__ == "__main__":

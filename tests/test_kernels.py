@@ -233,6 +233,29 @@ def test_linear_attention_with_shared_queries_and_keys(monkeypatch, kind, segmen
     check_kernel(linear_attention.linear_attention, expanded, tensors, 1e-4)
 
 
+@pytest.mark.parametrize("segments, t, e", [(1, 70, 24), (2, 260, 24), (1, 30, 300)])
+def test_linear_attention_with_a_factor_of_what_is_written(monkeypatch, segments, t, e):
+    """Mamba-2's dt: beta is to the kernel what a factor of v is to the lesson."""
+    if segments == 2:
+        in_segments(monkeypatch, linear_attention, 2)
+    q, k, v, S = random((1, 1, t, 16), (1, 1, t, 16), (1, 2, t, e), (1, 2, 16, e))
+    g, beta = gate("scalar", 1, 2, t, 16, strength=WEAK), random((1, 2, t, 1), seed=3)[0].sigmoid()
+    for a, b in zip(linear_attention.reference(q.expand(1, 2, t, 16), k.expand(1, 2, t, 16), v, g, S, beta),
+                    linear.recurrent(q, k, beta * v, g, S), strict=True):
+        check_close(a, b, 1e-11, "the twin and the lesson")
+
+    def expanded(q, k, *rest):
+        return linear_attention.reference(q.expand(1, 2, t, 16), k.expand(1, 2, t, 16), *rest)
+    check_kernel(linear_attention.linear_attention, expanded, (q, k, v, g, S, beta), 1e-4, 0.1)      # for g's gradient
+
+
+def test_mamba_2_as_its_own_package_calls_it():
+    x, dt, B, C = (z.float().to(DEVICE) for z in random((1, 70, 2, 16), (1, 70, 2), (1, 70, 1, 16), (1, 70, 1, 16)))
+    dt, A = dt.abs(), torch.tensor([-0.5, -1.0], device=DEVICE)
+    wanted, _ = linear.recurrent(*(z.transpose(1, 2) for z in (C, B, x * dt[..., None])), (dt * A).mT[..., None])
+    check_close(linear_attention.mamba_2(x, dt, A, B, C), wanted.transpose(1, 2), 1e-4, "Mamba-2")
+
+
 @pytest.mark.parametrize("kind, strength", [("none", STRONG), ("scalar", STRONG), ("vector", STRONG), ("scalar", WEAK),
                                             ("vector", WEAK)])
 def test_linear_attention_over_many_chunks(monkeypatch, kind, strength):
@@ -1021,7 +1044,8 @@ class Nothing:
 
 
 @pytest.mark.skipif(GPU, reason="a GPU runs the kernels themselves")
-@pytest.mark.parametrize("name", "attention mamba2 gla gated_deltanet kda based mamba h3 lru baseconv rwkv4 gateloop jrt".split())
+@pytest.mark.parametrize("name", "attention mamba2 gla gated_deltanet kda based mamba h3 lru baseconv rwkv4 gateloop "
+                                 "jrt".split())
 def test_what_stands_around_the_kernels_compiles(monkeypatch, name):
     """Forward and backward, with the strides that a compiler expects."""
     for module in (flash_attention, linear_attention, gla, delta_rule, taylor_attention, scan, selective_scan, fft_conv,
