@@ -1,12 +1,14 @@
 """How kernels are checked and timed; on what, kernels/tables.py says. Run on a GPU; with --check or --time, only one of
-the two is done.
+the two is done; with --peers, beside the libraries that are installed. `python -m kernels` does all tables.
 
 Timings are medians of triton.testing.do_bench_cudagraph, the candidates in turns in one process, on random inputs.
 Recorded as CUDA graphs, they are the GPU's time. `called` is what a forward and a backward pass take as called from
 Python, one after the other: the longer of the GPU's time and of what Python spends on launches, which a model hides by
 running ahead, by torch.compile, or by a graph of its own. `limit` is the time that the device would need at least, for
-the bytes at its copy bandwidth or the FLOPs at its matmul rate, whichever is longer.
+the bytes at its copy bandwidth or the FLOPs at its matmul rate, whichever is longer. `memory` is the most that a
+forward and a backward pass take beside their arguments.
 """
+import functools
 import platform
 import statistics
 import sys
@@ -20,6 +22,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 LENGTHS = (1, 17, 64, 100, 1000, 4096)
 
 
+@functools.cache
 def limits():
     """Copy bandwidth in bytes/s (read + write) and bfloat16 matmul rate in FLOP/s, measured."""
     x = torch.randn(2 ** 28, device="cuda")
@@ -29,15 +32,20 @@ def limits():
     return 2 * x.numel() * 4 / copy, 2 * 8192 ** 3 / matmul
 
 
-def print_machine():
-    """The machine, the versions and the command; returns the limits."""
+def need_a_gpu():
     if not torch.cuda.is_available():
         sys.exit("this checks and times kernels on a GPU, and there is none here; python -m pytest "
                  "tests/test_kernels.py runs them in Triton's interpreter")
-    rates = limits()
+
+
+def print_machine():
+    """The machine, the versions and the command; returns the limits."""
+    need_a_gpu()
+    rates, name = limits(), Path(sys.argv[0]).stem
+    command = " ".join([f"kernels{'' if name == '__main__' else '.' + name}", *sys.argv[1:]])
     print(f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}, triton "
           f"{triton.__version__}; copy {rates[0] / 1e12:.2f} TB/s, bfloat16 matmul {rates[1] / 1e12:.0f} TFLOP/s\n"
-          f"$ python -m kernels.{' '.join([Path(sys.argv[0]).stem, *sys.argv[1:]])}", flush=True)
+          f"$ python -m {command}", flush=True)
     return rates
 
 
@@ -93,9 +101,9 @@ def by_the_clock(f):
     return 1e3 * (time.perf_counter() - start)
 
 
-def timed(candidates, rounds=2, ms=30):
-    """{name: median ms} of functions without arguments, measured in turns; what takes 20 ms or more once, by the
-    clock."""
+def timed(candidates, rounds=2, ms=10):
+    """{name: median ms} of functions without arguments, measured in turns, in rounds of ten graphs of so many ms; what
+    takes 20 ms or more once, by the clock."""
     times = {name: [by_the_clock(f)] for name, f in candidates.items()}
     for _ in range(rounds):
         for name, f in candidates.items():
@@ -105,7 +113,7 @@ def timed(candidates, rounds=2, ms=30):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def called(f, times=40):
+def called(f, times=20):
     """Milliseconds of a call from Python, of many one after the other: the median of five rounds."""
     rounds = []
     for _ in range(6):
@@ -165,23 +173,27 @@ def agree(name, candidates, tensors):
 
 
 def line_of(times):
-    """The times of candidates, those of the others also as multiples of the first one's."""
+    """What candidates take, the others also as multiples of what the first one takes."""
     mine = next(iter(times.values()), None)
     return "  ".join(f"{name} {t:.3f}" + (f" ({t / mine:.2f}x)" if t != mine else "") for name, t in times.items())
 
 
 def compare(rows, rates, gradients=True):
     """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of
-    the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and the others'
-    times as multiples of it. The last column is of those that take less than 3 ms. With --check, nothing is done."""
+    the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and what the others
+    take as multiples of it. The last columns are of those that take less than 3 ms. With --check, nothing is done."""
     if "--check" in sys.argv:
         return
-    titles = "forward, ms", *(["forward + backward, ms"] if gradients else []), "the same, called from Python, ms"
+    titles = ["forward, ms", *(["forward + backward, ms"] if gradients else []), "the same, called from Python, ms",
+              *(["memory, GiB"] if gradients else [])]
     print(f"{'':38}{'limit':>8}{'share':>7} | " + " | ".join(f"{title:55}" for title in titles).rstrip())
     for name, candidates, tensors, n_bytes, flops in rows:
         pairs = {c: forward_and_backward(f, tensors) for c, f in candidates.items()}
-        columns = [timed({c: pair[i] for c, pair in pairs.items()}) for i in range(len(titles) - 1)]
-        columns.append({c: called(pairs[c][len(titles) - 2]) for c, ms in columns[-1].items() if ms < 3})
+        columns = [timed({c: pair[i] for c, pair in pairs.items()}) for i in range(1 + gradients)]
+        short = [c for c, ms in columns[-1].items() if ms < 3]
+        columns.append({c: called(pairs[c][gradients]) for c in short})
+        if gradients:
+            columns.append({c: memory(candidates[c], tensors) / 2 ** 30 for c in short})
         limit = 1e3 * max(n_bytes / rates[0], flops / rates[1])
         print(f"{name:38}{limit:8.3f}{limit / next(iter(columns[0].values())):7.0%} | "
               + " | ".join(f"{line_of(times):55}" for times in columns).rstrip(), flush=True)

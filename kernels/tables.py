@@ -78,9 +78,6 @@ def selective_scan():
         bench.agree(f"n {n} t 2048", candidates, inputs(2048, 2, 1024, n))
     bench.compare(((f"bfloat16, b {b} c 1024 n {n} t {t}", candidates, x, 3 * x[0].nbytes, 0) for n in (16, 64)
                    for b, t in ((16, 2048), (4, 8192), (1, 32768)) for x in [inputs(t, b, 1024, n)]), rates)
-    for n in (16, 64):
-        print(f"memory, forward + backward, b 4 c 1024 n {n} t 8192: " + ", ".join(
-            f"{name} {bench.memory(f, inputs(8192, 4, 1024, n)) / 2 ** 30:.2f} GiB" for name, f in candidates.items()))
 
 
 def fft_conv():
@@ -186,8 +183,6 @@ def gla():
         bench.check(kernel, twin, (name, f), lambda t: inputs(t, 1, 16), "qkvg", lengths=(4096,))
     bench.compare(((f"b {b} h 16 t {t} d 64", candidates, x, 12 * x[0].numel(), 12 * 2 * CHUNK * x[0].numel())
                    for b, t in ((16, 2048), (4, 8192), (1, 32768)) for x in [inputs(t, b, 16)]), rates)
-    print("memory, forward + backward, b 4 h 16 t 8192: " + ", ".join(
-        f"{name} {bench.memory(f, inputs(8192, 4, 16)) / 2 ** 30:.2f} GiB" for name, f in candidates.items()))
 
 
 def compare_mamba_2(rates):
@@ -214,7 +209,7 @@ def compare_mamba_2(rates):
             gaps = [bench.error(a, b) for a, b in zip(bench.values_and_gradients(f, x, torch.bfloat16), exact,
                                                       strict=True)]
             print(f"Mamba-2, t 2048, relative errors of o, dx, ddt, dA, dB, dC: {name} "
-                  f"{', '.join(f'{gap:.1e}' for gap in gaps)}; {bench.memory(f, x) / 2 ** 30:.2f} GiB", flush=True)
+                  f"{', '.join(f'{gap:.1e}' for gap in gaps)}", flush=True)
             assert max(gaps[:3]) < 0.02, f"{name} computes something else"
     bench.compare([(f"Mamba-2, b {32768 // t} h 16 t {t} n 64 d 64", candidates, x, 2 * x[0].nbytes, 0)
                    for t in (2048, 8192) for x in [inputs(32768 // t, t)]], rates)
@@ -250,7 +245,7 @@ def linear_attention():
 
 def compare_mixers(rates):
     """RWKV-4 and GateLoop."""
-    from kernels.scan import gateloop, rwkv, rwkv_peers, rwkv_reference
+    from kernels.scan import gateloop, reference, rwkv, rwkv_peers, rwkv_reference
 
     def inputs(b, t, c=1024):
         k, v = (x[:, :, 0].contiguous() for x in bench.random((b, c, 1, t), (b, c, 1, t)))
@@ -264,6 +259,10 @@ def compare_mixers(rates):
 
     def loop(q, k, v, size, turn):
         return gateloop(*(x[..., None] for x in (q, k, v)), torch.complex(F.logsigmoid(size), turn)[..., None])[0]
+
+    def plain_loop(q, k, v, size, turn):
+        S, _ = reference(torch.complex(F.logsigmoid(size), turn).exp(), (k * v).to(torch.complex64))
+        return (q * S.real).to(v.dtype)[..., None]
     print("RWKV-4")
     bench.check(lambda *x: rwkv(*x)[0], plain, ("twin", plain), lambda t: inputs(2, t, 8), "kvwu")
     ours, twin = {"kernel": lambda *x: rwkv(*x)[0]}, {"twin": plain}
@@ -272,8 +271,8 @@ def compare_mixers(rates):
     rows = [(f"RWKV-4, bfloat16, b {32768 // t} c 1024 t {t}", ours | others | (twin if t == 8192 else {}), x,
              3 * x[0].nbytes, 0) for t in (2048, 8192, 32768) for x in [inputs(32768 // t, t)]]
     q, k, v, size, turn = (x[:, :, 0].contiguous() for x in bench.random(*[(4, 1024, 1, 8192)] * 5))
-    rows.append(("GateLoop, bfloat16, b 4 c 1024 t 8192", {"kernel": loop}, [q, k, v, size.float() + 3, turn.float()],
-                 4 * q.nbytes + 8 * q.numel(), 0))
+    rows.append(("GateLoop, bfloat16, b 4 c 1024 t 8192", {"kernel": loop, "twin": plain_loop},
+                 [q, k, v, size.float() + 3, turn.float()], 4 * q.nbytes + 8 * q.numel(), 0))
     bench.compare(rows, rates)
 
 
@@ -327,16 +326,15 @@ def delta_rule():
         return lambda q, k, v, *gates: f(q, k, v, *(gates if len(gates) == 2 else (None, *gates)))[0]
 
     def compared(kind, d, t, tensors):
-        """The peers that do this, too; their outputs, gradients and memory are compared on the way."""
+        """The peers that do this, too; their outputs and gradients are compared on the way."""
         if "--time" in sys.argv:
             return others.get(kind, {})
-        mine, memory = bench.values_and_gradients(kernel, tensors, torch.bfloat16), bench.memory(kernel, tensors)
+        mine = bench.values_and_gradients(kernel, tensors, torch.bfloat16)
         for name, f in others.get(kind, {}).items():
             gaps = [bench.error(x, y.double()) for x, y in
                     zip(bench.values_and_gradients(f, tensors, torch.bfloat16), mine, strict=True)]
             print(f"  decay {kind}, t {t} d {d}: {name}'s output and gradients are off by "
-                  f"{', '.join(f'{x:.1e}' for x in gaps)}; forward and backward take {memory / 2 ** 30:.2f} GiB, its "
-                  f"{bench.memory(f, tensors) / 2 ** 30:.2f}", flush=True)
+                  f"{', '.join(f'{x:.1e}' for x in gaps)}", flush=True)
         return others.get(kind, {})
     kernel, plain, tokens = called(delta_rule), called(reference), 32768
     for kind in ("none", "scalar", "vector"):

@@ -14,6 +14,7 @@ import triton.language as tl
 from harness import D_MODEL, MIXERS, check_close, inputs, make, run
 
 import kernels
+from kernels import __main__ as all_tables
 from kernels import (
     delta_rule,
     fft_conv,
@@ -1082,5 +1083,24 @@ def test_the_interpreter_watches_where_kernels_read():
 @pytest.mark.parametrize("name", [name for name, f in vars(tables).items() if hasattr(kernels, name)
                                   and getattr(f, "__module__", None) == tables.__name__])
 def test_a_table_needs_a_gpu(name):
+    assert name in all_tables.NAMES
     with pytest.raises(SystemExit, match="on a GPU, and there is none here"):
         runpy.run_module(f"kernels.{name}", run_name="__main__")
+
+
+def test_all_tables_in_one_go(monkeypatch, tmp_path, capsys):
+    """A table that fails says where, and does not take the others along; without a GPU no file is touched."""
+    def fails():
+        print("a row")
+        raise AssertionError("too far off")
+    monkeypatch.setattr(all_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "gla", fails)
+    monkeypatch.setattr(tables, "scan", lambda: print("rows"))
+    if not GPU:
+        with pytest.raises(SystemExit, match="there is none here"):
+            all_tables.main(["scan"])
+        assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert all_tables.main(["gla", "scan"]) and not all_tables.main(["scan"])
+    assert (tmp_path / "gla.txt").read_text() == "a row\ngla stopped here: AssertionError: too far off\n"
+    assert (tmp_path / "scan.txt").read_text() == "rows\n" and "scan took" in capsys.readouterr().out
