@@ -236,7 +236,7 @@ def put(at, x):
     tl.store(at, x.to(at.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def chunks_kernel(q, k, v, G, lowest, beta, read, write, U_, W_, P_, inverse_, T, H, D: tl.constexpr, E: tl.constexpr,
                   C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
     """Of each chunk P, (1 + A)^-1, U and W; with a decay of each channel also e^G Q (read) and K' (write). 64 key
@@ -289,7 +289,7 @@ def decay_of(G, b_h, chunk, d, T, H, D: tl.constexpr, C: tl.constexpr, VECTOR: t
     return whole[:, None] if VECTOR else whole
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def walk_kernel(G, beta, read, write, U, W, P, S0, o, new, states, S_T, T, H, D: tl.constexpr, E: tl.constexpr,
                 BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
     """N = U - W S,  O = P N + e^G Q S,  S <- e^{whole} S + K'^T N: a program takes a block of the state's columns
@@ -324,7 +324,7 @@ def walk_kernel(G, beta, read, write, U, W, P, S0, o, new, states, S_T, T, H, D:
     tl.store(matrix(S_T, b_h, d, e, D, E), S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def walk_back_kernel(G, beta, read, write, W, P, do, dS_T, dnew, dstates, dS0, T, H, D: tl.constexpr, E: tl.constexpr,
                      BE: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
     """dN = P^T dO + K' R,  R <- e^{whole} R + (e^G Q)^T dO - W^T dN, backwards in time: dN of each chunk, and the
@@ -381,7 +381,7 @@ def given(x, VECTOR: tl.constexpr):
     return x if VECTOR else tl.sum(x, axis=1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def pairs_kernel(G, do, inverse_, new, dnew, dv, dP_, dA_, T, H, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                  LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
     """Of each chunk dV = (1 + A)^-T dN, dP_ts = do_t . N_s and dA_ts = - dv_t . N_s."""
@@ -402,7 +402,7 @@ def pairs_kernel(G, do, inverse_, new, dnew, dv, dP_, dA_, T, H, D: tl.constexpr
     put(matrix(dA_, n, i, i, C, C), tl.where(t > s, dA, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gradients_kernel(q, k, G, lowest, beta, do, dv, new, dP_, dA_, states, dstates, dq, dk, dg, dbeta, T, H,
                      D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, VECTOR: tl.constexpr,
                      PRECISION: tl.constexpr):

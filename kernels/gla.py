@@ -91,7 +91,7 @@ def state_at(states, n, d, e, BD: tl.constexpr, BE: tl.constexpr):
     return states + n * BD * BE + d[:, None] * BE + e[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def adds_kernel(k, v, g, G, adds, T, H, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
                 C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
     """What each chunk adds to the state behind it: k v^T, decayed since their row (REVERSE: to the state's gradient
@@ -110,7 +110,7 @@ def adds_kernel(k, v, g, G, adds, T, H, D: tl.constexpr, E: tl.constexpr, BD: tl
     tl.store(state_at(adds, b_h * tl.num_programs(1) + n, d, e, BD, BE), added.to(k_i.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def walk_kernel(states, G, S0, S_T, T, H, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
                 C: tl.constexpr, ROWS: tl.constexpr, REVERSE: tl.constexpr):
     """S <- e^{whole} S + what the chunk adds, in whose place the state before the chunk is put (REVERSE: behind)."""
@@ -144,7 +144,7 @@ def at_level(level, q, k, G, G_i, rows, d, T, stride, D: tl.constexpr, C: tl.con
     return (tl.where(target, q, k) * decay).to(q.dtype), decay, target, (block ^ 1)[:, None] == block[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def outputs_kernel(q, k, v, G, states, o, T, H, D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
                    C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
     """O = M V + (Q e^G) S;  REVERSE: O = M^T V + (K e^{whole - G}) S."""
@@ -169,7 +169,7 @@ def outputs_kernel(q, k, v, G, states, o, T, H, D: tl.constexpr, E: tl.constexpr
     store(o + value, o_i, rows, e, T, H * E, E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gradients_kernel(q, k, v, G, do, states, dstates, dq, dk, dg, T, H, D: tl.constexpr, E: tl.constexpr,
                      BD: tl.constexpr, BE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
     """dQ = e^G dO S^T,  dK = e^{whole - G} V R^T,  with R the gradient of the state behind the chunk, and what dM gives
