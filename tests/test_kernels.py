@@ -880,7 +880,8 @@ def twice_differentiated():
     return {
         "FlashAttention": (lambda *x: flash_attention.flash_attention(*x, 3),
                            lambda *x: attention.parallel_attention(*x, 3), (q, k[:, :1], v[:, :1])),
-        "LinearAttention": (linear_attention.linear_attention, linear.parallel, (q, k, v, g, S)),
+        "LinearAttention": (linear_attention.linear_attention, lambda q, k, v, g, S, beta: linear.parallel(
+            q, k, beta * v, g, S), (q, k, v, g, S, beta)),
         "GLA": (gla.gla, linear.parallel, (q, k, v, g_d, S)),
         "TaylorAttention": (taylor_attention.taylor_attention,
                             lambda q, k, v, S: (based.chunked(based.Taylor(), q, k, v, S)[0], S + encoder(k, v)),
