@@ -355,7 +355,7 @@ def linear_attention(q, k, v, g=None, state=None, beta=None):
 
 def mamba_2(x, dt, A, B, C):
     """Mamba-2's recurrence as mamba-ssm has it. x: (b, t, h, e), dt: (b, t, h), A: (h,), B and C: (b, t, 1, d)."""
-    (q, k, v), dt = (z.transpose(1, 2) for z in (C, B, x)), dt.float().mT[..., None]
+    (q, k, v), dt = (z.transpose(1, 2) for z in (C, B, x)), dt.mT.float().contiguous()[..., None]
     return linear_attention(q, k, v, A[:, None, None] * dt, beta=dt)[0].transpose(1, 2)
 
 
