@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -193,4 +194,6 @@ def main(capability, which="--all"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:            # what is compiled here would not run
+        os.environ.setdefault("TRITON_CACHE_DIR", folder)
+        main(*sys.argv[1:])

@@ -144,4 +144,6 @@ def test_no_register_is_read_that_nothing_has_written(tmp_path):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("TRITON_CACHE_DIR", folder)
+        main(*sys.argv[1:])
