@@ -253,9 +253,10 @@ def chunks_kernel(q, k, v, G, lowest, beta, read, write, U_, W_, P_, inverse_, T
                       LEVELS, VECTOR, PRECISION)
     P = tl.where(i[:, None] >= i[None, :], P * beta_i[None, :], 0.0).to(q.dtype.element_ty)
     put(matrix(P_, n, i, i, C, C), P)
-    inverse = inverse_of(A * beta_i[None, :], C, LEVELS, PRECISION).to(P.dtype)
+    inverse = inverse_of(A * beta_i[None, :], C, LEVELS, PRECISION)
     if inverse_ is not None:
         put(matrix(inverse_, n, i, i, C, C), inverse)
+    inverse = inverse.to(P.dtype)
     put(matrix(U_, n, i, e, C, E), tl.dot(inverse, load(v + value, rows, e, T, H * E, E), input_precision=PRECISION))
     for first in range(0, D, 64):
         d = first + tl.arange(0, 64)
@@ -384,14 +385,19 @@ def given(x, VECTOR: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def pairs_kernel(G, do, inverse_, new, dnew, dv, dP_, dA_, T, H, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                  LEVELS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr):
-    """Of each chunk dV = (1 + A)^-T dN, dP_ts = do_t . N_s and dA_ts = - dv_t . N_s."""
+    """Of each chunk dV = (1 + A)^-T dN, dP_ts = do_t . N_s and dA_ts = - dv_t . N_s. With the inverse's 8 bits of
+    bfloat16 alone dbeta would be lost where one key is written again and again: 8 more come from what they leave."""
     chunk, b_h = tl.program_id(1), tl.program_id(0).to(tl.int64)
     n = b_h * tl.num_programs(1) + chunk
     i, e = tl.arange(0, C), tl.arange(0, E)
     t, s, rows, value = i[:, None], i[None, :], chunk * C + i, place(b_h, H, H, T, E)
     do_i, N = load(do + value, rows, e, T, H * E, E), tl.load(matrix(new, n, i, e, C, E))
-    inverse = tl.load(matrix(inverse_, n, i, i, C, C))
-    dv_i = tl.dot(tl.trans(inverse), tl.load(matrix(dnew, n, i, e, C, E)), input_precision=PRECISION).to(do_i.dtype)
+    inverse, dN = tl.load(matrix(inverse_, n, i, i, C, C)).to(tl.float32), tl.load(matrix(dnew, n, i, e, C, E))
+    rounded = inverse.to(dN.dtype)
+    dv_i = tl.dot(tl.trans(rounded), dN, input_precision=PRECISION)
+    if dN.dtype == tl.bfloat16:
+        dv_i = tl.dot(tl.trans((inverse - rounded).to(dN.dtype)), dN, acc=dv_i, input_precision=PRECISION)
+    dv_i = dv_i.to(do_i.dtype)
     store(dv + value, dv_i, rows, e, T, H * E, E)
     dP = tl.dot(do_i, tl.trans(N), input_precision=PRECISION)
     dA = -tl.dot(dv_i, tl.trans(N), input_precision=PRECISION)
@@ -479,7 +485,7 @@ def chunks(q, k, v, g, beta, sizes, grid, keep):
     if sizes["VECTOR"]:
         read, write = torch.empty_like(q), torch.empty_like(k)
     U, W, P = (q.new_empty(*grid, C, n) for n in (e, d, C))
-    inverse = torch.empty_like(P) if keep else None
+    inverse = torch.empty_like(P, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16) if keep else None
     registers = 168 if d == 64 and C == CHUNK and not sizes["VECTOR"] else None          # three programs for two
     run(chunks_kernel, grid, q, k, v, G, lowest, beta, read, write, U, W, P, inverse, *q.shape[1:3], maxnreg=registers,
         **sizes)

@@ -45,6 +45,7 @@ from kernels.tiles import (
 
 CHUNK = 64
 SPAN = tl.constexpr(256)         # tokens over which g's gradient is summed up
+LEAST = tl.constexpr(1e-30)      # what beta is made at least: its gradient is a quotient
 
 
 def reference(q, k, v, g=None, state=None, beta=None):
@@ -76,8 +77,8 @@ def walk(q, k, v, g, beta, o, S, e, start, end, HK, HV, H, g_stride, x, xo, kept
          BD: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr, READ: tl.constexpr, PRECISION: tl.constexpr):
     """o_t = sum_{s <= t} e^{G_t - G_s} (q_t . k_s) v_s for rows start to end, from the state S: (BD, len(e)).
     q and k have HK heads, v and x HV, o H. REVERSE: the sum is over s >= t, with e^{G_s - G_t}. beta, if given, is a
-    factor of v_s, or, REVERSE, of o_t. If xo is given, x_t . o_t goes there, without this factor; if kept is, the state
-    at every SPAN rows: before them, REVERSE behind them. Returns the state behind the last row, and the sum of g."""
+    factor of v_s, or, REVERSE, of o_t. If xo is given, x_t . o_t goes there; if kept is, the state at every SPAN rows:
+    before them, REVERSE behind them. Returns the state behind the last row, and the sum of g."""
     i, d = tl.arange(0, C), tl.arange(0, BD)
     total = 0.0
     chunks = tl.cdiv(end - start, C)
@@ -95,10 +96,10 @@ def walk(q, k, v, g, beta, o, S, e, start, end, HK, HV, H, g_stride, x, xo, kept
             g_i = tl.load(g + rows * g_stride, mask=rows < end, other=0.0)
             G, whole = tl.cumsum(g_i), tl.sum(g_i)
             first, last = (whole - G, G) if REVERSE else (G, whole - G)      # from the side that the walk comes from
-            of_source = tl.exp(last)
+            of_source, of_target = tl.exp(last), tl.exp(first)
             if beta is not None:
-                beta_i = tl.load(beta + rows * g_stride, mask=rows < end, other=0.0)
-                of_source = of_source if REVERSE else of_source * beta_i
+                beta_i = tl.maximum(tl.load(beta + rows * g_stride, mask=rows < end, other=0.0), LEAST)
+                of_source, of_target = (of_source, of_target * beta_i) if REVERSE else (of_source * beta_i, of_target)
             written = (k_i * of_source[:, None]).to(k_i.dtype)
         if READ:
             q_i = load(q, rows, d, end, HK * D, D)
@@ -110,15 +111,13 @@ def walk(q, k, v, g, beta, o, S, e, start, end, HK, HV, H, g_stride, x, xo, kept
             if g is not None:
                 P *= tl.exp(tl.where(seen, first[:, None] - first[None, :], 0.0))
                 if beta is not None:
-                    P = P if REVERSE else P * beta_i[None, :]
-                o_i *= tl.exp(first)[:, None]
+                    P *= beta_i[:, None] if REVERSE else beta_i[None, :]             # rounded alike in dk and dq
+                o_i *= of_target[:, None]
             P = tl.where(seen, P, 0.0).to(v_i.dtype)
             o_i = tl.dot(P, v_i, acc=o_i, input_precision=PRECISION)
+            store(o, o_i, rows, e, end, H * E, E)
             if xo is not None:
                 tl.store(xo + rows, tl.sum(o_i * x_i, axis=1), mask=rows < end)
-            if g is not None and beta is not None:
-                o_i = o_i * beta_i[:, None] if REVERSE else o_i
-            store(o, o_i, rows, e, end, H * E, E)
         if g is not None:
             S *= tl.exp(whole)
             total += whole
@@ -311,11 +310,12 @@ class LinearAttention(torch.autograd.Function):
             **sizes)
         dg, dbeta = None, None
         if x is not None:
-            dbeta, q_dq = x.sum(dim=1)
-            dg = decay_gradient(dbeta if beta is None else beta * dbeta, q_dq, kept, dkept, S_T, dS_T)
+            k_dk, q_dq = x.sum(dim=1)
+            dg = decay_gradient(k_dk, q_dq, kept, dkept, S_T, dS_T)
+            dbeta = None if beta is None else k_dk / beta.clamp(min=LEAST.value)
         if q.shape[2] < v.shape[2]:                                      # shared by the heads
             dq, dk = (x.sum(dim=2, keepdim=True, dtype=torch.float32) for x in (dq, dk))
-        return dq.to(q.dtype), dk.to(k.dtype), dv, dg, None if beta is None else dbeta, dS0
+        return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dbeta, dS0
 
 
 def linear_attention(q, k, v, g=None, state=None, beta=None):
@@ -323,10 +323,10 @@ def linear_attention(q, k, v, g=None, state=None, beta=None):
     02's form.
 
     q, k: (b, h, t, d), or (b, 1, t, d), which all heads share, v: (b, h, t, e), of one dtype, float32 or 16 bits; g:
-    log decay, at most 0, and beta: four axes that broadcast to (b, h, t, 1), or None; state: (b, h, d, e) or None.
-    Returns o: (b, h, t, e) and the state, float32. ValueError for a decay of each channel: see kernels.gla. The state
-    of a head is on chip, up to 256 x 256 numbers of it (128 x 128 in float32); o is a sum over key channels, and value
-    channels do not meet, so wider heads are done in parts."""
+    log decay, at most 0, and beta, at least 0: four axes that broadcast to (b, h, t, 1), or None; state: (b, h, d, e)
+    or None. Returns o: (b, h, t, e) and the state, float32. ValueError for a decay of each channel: see kernels.gla.
+    The state of a head is on chip, up to 256 x 256 numbers of it (128 x 128 in float32); o is a sum over key channels,
+    and value channels do not meet, so wider heads are done in parts."""
     if g is not None and g.shape[-1] != 1:
         raise ValueError(f"g of shape {tuple(g.shape)}: a decay of each channel is kernels.gla's")
     d, e = q.shape[-1], v.shape[-1]

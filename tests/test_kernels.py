@@ -250,6 +250,36 @@ def test_linear_attention_with_a_factor_of_what_is_written(monkeypatch, segments
     check_kernel(linear_attention.linear_attention, expanded, (q, k, v, g, S, beta), 1e-4, 0.1)      # for g's gradient
 
 
+def test_a_factor_of_what_is_written_costs_no_digits():
+    """The gradient of Mamba-2's dt in 16 bits, beside that with the factor in the values: what is rounded is rounded
+    alike in dk and dq, from whose difference a decay's gradient comes."""
+    q, k, v = (x.half().double() for x in random((1, 1, 520, 16), (1, 1, 520, 16), (1, 2, 520, 16)))
+    dt = torch.nn.functional.softplus(random((1, 2, 520, 1), seed=2)[0] - 3)
+
+    def gradient(f, *numbers):
+        def output(q, k, v, dt):
+            q, k, v, dt = (x.to(dtype) for x, dtype in zip((q, k, v, dt), numbers, strict=True))
+            return f(q, k, v, dt, -dt)[0]
+        return values_and_gradients(output, (q, k, v, dt), torch.float64, DEVICE)[-1]
+
+    def in_the_values(f):
+        return lambda q, k, v, dt, g: f(q, k, v * dt.to(v.dtype), g)
+    half = (torch.float16, torch.float16, torch.float16, torch.float32)
+    exact = gradient(in_the_values(linear.parallel), *[torch.float64] * 4)
+    mine = gradient(lambda q, k, v, dt, g: linear_attention.linear_attention(q, k, v, g, beta=dt), *half)
+    other = gradient(in_the_values(linear_attention.linear_attention), *half)
+    a, b = ((x - exact).norm() / exact.norm() for x in (mine, other))
+    assert a <= 1.1 * b, f"{a:.1e} off, with the factor in the values {b:.1e}"
+
+
+def test_a_factor_of_nothing_has_its_gradient():
+    q, k, v = (x.float().to(DEVICE) for x in random((1, 2, 20, 16), (1, 2, 20, 16), (1, 2, 20, 16)))
+    beta = (torch.arange(20) % 3 > 0).float()[:, None].expand(1, 2, 20, 1).to(DEVICE).requires_grad_()
+    found, exact = (torch.autograd.grad(o.sin().sum(), beta)[0] for o in (
+        linear_attention.linear_attention(q, k, v, beta=beta)[0], linear.parallel(q, k, beta * v)[0]))
+    check_close(found, exact, 1e-4, "the gradient of beta")
+
+
 def test_mamba_2_as_its_own_package_calls_it():
     x, dt, B, C = (z.float().to(DEVICE) for z in random((1, 70, 2, 16), (1, 70, 2), (1, 70, 1, 16), (1, 70, 1, 16)))
     dt, A = dt.abs(), torch.tensor([-0.5, -1.0], device=DEVICE)
