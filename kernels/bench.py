@@ -114,9 +114,9 @@ def timed(candidates, rounds=2, ms=10):
 
 
 def called(f, times=20):
-    """Milliseconds of a call from Python, of many one after the other: the median of five rounds."""
+    """Milliseconds of a call from Python, of many one after the other: the median of three rounds."""
     rounds = []
-    for _ in range(6):
+    for _ in range(4):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(times):
@@ -181,7 +181,8 @@ def line_of(times):
 def compare(rows, rates, gradients=True):
     """Print a table, a line as soon as it is measured. A row: (name, {candidate: function}, tensors, bytes, FLOPs of
     the forward pass); the first candidate is the kernel, its time is given as a share of the limit, and what the others
-    take as multiples of it. The last columns are of those that take less than 3 ms. With --check, nothing is done."""
+    take as multiples of it. Called from Python are those that take less than 3 ms, memory is of those below 20. With
+    --check, nothing is done."""
     if "--check" in sys.argv:
         return
     titles = ["forward, ms", *(["forward + backward, ms"] if gradients else []), "the same, called from Python, ms",
@@ -190,10 +191,10 @@ def compare(rows, rates, gradients=True):
     for name, candidates, tensors, n_bytes, flops in rows:
         pairs = {c: forward_and_backward(f, tensors) for c, f in candidates.items()}
         columns = [timed({c: pair[i] for c, pair in pairs.items()}) for i in range(1 + gradients)]
-        short = [c for c, ms in columns[-1].items() if ms < 3]
-        columns.append({c: called(pairs[c][gradients]) for c in short})
+        spent = columns[-1]
+        columns.append({c: called(pairs[c][gradients]) for c, ms in spent.items() if ms < 3})
         if gradients:
-            columns.append({c: memory(candidates[c], tensors) / 2 ** 30 for c in short})
+            columns.append({c: memory(candidates[c], tensors) / 2 ** 30 for c, ms in spent.items() if ms < 20})
         limit = 1e3 * max(n_bytes / rates[0], flops / rates[1])
         print(f"{name:38}{limit:8.3f}{limit / next(iter(columns[0].values())):7.0%} | "
               + " | ".join(f"{line_of(times):55}" for times in columns).rstrip(), flush=True)

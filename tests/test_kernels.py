@@ -251,8 +251,8 @@ def test_linear_attention_with_a_factor_of_what_is_written(monkeypatch, segments
 
 
 def test_a_factor_of_what_is_written_costs_no_digits():
-    """The gradient of Mamba-2's dt in 16 bits, beside that with the factor in the values: what is rounded is rounded
-    alike in dk and dq, from whose difference a decay's gradient comes."""
+    """The gradient of Mamba-2's dt in 16 bits is nearer than with the factor in the values, which are rounded once more
+    then. And what is rounded here is rounded alike in dk and dq, from whose difference a decay's gradient comes."""
     q, k, v = (x.half().double() for x in random((1, 1, 520, 16), (1, 1, 520, 16), (1, 2, 520, 16)))
     dt = torch.nn.functional.softplus(random((1, 2, 520, 1), seed=2)[0] - 3)
 
@@ -269,7 +269,7 @@ def test_a_factor_of_what_is_written_costs_no_digits():
     mine = gradient(lambda q, k, v, dt, g: linear_attention.linear_attention(q, k, v, g, beta=dt), *half)
     other = gradient(in_the_values(linear_attention.linear_attention), *half)
     a, b = ((x - exact).norm() / exact.norm() for x in (mine, other))
-    assert a <= 1.1 * b, f"{a:.1e} off, with the factor in the values {b:.1e}"
+    assert a <= 0.85 * b, f"{a:.1e} off, with the factor in the values {b:.1e}"
 
 
 def test_a_factor_of_nothing_has_its_gradient():
