@@ -118,8 +118,22 @@ def test_flash_attention_reads_blocks_with_and_without_descriptors(monkeypatch, 
                  lambda *x: flash_attention.reference(*x, window), random((2, h, t, d), (2, g, s, d), (2, g, s, e)))
 
 
+@pytest.mark.skipif(flash_attention.capability(torch.device(DEVICE)) != 9, reason="flash_hopper.py is for Hopper")
+@pytest.mark.parametrize("t, s, h, g, d, e, window", [(130, 130, 2, 2, 64, 64, None), (70, 200, 4, 2, 64, 64, None),
+                                                      (1100, 1100, 2, 1, 128, 128, 300), (65, 65, 2, 2, 24, 40, None),
+                                                      (200, 200, 1, 1, 128, 64, None), (1, 1, 1, 1, 64, 64, None),
+                                                      (40, 900, 2, 1, 64, 64, 257)])
+def test_flash_attention_by_warps_with_roles(t, s, h, g, d, e, window):
+    """Lengths that fit no tile, shared heads, a cache, sources that no target sees."""
+    tensors = random((2, h, t, d), (2, g, s, d), (2, g, s, e))
+    assert flash_attention.on_hopper(*(x.to(DEVICE, torch.bfloat16) for x in tensors[::2]), window, "forward")
+    check_kernel(lambda *x: flash_attention.flash_attention(*x, window),
+                 lambda *x: flash_attention.reference(*x, window), tensors, in_16_bits=0.008, dtypes=[torch.bfloat16])
+
+
 @pytest.mark.skipif(not GPU, reason="programs of the interpreter run one after the other")
-def test_the_gradients_of_attention_are_the_same_each_time():
+def test_the_gradients_of_attention_are_the_same_each_time_where_pytorch_is_told_to(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     q, k, v, do = (x.to(DEVICE, torch.bfloat16).requires_grad_() for x in random(*[(2, 4, 1000, 64)] * 4))
     first, second = (torch.autograd.grad(flash_attention.flash_attention(q, k, v), (q, k, v), do) for _ in range(2))
     for a, b in zip(first, second, strict=True):
