@@ -267,7 +267,7 @@ def backward_group(rings, exchange, sums, dq, dk, dv, T, S, G, window, GROUP: gl
         row = (b * G * GROUP + h) * filled_up(T)
         for start in range(begin, end, BM):
             targets = start + gl.arange(0, BM, gl.SliceLayout(0, SCORES))
-            L_i, delta_i = gl.load(L + row + targets), gl.load(delta + row + targets)
+            L_i = gl.load(L + row + targets)
             q_i = q_ring[0].index(i % N).reshape([BM, BD])
             do_i = arrived(do_ring, i, N, BM, BE)
             dp_t = warpgroup_mma(v_i, do_i.permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -276,6 +276,7 @@ def backward_group(rings, exchange, sums, dq, dk, dv, T, S, G, window, GROUP: gl
                 sources = at + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
                 back = targets[None, :] - sources[:, None]
                 p = gl.where((back < 0) | (back >= window), 0.0, p)
+            delta_i = gl.load(delta + row + targets)
             factor = gl.convert_layout(p.to(q_i.dtype), FACTOR)
             dp = warpgroup_mma_wait(0, [dp_t])
             mbarrier.wait(dS_free, (i & 1) ^ 1)
