@@ -255,31 +255,30 @@ def sources_of(T, S, G, window, BM: gl.constexpr):
 @gluon.jit
 def step_of(i, g, begin, steps, GROUP: gl.constexpr, BM: gl.constexpr):
     """(first target, head) of a program's i-th block of targets; behind the last one, the last one again."""
-    i = gl.maximum(0, gl.minimum(i, GROUP * steps - 1))
-    return begin + i % gl.maximum(1, steps) * BM, g * GROUP + i // gl.maximum(1, steps)
+    i, head = gl.maximum(0, gl.minimum(i, GROUP * steps - 1)), g * GROUP
+    if GROUP > 1:
+        head += i // gl.maximum(1, steps)
+        i = i % gl.maximum(1, steps)
+    return begin + i * BM, head
 
 
 @gluon.jit
-def fetch_with(x, y, b, row, h, H, to, y_to, i, N: gl.constexpr):
-    """A block of x and, on the same barriers, as many numbers of y: (b h, t)."""
-    blocks, full, free = to
-    mbarrier.wait(free.index(i % N), (i // N & 1) ^ 1)
-    mbarrier.expect(full.index(i % N), x.block_type.nbytes + y.block_type.nbytes)
-    tma.async_copy_global_to_shared(x, [b, row, h, 0], full.index(i % N), blocks.index(i % N))
-    tma.async_copy_global_to_shared(y, [b * H + h, row], full.index(i % N), y_to.index(i % N))
-
-
-@gluon.jit
-def backward_loader(q, k, v, do, L, delta, rings, T, S, G, window, GROUP: gl.constexpr, BM: gl.constexpr,
-                    N: gl.constexpr, AHEAD: gl.constexpr):
-    q_ring, k_ring, v_ring, do_ring, L_s, delta_s = rings
+def backward_loader(q, k, v, do, L, delta, k_ring, v_ring, targets, T, S, G, window, GROUP: gl.constexpr,
+                    BM: gl.constexpr, N: gl.constexpr, AHEAD: gl.constexpr):
+    """A block of targets: q, do, and their L and delta, of (b h, t), which share their barriers."""
+    q_s, do_s, L_s, delta_s, full, free = targets
     b, g, first, begin, steps = sources_of(T, S, G, window, BM)
     fetch(k, [b, first, g, 0], k_ring, 0, 1)
     fetch(v, [b, first, g, 0], v_ring, 0, 1)
     for i in range(GROUP * steps + AHEAD):
         start, h = step_of(i, g, begin, steps, GROUP, BM)
-        fetch_with(q, L, b, start, h, G * GROUP, q_ring, L_s, i, N)
-        fetch_with(do, delta, b, start, h, G * GROUP, do_ring, delta_s, i, N)
+        row, here = b * (G * GROUP) + h, full.index(i % N)
+        mbarrier.wait(free.index(i % N), (i // N & 1) ^ 1)
+        mbarrier.expect(here, q.block_type.nbytes + do.block_type.nbytes + 2 * L.block_type.nbytes)
+        tma.async_copy_global_to_shared(q, [b, start, h, 0], here, q_s.index(i % N))
+        tma.async_copy_global_to_shared(L, [row, start], here, L_s.index(i % N))
+        tma.async_copy_global_to_shared(do, [b, start, h, 0], here, do_s.index(i % N))
+        tma.async_copy_global_to_shared(delta, [row, start], here, delta_s.index(i % N))
 
 
 @gluon.jit
@@ -296,18 +295,17 @@ def weights(s, L_i, start, first, window, SCALE: gl.constexpr, BM: gl.constexpr)
 
 @gluon.jit
 def show(ds, exchange, i, I: gl.constexpr):
-    """A group's dS to both."""
-    dS, full, free, _ = exchange
-    mbarrier.wait(free, (i & 1) ^ 1)
-    dS.slice(I * ROWS, ROWS).store(ds)
+    """A group's dS to both. There is room for two: once the other has shown the next one, it has read the last."""
+    dS, shown, _ = exchange
+    dS.index(i % 2).slice(I * ROWS, ROWS).store(ds)
     fence_async_shared()
-    mbarrier.arrive(full, count=1)
+    mbarrier.arrive(shown, count=1)
 
 
 @gluon.jit
 def add(dq, dq_i, exchange, b, start, h, I: gl.constexpr):
     """A group's half of dQ's columns to those in memory."""
-    dQ = exchange[3].index(I)
+    dQ = exchange[2].index(I)
     tma.store_wait(0)                                                    # until the last one has been read
     dQ.reshape(dq_i.shape).store(dq_i)
     fence_async_shared()
@@ -315,14 +313,14 @@ def add(dq, dq_i, exchange, b, start, h, I: gl.constexpr):
 
 
 @gluon.jit
-def backward_group(rings, exchange, dq, dk, dv, T, S, G, window, GROUP: gl.constexpr, SCALE: gl.constexpr,
-                   D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, BM: gl.constexpr,
-                   N: gl.constexpr, AHEAD: gl.constexpr, I: gl.constexpr):
+def backward_group(k_ring, v_ring, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP: gl.constexpr,
+                   SCALE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
+                   BM: gl.constexpr, N: gl.constexpr, AHEAD: gl.constexpr, I: gl.constexpr):
     """Tiles are transposed: 64 sources down, BM targets across. dQ = dS K takes both groups' dS, so they show it to
     each other, and each computes half of the columns. AHEAD: the scores of the next block are computed, and their
     exponentials taken, while dQ is; there must be registers for both."""
-    q_ring, k_ring, v_ring, do_ring, L_s, delta_s = rings
-    dS, full, free, _ = exchange
+    q_s, do_s, L_s, delta_s, full, free = blocks
+    dS, shown, _ = exchange
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BE, 16])
@@ -337,51 +335,49 @@ def backward_group(rings, exchange, dq, dk, dv, T, S, G, window, GROUP: gl.const
     first += I * ROWS
     if AHEAD:
         start, h = step_of(0, g, begin, steps, GROUP, BM)
-        s = warpgroup_mma(k_i, arrived(q_ring, 0, N, BM, BD).permute((1, 0)), nothing, use_acc=False)
-        dp = warpgroup_mma(v_i, arrived(do_ring, 0, N, BM, BE).permute((1, 0)), nothing, use_acc=False)
+        mbarrier.wait(full.index(0), 0)
+        s = warpgroup_mma(k_i, q_s.index(0).reshape([BM, BD]).permute((1, 0)), nothing, use_acc=False)
+        dp = warpgroup_mma(v_i, do_s.index(0).reshape([BM, BE]).permute((1, 0)), nothing, use_acc=False)
         p = weights(s, L_s.index(0).load(SCORES), start, first + T - S, window, SCALE, BM)
         for i in range(GROUP * steps):
-            q_i, do_i = q_ring[0].index(i % N).reshape([BM, BD]), do_ring[0].index(i % N).reshape([BM, BE])
+            q_i, do_i = q_s.index(i % N).reshape([BM, BD]), do_s.index(i % N).reshape([BM, BE])
             show((p * (dp - delta_s.index(i % N).load(SCORES))).to(q_i.dtype), exchange, i, I)
             dv_t = warpgroup_mma(gl.convert_layout(p.to(q_i.dtype), FACTOR), do_i, dv_i, is_async=True)
-            dk_t = warpgroup_mma(dS.slice(I * ROWS, ROWS), q_i, dk_i, is_async=True)
-            q_next = arrived(q_ring, i + 1, N, BM, BD)
-            scores = warpgroup_mma(k_i, q_next.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(full, i & 1)
-            dq_t = warpgroup_mma(dS.permute((1, 0)), half, no_dq, use_acc=False, is_async=True)
-            do_next = arrived(do_ring, i + 1, N, BM, BE)
-            dp_t = warpgroup_mma(v_i, do_next.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            dk_t = warpgroup_mma(dS.index(i % 2).slice(I * ROWS, ROWS), q_i, dk_i, is_async=True)
+            j = i + 1
+            mbarrier.wait(full.index(j % N), j // N & 1)
+            q_j, do_j = q_s.index(j % N).reshape([BM, BD]), do_s.index(j % N).reshape([BM, BE])
+            scores = warpgroup_mma(k_i, q_j.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            mbarrier.wait(shown, i & 1)
+            dq_t = warpgroup_mma(dS.index(i % 2).permute((1, 0)), half, no_dq, use_acc=False, is_async=True)
+            dp_t = warpgroup_mma(v_i, do_j.permute((1, 0)), nothing, use_acc=False, is_async=True)
             dv_i, dk_i, s = warpgroup_mma_wait(2, [dv_t, dk_t, scores])
-            done(q_ring, i, N)
-            done(do_ring, i, N)
+            mbarrier.arrive(free.index(i % N), count=1)
             row, head = start, h
-            start, h = step_of(i + 1, g, begin, steps, GROUP, BM)
-            p = weights(s, L_s.index((i + 1) % N).load(SCORES), start, first + T - S, window, SCALE, BM)
+            start, h = step_of(j, g, begin, steps, GROUP, BM)
+            p = weights(s, L_s.index(j % N).load(SCORES), start, first + T - S, window, SCALE, BM)
             dq_i = warpgroup_mma_wait(1, [dq_t])
-            mbarrier.arrive(free, count=1)
             add(dq, dq_i, exchange, b, row, head, I)
             dp = warpgroup_mma_wait(0, [dp_t])
     else:
         for i in range(GROUP * steps):
             start, h = step_of(i, g, begin, steps, GROUP, BM)
-            q_i = arrived(q_ring, i, N, BM, BD)
+            mbarrier.wait(full.index(i % N), i // N & 1)
+            q_i, do_i = q_s.index(i % N).reshape([BM, BD]), do_s.index(i % N).reshape([BM, BE])
             scores = warpgroup_mma(k_i, q_i.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            do_i = arrived(do_ring, i, N, BM, BE)
             dp_t = warpgroup_mma(v_i, do_i.permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, [scores])
             p = weights(s, L_s.index(i % N).load(SCORES), start, first + T - S, window, SCALE, BM)
             dv_t = warpgroup_mma(gl.convert_layout(p.to(q_i.dtype), FACTOR), do_i, dv_i, is_async=True)
             dp = warpgroup_mma_wait(1, [dp_t])
             show((p * (dp - delta_s.index(i % N).load(SCORES))).to(q_i.dtype), exchange, i, I)
-            mbarrier.wait(full, i & 1)
-            dq_t = warpgroup_mma(dS.permute((1, 0)), half, no_dq, use_acc=False, is_async=True)
-            dk_t = warpgroup_mma(dS.slice(I * ROWS, ROWS), q_i, dk_i, is_async=True)
+            mbarrier.wait(shown, i & 1)
+            dq_t = warpgroup_mma(dS.index(i % 2).permute((1, 0)), half, no_dq, use_acc=False, is_async=True)
+            dk_t = warpgroup_mma(dS.index(i % 2).slice(I * ROWS, ROWS), q_i, dk_i, is_async=True)
             dv_i, dq_i = warpgroup_mma_wait(1, [dv_t, dq_t])
-            done(do_ring, i, N)
             add(dq, dq_i, exchange, b, start, h, I)
             dk_i = warpgroup_mma_wait(0, [dk_t])
-            mbarrier.arrive(free, count=1)
-            done(q_ring, i, N)
+            mbarrier.arrive(free.index(i % N), count=1)
     tma.store_wait(0)
     store(dk, dk_i * (SCALE * LN2), b, first, g, S, G, D)
     store(dv, dv_i, b, first, g, S, G, E)
@@ -391,15 +387,19 @@ def backward_group(rings, exchange, dq, dk, dv, T, S, G, window, GROUP: gl.const
 def backward_kernel(q, k, v, do, L, delta, dq, dk, dv, T, S, G, window, GROUP: gl.constexpr, SCALE: gl.constexpr,
                     D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, BM: gl.constexpr,
                     N: gl.constexpr, AHEAD: gl.constexpr):
-    rings = ring(q, N, 2), ring(k, 1, 2), ring(v, 1, 2), ring(do, N, 2), memory(L, N), memory(delta, N)
+    k_r, v_r = ring(k, 1, 2), ring(v, 1, 2)
+    blocks = memory(q, N), memory(do, N), memory(L, N), memory(delta, N), barriers(N, 1), barriers(N, 2)
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * ROWS, BM], q.dtype)
-    dS = gl.allocate_shared_memory(q.dtype, [2 * ROWS, BM], LAYOUT)
-    exchange = dS, barriers(1, 2).index(0), barriers(1, 2).index(0), memory(dq, 2)
+    dS = gl.allocate_shared_memory(q.dtype, [2, 2 * ROWS, BM], LAYOUT)
+    exchange = dS, barriers(1, 2).index(0), memory(dq, 2)
     fence_async_shared()
     gl.warp_specialize([
-        (backward_group, (rings, exchange, dq, dk, dv, T, S, G, window, GROUP, SCALE, D, E, BD, BE, BM, N, AHEAD, 0)),
-        (backward_group, (rings, exchange, dq, dk, dv, T, S, G, window, GROUP, SCALE, D, E, BD, BE, BM, N, AHEAD, 1)),
-        (backward_loader, (q, k, v, do, L, delta, rings, T, S, G, window, GROUP, BM, N, AHEAD))], [4, 1], [240, 24])
+        (backward_group, (k_r, v_r, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP, SCALE, D, E, BD, BE, BM, N,
+                          AHEAD, 0)),
+        (backward_group, (k_r, v_r, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP, SCALE, D, E, BD, BE, BM, N,
+                          AHEAD, 1)),
+        (backward_loader, (q, k, v, do, L, delta, k_r, v_r, blocks, T, S, G, window, GROUP, BM, N, AHEAD))],
+        [4, 1], [240, 24])
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
