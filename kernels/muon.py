@@ -10,11 +10,13 @@ import torch
 
 def orthogonal(G):
     """About U V^T, for matrices G = U S V^T: (n, i, j). Five times, each singular value x, of at most 1, becomes
-    3.4445 x - 4.7750 x^3 + 2.0315 x^5: all but the smallest then lie between 0.7 and 1.2."""
+    3.4445 x - 4.7750 x^3 + 2.0315 x^5: all but the smallest then lie between 0.7 and 1.2.
+
+        A = X X^T      X <- 3.4445 X + (2.0315 A A - 4.7750 A) X"""
     X = (G.mT if G.shape[1] > G.shape[2] else G) / (G.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         A = X @ X.mT
-        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
     return X.mT if G.shape[1] > G.shape[2] else X
 
 
