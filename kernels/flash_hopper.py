@@ -15,6 +15,7 @@ memory by the TMA unit, which adds where it would store. Such sums come in any o
 torch.use_deterministic_algorithms asks for one, the seven products are taken.
 """
 import functools
+import math
 
 import torch
 from triton._C.libtriton import ir
@@ -151,9 +152,8 @@ def softmax(s, m, l, first, start, window, SCALE: gl.constexpr, BN: gl.constexpr
 
 
 @gluon.jit
-def group(rings, turns, o, L, T, S, H, window, tiles, SCALE: gl.constexpr, E: gl.constexpr, BD: gl.constexpr,
-          BE: gl.constexpr, BN: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, PING: gl.constexpr,
-          I: gl.constexpr):
+def group(rings, o, L, T, S, H, window, tiles, SCALE: gl.constexpr, E: gl.constexpr, BD: gl.constexpr,
+          BE: gl.constexpr, BN: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, I: gl.constexpr):
     q_rings, k_ring, v_ring = rings
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BE, 16])
@@ -168,19 +168,15 @@ def group(rings, turns, o, L, T, S, H, window, tiles, SCALE: gl.constexpr, E: gl
         l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
         acc = gl.zeros([ROWS, BE], gl.float32, OUTPUT)
         q_i, k_i = arrived(q_rings[I], turn, 1, ROWS, BD), arrived(k_ring, i, N, BN, BD)
-        my_turn(turns, i, PING, I)
         s = warpgroup_mma(q_i, k_i.permute((1, 0)), nothing, use_acc=False)
-        next_turn(turns, PING, GROUPS, I)
         done(k_ring, i, N)
         m, l, p, shrink = softmax(s, m, l, first + S - T, end - BN, window, SCALE, BN)
         for start in range(end - 2 * BN, begin - 1, -BN):
             factor = gl.convert_layout(p.to(q_i.dtype), FACTOR)
             k_i = arrived(k_ring, i + 1, N, BN, BD)
-            my_turn(turns, i + 1, PING, I)
             scores = warpgroup_mma(q_i, k_i.permute((1, 0)), nothing, use_acc=False, is_async=True)
             v_i = arrived(v_ring, i, N, BN, BE)
             output = warpgroup_mma(factor, v_i, acc, is_async=True)
-            next_turn(turns, PING, GROUPS, I)
             s = warpgroup_mma_wait(1, [scores])                          # one may still be under way
             done(k_ring, i + 1, N)
             m, l, p, shrink = softmax(s, m, l, first + S - T, start, window, SCALE, BN)
@@ -199,35 +195,22 @@ def group(rings, turns, o, L, T, S, H, window, tiles, SCALE: gl.constexpr, E: gl
         gl.store(L + (b * H + h) * filled_up(T) + rows, m + gl.log2(l), mask=rows < filled_up(T))
 
 
-@gluon.jit
-def my_turn(turns, i, PING: gl.constexpr, I: gl.constexpr):
-    if PING:
-        mbarrier.wait(turns.index(I), (i & 1) ^ (I == 0))
-
-
-@gluon.jit
-def next_turn(turns, PING: gl.constexpr, GROUPS: gl.constexpr, I: gl.constexpr):
-    if PING:
-        mbarrier.arrive(turns.index((I + 1) % GROUPS), count=1)
-
-
 @gluon.jit(do_not_specialize=LENGTHS)
 def forward_kernel(q, k, v, o, L, T, S, H, G, window, tiles, SCALE: gl.constexpr, E: gl.constexpr, BD: gl.constexpr,
-                   BE: gl.constexpr, BN: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, PING: gl.constexpr):
+                   BE: gl.constexpr, BN: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr):
     """Each program takes tiles until there are none. A thread of a group has 240 or 160 registers, the loader's 24."""
     rings = (ring(q, 1, 1), ring(q, 1, 1), ring(q, 1, 1)), ring(k, N, GROUPS), ring(v, N, GROUPS)
-    turns = barriers(GROUPS, 1)
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize([
-            (group, (rings, turns, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 2, PING, 0)),
-            (group, (rings, turns, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 2, PING, 1)),
+            (group, (rings, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 2, 0)),
+            (group, (rings, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 2, 1)),
             (loader, (q, k, v, rings, T, S, H, G, window, tiles, BN, N, 2))], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (group, (rings, turns, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 3, PING, 0)),
-            (group, (rings, turns, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 3, PING, 1)),
-            (group, (rings, turns, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 3, PING, 2)),
+            (group, (rings, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 3, 0)),
+            (group, (rings, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 3, 1)),
+            (group, (rings, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 3, 2)),
             (loader, (q, k, v, rings, T, S, H, G, window, tiles, BN, N, 3))], [4, 4, 1], [160, 160, 24])
 
 
@@ -435,8 +418,8 @@ def sizes(q, v, scale, backward=False):
     narrow = max(d, e) <= 64
     common = {"SCALE": scale, "E": e, "BD": wide(d), "BE": wide(e)}
     if backward:
-        return {**common, "D": d, "BM": 64, "N": 2, "AHEAD": narrow}
-    return {**common, "BN": 128, "N": 3 if narrow else 2, "GROUPS": 3 if narrow else 2, "PING": False}
+        return {**common, "D": d, "BM": 64, "N": 3 if narrow else 2, "AHEAD": narrow}
+    return {**common, "BN": 128, "N": 3 if narrow else 2, "GROUPS": 3 if narrow else 2}
 
 
 @torch.library.custom_op("kernels::flash_hopper_forward", mutates_args=("o", "L"))
@@ -444,10 +427,11 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, 
             scale: float) -> None:
     """q: (b, t, h, d), k: (b, s, g, d), v: (b, s, g, e), in one piece, of 16 bits. Writes o: (b, t, h, e) and L."""
     (b, t, h, _), (_, s, g, _), own = q.shape, k.shape, sizes(q, v, scale)
-    tiles = cdiv(t, 64 * own["GROUPS"]) * b * h
-    programs = min(cdiv(tiles, 2), torch.cuda.get_device_properties(q.device).multi_processor_count)
-    run(forward_kernel, (programs,), described(q, 64), described(k, 128), described(v, 128), o, L, t, s, h, g, window,
-        tiles, **own)
+    tiles, programs = cdiv(t, 64 * own["GROUPS"]), torch.cuda.get_device_properties(q.device).multi_processor_count
+    if tiles % 2 and math.gcd(tiles, programs) > 1:      # then pairs lie across heads, are not all alike, and the same
+        programs -= 1                                    # programs would get the longer ones again and again
+    run(forward_kernel, (min(programs, cdiv(tiles * b * h, 2)),), described(q, 64), described(k, 128),
+        described(v, 128), o, L, t, s, h, g, window, tiles * b * h, **own)
 
 
 @torch.library.custom_op("kernels::flash_hopper_backward", mutates_args=("dq", "dk", "dv"))
