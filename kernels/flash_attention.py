@@ -14,7 +14,8 @@ Backward, with L = m + log2 l and D = rowsum(dO * O):  P = 2^(S - L),  dS = P * 
 
 Seven products, where keeping dQ in memory and adding to it from many programs would take five, whose sums come in any
 order. Written in Triton, where a program waits for each product, those five take longer: 4.3 ms against 4.2 at t = 8192
-and d = 64, 4.6 against 3.8 at d = 128 (on an H200).
+and d = 64, 4.6 against 3.8 at d = 128 (on an H200). Where the waiting is done by other warps they take 3.4 and 2.8:
+flash_hopper.py, which a Hopper takes in 16 bits.
 
     python -m kernels.flash_attention      check, then a table
 """
@@ -40,7 +41,6 @@ from kernels.tiles import (
 
 LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
 LENGTHS = ["T", "S", "window"]                   # a kernel is compiled once for all of them
-HOPPER = {"forward": (64, 128), "backward": (64, 128)}           # the widths that flash_hopper.py does faster
 
 
 def reference(q, k, v, window=None, block=64):
@@ -240,11 +240,10 @@ def copies_blocks(device):
     return capability(device) >= 9
 
 
-def on_hopper(q, v, window, which):
-    """Is it flash_hopper.py's? It is for Hopper alone, for 16 bits, and its blocks are 128 long and 64 or 128 wide."""
-    wide = window is None or window > 256
-    return capability(q.device) == 9 and q.dtype != torch.float32 and wide and max(
-        64, next_power_of_2(max(q.shape[-1], v.shape[-1]))) in HOPPER[which]
+def on_hopper(q, v, window):
+    """Is it flash_hopper.py's? It is for Hopper alone, and for 16 bits; its blocks are too long for windows."""
+    return (capability(q.device) == 9 and q.dtype != torch.float32 and max(q.shape[-1], v.shape[-1]) <= 128
+            and (window is None or window > 2048))
 
 
 def described(x, rows):
@@ -271,7 +270,7 @@ class FlashAttention(torch.autograd.Function):
         o, L = q.new_empty(b, t, h, e), torch.empty(b, h, 128 * cdiv(t, 128), device=q.device)
         ctx.save_for_backward(q, k, v, o, L)
         ctx.window, ctx.width = window, width
-        if on_hopper(q, v, window, "forward"):
+        if on_hopper(q, v, window):
             from kernels import flash_hopper
             flash_hopper.forward(q, k, v, o, L, shape[-1], sizes["SCALE"])
             return o
@@ -289,7 +288,7 @@ class FlashAttention(torch.autograd.Function):
         shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window, ctx.width)
         delta, dq, dk, dv = torch.zeros_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         run(rowsum_kernel, (cdiv(b * t * h, 64),), do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
-        if on_hopper(q, v, ctx.window, "backward") and not torch.are_deterministic_algorithms_enabled():
+        if on_hopper(q, v, ctx.window) and not torch.are_deterministic_algorithms_enabled():
             from kernels import flash_hopper
             sums = torch.zeros_like(q, dtype=torch.float32)
             flash_hopper.backward(q, k, v, do, L, delta, sums, dk, dv, shape[-1], sizes["SCALE"])

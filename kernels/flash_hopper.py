@@ -414,12 +414,13 @@ def described_row(x, rows):
 
 def sizes(q, v, scale, backward=False):
     """What was fastest. Heads of 128 leave no registers for a third group, nor, backward, for two blocks of scores."""
-    d, e = q.shape[-1], v.shape[-1]
+    t, d, e = q.shape[1], q.shape[-1], v.shape[-1]
     narrow = max(d, e) <= 64
+    groups = 3 if narrow and t > 4096 else 2
     common = {"SCALE": scale, "E": e, "BD": wide(d), "BE": wide(e)}
     if backward:
         return {**common, "D": d, "BM": 64, "N": 3 if narrow else 2, "AHEAD": narrow}
-    return {**common, "BN": 128, "N": 3 if narrow else 2, "GROUPS": 3 if narrow else 2}
+    return {**common, "BN": 128, "N": groups, "GROUPS": groups}
 
 
 @torch.library.custom_op("kernels::flash_hopper_forward", mutates_args=("o", "L"))
