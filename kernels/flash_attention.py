@@ -14,7 +14,8 @@ Backward, with L = m + log2 l and D = rowsum(dO * O):  P = 2^(S - L),  dS = P * 
 
 Seven products, where keeping dQ in memory and adding to it from many programs would take five, whose sums come in any
 order. Written in Triton, where a program waits for each product, those five take longer: 4.3 ms against 4.2 at t = 8192
-and d = 64, 4.6 against 3.8 at d = 128 (on an H200).
+and d = 64, 4.6 against 3.8 at d = 128 (on an H200). Where the waiting is done by other warps they take 3.4 and 2.8:
+flash_hopper.py, which a Hopper takes in 16 bits.
 
     python -m kernels.flash_attention      check, then a table
 """
@@ -39,6 +40,7 @@ from kernels.tiles import (
 )
 
 LOG2E, LN2 = 1.4426950408889634, tl.constexpr(0.6931471805599453)
+LENGTHS = ["T", "S", "window"]                   # a kernel is compiled once for all of them
 
 
 def reference(q, k, v, window=None, block=64):
@@ -101,7 +103,7 @@ def targets_of(first, last, window, T, BM: tl.constexpr):
     return begin, diagonal, tl.maximum(diagonal, tl.minimum(end, first + window) // BM * BM), end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
                    BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
                    TMA: tl.constexpr):
@@ -128,7 +130,7 @@ def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl
     tl.store(L + b_h * filled_up(T) + rows, m + tl.log2(l))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "T"])
 def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr):
     """D = rowsum(dO * O), from rows of (b, t, h, e) to (b, h, t)."""
     rows, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
@@ -136,7 +138,7 @@ def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl
     tl.store(D + (rows // (T * H) * H + rows % H) * filled_up(T) + rows // H % T, tl.sum(x, axis=1), mask=rows < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
               BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
               TMA: tl.constexpr):
@@ -161,7 +163,7 @@ def dq_kernel(q, k, v, do, L, delta, dq, T, S, H, G, window, SCALE: tl.constexpr
     store(dq + place(b_h, H, H, T, D), dq_i * (SCALE * LN2), rows, d, T, H * D, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def dkv_kernel(q, k, v, do, L, delta, dk, dv, T, S, H, G, window, GROUP: tl.constexpr, SCALE: tl.constexpr,
                D: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                PRECISION: tl.constexpr, TMA: tl.constexpr):
@@ -228,9 +230,20 @@ def launch(blocks):
 
 
 @torch.compiler.assume_constant_result
+def capability(device):
+    """9 for a Hopper; 0 for what is no GPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def copies_blocks(device):
     """Has the device a unit that copies blocks by itself (TMA), told where by a descriptor? Hopper and later do."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return capability(device) >= 9
+
+
+def on_hopper(q, v, window):
+    """Is it flash_hopper.py's? It is for Hopper alone, and for 16 bits; its blocks are too long for windows."""
+    return (capability(q.device) == 9 and q.dtype != torch.float32 and max(q.shape[-1], v.shape[-1]) <= 128
+            and (window is None or window > 2048))
 
 
 def described(x, rows):
@@ -255,10 +268,14 @@ class FlashAttention(torch.autograd.Function):
         (b, t, h, _), e = q.shape, v.shape[-1]
         shape, sizes, (blocks, *_) = settings(q, k, v, window, width)
         o, L = q.new_empty(b, t, h, e), torch.empty(b, h, 128 * cdiv(t, 128), device=q.device)
-        q_d, k_d, v_d = described(q, blocks[0]), described(k, blocks[1]), described(v, blocks[1])
-        run(forward_kernel, (cdiv(t, blocks[0]) * b * h,), q_d, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
         ctx.save_for_backward(q, k, v, o, L)
         ctx.window, ctx.width = window, width
+        if on_hopper(q, v, window):
+            from kernels import flash_hopper
+            flash_hopper.forward(q, k, v, o, L, shape[-1], sizes["SCALE"])
+            return o
+        q_d, k_d, v_d = described(q, blocks[0]), described(k, blocks[1]), described(v, blocks[1])
+        run(forward_kernel, (cdiv(t, blocks[0]) * b * h,), q_d, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
         return o
 
     @staticmethod
@@ -271,6 +288,11 @@ class FlashAttention(torch.autograd.Function):
         shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window, ctx.width)
         delta, dq, dk, dv = torch.zeros_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         run(rowsum_kernel, (cdiv(b * t * h, 64),), do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
+        if on_hopper(q, v, ctx.window) and not torch.are_deterministic_algorithms_enabled():
+            from kernels import flash_hopper
+            sums = torch.zeros_like(q, dtype=torch.float32)
+            flash_hopper.backward(q, k, v, do, L, delta, sums, dk, dv, shape[-1], sizes["SCALE"])
+            return torch.mul(sums, ctx.width ** -0.5, out=dq), dk, dv, None, None
         q_d, do_d = described(q, for_dkv[0]), described(do, for_dkv[0])
         run(dkv_kernel, (cdiv(s, for_dkv[1]) * b * g,), q_d, k, v, do_d, L, delta, dk, dv, *shape, h // g, **sizes,
             **launch(for_dkv))

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROOM = 232448                    # bytes of shared memory for a program where there is no GPU: as on an H100
 SAID = set()
@@ -70,7 +69,7 @@ def kind(x):
     """What a compiled kernel may depend on in an argument: of numbers, whether they are 1, and divisible by 16."""
     if isinstance(x, torch.Tensor):
         return x.dtype, x.data_ptr() % 16
-    if isinstance(x, TensorDescriptor):
+    if hasattr(x, "block_shape"):                                # a tensor's descriptor, of Triton's or of Gluon's kind
         return x.base.dtype, *x.block_shape
     return x
 

@@ -56,6 +56,22 @@ if os.environ.get("TRITON_INTERPRET"):
     watch_memory()
 
 
+def pytest_configure(config):
+    """On a GPU most of a test's time is the first case's, which compiles its kernels. pytest -n then leaves all cases
+    of a test to one process: several would compile the same at once."""
+    if torch.cuda.is_available() and getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available() and "PYTEST_XDIST_WORKER" in os.environ:
+        config.option.loadgroup = True                   # a worker is told -n, and not what was made of it
+        for item in items:
+            if item.path.stem in ("test_kernels", "test_delta_rule"):
+                item.add_marker(pytest.mark.xdist_group(item.originalname))
+
+
 REFEREES = {}           # of all workers of pytest -n: (mixer, who is referee) -> the largest error
 
 

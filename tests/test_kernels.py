@@ -87,6 +87,7 @@ def in_segments(monkeypatch, module, place):
 def with_the_memory_of_an_rtx_card(monkeypatch):
     for module in (tiles, fft_conv, flash_attention):
         monkeypatch.setattr(module, "shared_memory", lambda device: 101376)
+    monkeypatch.setattr(flash_attention, "on_hopper", lambda *_: False)
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
@@ -110,6 +111,7 @@ def test_flash_attention_reads_blocks_with_and_without_descriptors(monkeypatch, 
     if copies and GPU and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this GPU has no unit that copies blocks")
     monkeypatch.setattr(flash_attention, "copies_blocks", lambda device: copies)
+    monkeypatch.setattr(flash_attention, "on_hopper", lambda *_: False)
 
     def inside_another(x):
         y = torch.cat((x.new_zeros(3), x.transpose(1, 2).flatten()))[3:].view(x.shape[0], x.shape[2], x.shape[1], -1)
@@ -118,8 +120,30 @@ def test_flash_attention_reads_blocks_with_and_without_descriptors(monkeypatch, 
                  lambda *x: flash_attention.reference(*x, window), random((2, h, t, d), (2, g, s, d), (2, g, s, e)))
 
 
+@pytest.mark.skipif(flash_attention.capability(torch.device(DEVICE)) != 9, reason="flash_hopper.py is for Hopper")
+@pytest.mark.parametrize("t, s, h, g, d, e, window", [(130, 130, 2, 2, 64, 64, None), (70, 200, 4, 2, 64, 64, None),
+                                                      (1100, 1100, 2, 1, 128, 128, 300), (65, 65, 2, 2, 24, 40, None),
+                                                      (200, 200, 1, 1, 128, 64, None), (1, 1, 1, 1, 64, 64, None),
+                                                      (40, 900, 2, 1, 64, 64, 257), (4200, 4200, 1, 1, 64, 64, None)])
+def test_flash_attention_by_warps_with_roles(monkeypatch, t, s, h, g, d, e, window):
+    """Lengths that fit no tile, shared heads, a cache, sources that no target sees; also three groups."""
+    monkeypatch.setattr(flash_attention, "on_hopper", lambda *_: True)
+    tensors = random((2, h, t, d), (2, g, s, d), (2, g, s, e))
+    check_kernel(lambda *x: flash_attention.flash_attention(*x, window),
+                 lambda *x: flash_attention.reference(*x, window), tensors, in_16_bits=0.008, dtypes=[torch.bfloat16])
+
+
+def test_what_flash_hopper_does(monkeypatch):
+    def done(major, dtype=torch.bfloat16, d=64, window=None):
+        monkeypatch.setattr(flash_attention, "capability", lambda device: major)
+        return flash_attention.on_hopper(torch.zeros(1, 8, 1, d, dtype=dtype), torch.zeros(1, 8, 1, 64), window)
+    assert done(9) and done(9, d=128) and done(9, torch.float16, window=4096)
+    assert not any((done(8), done(10), done(9, torch.float32), done(9, d=136), done(9, window=1024)))
+
+
 @pytest.mark.skipif(not GPU, reason="programs of the interpreter run one after the other")
-def test_the_gradients_of_attention_are_the_same_each_time():
+def test_the_gradients_of_attention_are_the_same_each_time_where_pytorch_is_told_to(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     q, k, v, do = (x.to(DEVICE, torch.bfloat16).requires_grad_() for x in random(*[(2, 4, 1000, 64)] * 4))
     first, second = (torch.autograd.grad(flash_attention.flash_attention(q, k, v), (q, k, v), do) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -142,6 +166,7 @@ def test_windows_about_as_wide_as_blocks(monkeypatch, window, s):
     """Blocks of 32 and 64, also where a target stands elsewhere in its block than its source."""
     blocks = (64, 32, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)
     monkeypatch.setattr(flash_attention, "blocks_of", lambda *_: blocks)
+    monkeypatch.setattr(flash_attention, "on_hopper", lambda *_: False)
     check_kernel(lambda *x: flash_attention.flash_attention(*x, window),
                  lambda *x: attention.parallel_attention(*x, window), random((1, 1, 130, 8), *[(1, 1, s, 8)] * 2))
 
@@ -158,6 +183,7 @@ def test_flash_attention_on_a_device_with_less_memory(monkeypatch, d, e, blocks)
 @pytest.mark.parametrize("blocks", [(128, 64), (64, 128), (32, 64)])
 def test_flash_attention_in_blocks_of_other_sizes(monkeypatch, blocks):
     monkeypatch.setattr(flash_attention, "blocks_of", lambda *_: ((*blocks, 4, 1),) * 3)
+    monkeypatch.setattr(flash_attention, "on_hopper", lambda *_: False)
     for window in (None, 90):
         check_kernel(lambda *x: flash_attention.flash_attention(*x, window),                      # noqa: B023
                      lambda *x: flash_attention.reference(*x, window), random(*[(1, 1, 260, 16)] * 3))    # noqa: B023
