@@ -35,7 +35,7 @@ class Learned(torch.nn.Module):
 def trained_layer(args):
     """A function that gives q, k: (b, h, t, d) of a trained attention layer, for ids: (b, t), and the text."""
     cell = {"mixer": "attention", "n_layers": 1, "d_model": 64, "n_heads": 4, "context": 128,
-            "steps": args.steps or (60 if args.quick else 800)}
+            "batch_size": 16, "lr": 3e-3, "warmup": 50, "steps": args.steps or (60 if args.quick else 800)}
 
     def take(model):
         block = model.to(DEVICE).blocks[0]

@@ -347,6 +347,18 @@ def test_hedgehogs_maps_are_fitted_to_other_passages_at_each_step():
         hedgehog.lesson.distil(q, k, phi_q, phi_k, steps=0)[0], abs=1e-5)
 
 
+def test_the_paper_s_models_small(tmp_path, monkeypatch, capsys):
+    """A line for each, with the number of the paper."""
+    throughput = importlib.import_module("throughput")
+    monkeypatch.setattr(throughput, "DEVICE", "cpu")
+    throughput.large(lab.options("", ["--quick", "--out", str(tmp_path)], large=""))
+    lines = (tmp_path / "throughput_large.txt").read_text().splitlines()
+    assert [line.split()[:2] for line in lines] == [[size, name] for size in throughput.LAYERS
+                                                    for name in throughput.LAYERS[size]]
+    assert all(line.endswith(f"paper: {throughput.PAPER[tuple(line.split()[:2])][1]}") for line in lines)
+    assert (tmp_path / "throughput_large.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("text, right", [
     ([0, 1, 0, 2, 0, 1, 0, 2, 0], [4 / 8, 5 / 8, 6 / 8]),          # two letters tell all, one does not
     ([3, 0, 1, 3, 0, 1, 3, 0, 1], [3 / 6, 5 / 6, 5 / 6])])         # 3, the separator, is neither asked for nor named
