@@ -62,7 +62,7 @@ def measure(cell):
     own = ("length", "batch", "new_tokens", "size", "name")
     args = lab.parsed({name: value for name, value in cell.items() if name not in own})
     with torch.device(DEVICE):
-        model = train.build_model(args, args.vocab_size).to(torch.bfloat16 if DEVICE == "cuda" else None).eval()
+        model = train.build_model(args, args.vocab_size, DEVICE).to(torch.bfloat16 if DEVICE == "cuda" else None).eval()
         ids = torch.randint(0, args.vocab_size, (cell["batch"], cell["length"]))
     model.prefill(ids)                                           # warm up
     torch.cuda.reset_peak_memory_stats() if DEVICE == "cuda" else None
