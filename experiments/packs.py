@@ -152,15 +152,18 @@ class Pack:
                                   device=self.device)
 
     def choose_form(self):
-        """The mixers' own choice, or the first form whose operations vmap knows. With --form the models are run one
-        after the other: what vmap does not know, a Triton kernel, say, may still be the fastest."""
+        """Of each kind of mixer its own choice, or the first form whose operations vmap knows. With --form the models
+        are run one after the other: what vmap does not know, a Triton kernel, say, may still be the fastest."""
         self.vmap = vmap
         if self.args[0].form:
             self.vmap = one_after_the_other
             return
-        for form in (None, "scan", "parallel"):
+        kinds = {type(block.mixer): block.mixer.forms for block in self.model.blocks}
+        for forms in itertools.product((None, "scan", "parallel"), repeat=len(kinds)):
+            if any(form and form not in known for form, known in zip(forms, kinds.values(), strict=True)):
+                continue
             for block in self.model.blocks:
-                block.form = form if form in block.mixer.forms else None
+                block.form = dict(zip(kinds, forms, strict=True))[type(block.mixer)]
             with suppress(RuntimeError):
                 for data in (*self.sets, *self.held_out[TEST]):                  # a longer text may want another form
                     self.logits(data, *data.take(self.seed * 0, self.seed * 0)[::2])

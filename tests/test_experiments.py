@@ -273,6 +273,21 @@ def test_a_pack_is_trained_as_train_py_would(flags):
     assert pack.finite.tolist() == [6, 6, 6]
 
 
+def test_only_the_mixer_that_vmap_does_not_know_takes_another_form(monkeypatch):
+    """On a GPU a window's own choice is a kernel; the convolution before it stays with its own."""
+    cells = [PACK | {"mixer": "short_conv,window:window=4", "task": "mqar:vocab_size=64 8", "lr": 1e-3, "seed": 0}]
+    window = type(train.build_model(lab.parsed(cells[0] | {"task": "mqar"}), 64).blocks[1].mixer)
+    forward = window.forward
+
+    def on_a_gpu(self, x, form=None, **more):
+        if form is None:
+            raise RuntimeError("vmap does not know this kernel")
+        return forward(self, x, form, **more)
+
+    monkeypatch.setattr(window, "forward", on_a_gpu)
+    assert [block.form for block in lab.Pack(cells, "cpu").model.blocks] == [None, "parallel"]
+
+
 def test_a_pack_learns_and_says_what_of_it_failed():
     cells = [PACK | {"mixer": "attention", "task": "h3_induction:length=4:vocab_size=4:all_tokens=false 640",
                      "d_model": 16, "mlp": 0, "lr": lr, "seed": 0, "steps": 60} for lr in (1e-2, 1e38)]
