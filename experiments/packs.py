@@ -224,7 +224,7 @@ class Pack:
     def train(self, enough=None):
         """To the last step, or until all models have the accuracy `enough`, looked at every 1000 steps. A generator,
         to be trained in turn with others; at the end it returns the step."""
-        steps, start, begun = self.args[0].steps, 0, self.done.item()        # begun: those of an earlier process
+        steps, start, begun = self.args[0].steps, 0, self.steps_done()       # begun: those of an earlier process
         for epoch in itertools.count():
             for data in self.sets:
                 end = start + data.n // self.args[0].batch_size
@@ -234,7 +234,7 @@ class Pack:
                     if step == steps or enough and step % 1000 == 999 and min(self.ask(VALIDATION)[0]) >= enough:
                         return step
                     if step % 20 == 19 and time_is_up():
-                        self.put_away(step)
+                        self.put_away()
                     self.advance(data)
                     if step % 10 == 0:
                         yield
@@ -250,8 +250,15 @@ class Pack:
             data.order = order if first else data.order.copy_(order)
             data.at = (torch.zeros_like(self.done) if first else data.at).fill_(at)
 
-    def put_away(self, step):
+    def steps_done(self):
+        """Once the GPU has done what it was told to: it runs behind, and other streams do not wait for this one."""
+        if self.stream:
+            self.stream.synchronize()
+        return self.done.item()
+
+    def put_away(self):
         """When time is up: a file from which the same cells go on."""
+        step = self.steps_done()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         torch.save({name: getattr(self, name).detach() for name in self.kept}, self.file)
         raise train.BadInput(f"time is up at step {step} of {self.args[0].steps}, for next time see {self.file}")

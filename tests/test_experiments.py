@@ -313,6 +313,22 @@ def test_a_pack_whose_time_is_up_goes_on_from_there(monkeypatch, tmp_path):
     assert [row["ended"] for row in finished(lab.packed(cells))] == [24, 24] and not list(tmp_path.rglob("*.pt"))
 
 
+def test_the_steps_are_counted_and_kept_when_the_gpu_has_done_them(monkeypatch, tmp_path):
+    """A stream runs behind: before it is waited for, step 3 is not done yet."""
+    class Behind:
+        def synchronize(self):
+            pack.done.fill_(3)
+
+    monkeypatch.setattr(importlib.import_module("packs"), "ROOT", tmp_path)
+    pack = lab.Pack([PACK | {"mixer": "attention", "task": "h3_induction 16", "lr": 1e-3, "seed": 0}], "cpu")
+    pack.stream = Behind()
+    with pytest.raises(train.BadInput, match="time is up at step 3 of 6"):
+        pack.put_away()
+    assert torch.load(pack.file)["done"].item() == 3
+    pack.done.zero_()
+    assert pack.steps_done() == 3
+
+
 def test_training_validation_and_test_examples_differ():
     args = lab.parsed({"task": "h3_recall"})
     sets = lab.Examples("h3_recall 600", [0, 1, 2, lab.VALIDATION, lab.TEST], "cpu", args).ids
