@@ -110,6 +110,12 @@ def large(args):
         say(f"{row['size']} {row['name']:10} {row['parameters'] / 1e6:6.0f}M parameters: generation "
             f"{lab.spread(generated, slowest, fastest, '.2f')} tokens/ms, bandwidth allows {bound:.1f}, prefill "
             f"{prefill:.0f}, peak {row['peak_bytes'] / 1e9:.1f} GB; paper: {PAPER[row['size'], row['name']][1]}")
+    for size in LARGE:
+        speed = {row["name"]: row["generated_tokens_per_s"] for row in rows if row["size"] == size}
+        if len(speed) == 2:
+            paper = PAPER[size, "Based"][1] / PAPER[size, "attention"][1]
+            say(f"{size}: Based generates {speed['Based'] / speed['attention']:.1f} times as fast as attention; paper: "
+                f"{paper:.1f}")
     draw_large(args, rows)
 
 
