@@ -60,14 +60,18 @@ def spearman(x, y):
     return statistics.correlation(ranks(x), ranks(y))
 
 
-def draw_questions(ax, accuracy):
-    """A line a model and a kind of question, with the range of the seeds."""
+def draw_questions(ax, accuracy, tried):
+    """A line a model and a kind of question, with the range of the seeds; hollow: only the seed that chooses."""
     for question, style in zip(TASKS, ("o-", "s--"), strict=True):
         for i, model in enumerate(MODELS):
             found = sorted((k, value) for (q, name, k), value in accuracy.items() if (q, name) == (question, model))
             if found:
                 ax.errorbar([k for k, _ in found], *lab.bars([value for _, value in found]), fmt=style, color=f"C{i}",
                             ms=7, capsize=4, label=f"{model}: {question}")
+            alone = [(k, value) for (q, name, k), value in tried.items() if (q, name) == (question, model)]
+            if alone:
+                ax.plot(*zip(*alone, strict=True), style[0], color=f"C{i}", ms=7, mfc="white",
+                        label=None if found else f"{model}: {question}")
     ax.plot(PAIRS, [1 / k for k in PAIRS], ":", color="black", lw=1, label="naming any of the values")
     ax.set(ylim=(-0.03, 1.03), xscale="log", xlabel="pairs", ylabel="share of right answers",
            title="How many are asked for?")
@@ -98,12 +102,16 @@ if __name__ == "__main__":
     say, points = lab.reporter(args.out / "recall_demos.txt"), beside_text()
     for (question, name, k), value in accuracy.items():
         say(f"{k:3} pairs, {question:22}{name:18}{lab.spread(*value)} right")
+    found = lab.chosen(rows, by, "val_accuracy")
+    tried = {key: seeds[0]["accuracy"] for key, seeds in found.items() if key not in accuracy}
+    for (question, name, k), value in tried.items():
+        say(f"{k:3} pairs, {question:22}{name:18}{value:.3f} right, only the seed that chooses")
     for name, (right, nats) in points.items():
         say(f"mqar, 32 pairs: {name:18}{lab.spread(*right)} right, in code {lab.spread(*nats, '.2f')} nats")
     for without in (None, "linear attention"):
         x, y = ([pair[i][0] for name, pair in points.items() if name != without] for i in (0, 1))
         say(f"{len(x)} models: rank correlation of right answers and nats {spearman(x, y):.2f}")
     fig, (left, right) = lab.figure(11, 5.4, columns=2)
-    draw_questions(left, accuracy)
+    draw_questions(left, accuracy, tried)
     draw_models(right, points)
     lab.save(fig, args.out / "recall_demos.png")
