@@ -47,7 +47,9 @@ if __name__ == "__main__":
     say = lab.reporter(args.out / "h3_table2.txt")
     fig, axes = lab.figure(9, 3.8, columns=2, sharey=True)
     ended = [row["ended"] for row in rows]
-    steps = f"{min(ended):,} to {max(ended):,} of {rows[0]['steps']:,} steps"
+    steps = f"{rows[0]['steps']:,} steps"
+    if min(ended) < rows[0]["steps"]:
+        steps = f"{min(ended):,} to {max(ended):,} of {steps}"
     for ax, (task, title), column in zip(axes, TASKS.items(), (0, 1), strict=True):
         for i, (mixer, paper) in enumerate(PAPER.items()):
             ax.plot(i - 0.2, paper[column], "D", color="gray", label="paper" if i == 0 else None)

@@ -35,7 +35,7 @@ class Learned(torch.nn.Module):
 def trained_layer(args):
     """A function that gives q, k: (b, h, t, d) of a trained attention layer, for ids: (b, t), and the text."""
     cell = {"mixer": "attention", "n_layers": 1, "d_model": 64, "n_heads": 4, "context": 128,
-            "steps": args.steps or (60 if args.quick else 800)}
+            "batch_size": 16, "lr": 3e-3, "warmup": 50, "steps": args.steps or (60 if args.quick else 800)}
 
     def take(model):
         block = model.to(DEVICE).blocks[0]
@@ -95,10 +95,11 @@ if __name__ == "__main__":
     fig, (left, right) = lab.figure(12, 4.2, columns=2)
     for name, (entropy, monotone, *_) in mimicry.items():
         left.plot(entropy, monotone, "o", color="black" if name == "softmax" else "C0")
-        left.annotate(NAMES.get(name, name), (entropy, monotone), xytext=(-4, 5), textcoords="offset points",
-                      fontsize=9, ha="right")
+        under = name in ("relu", "elu")                          # relu stands where cosFormer does
+        left.annotate(NAMES.get(name, name), (entropy, monotone), xytext=(-4, -12 if under else 5),
+                      textcoords="offset points", fontsize=9, ha="right")
     left.set(xlabel="entropy of the weights, nats (spiky: low)", ylabel="rank correlation with q . k (monotone: 1)",
-             title="As they start, on random q and k", xlim=(2.2, None))
+             title="As they start, on random q and k", xlim=(2.2, None), ylim=(-0.05, 1.1))
     order = sorted(results["test"], key=lambda name: results["test"][name][0])
     for j, (key, label) in enumerate((("at_first", "as it starts"), ("test", "fitted"))):
         mean, low, high = torch.tensor([results[key][name] for name in order]).T
@@ -110,6 +111,8 @@ if __name__ == "__main__":
     right.set_yticks(range(len(order)), [NAMES.get(name, name) for name, in order])
     right.invert_yaxis()
     right.grid(alpha=0.3)
-    right.set(xscale="log", xlabel="divergence from softmax, nats", title="To a trained layer's weights, on other text")
+    right.set(xscale="log", xlabel="divergence from softmax, nats", title="To a trained layer's weights, on other text",
+              xticks=(0.5, 1, 2, 3), xticklabels=("0.5", "1", "2", "3"))
+    right.minorticks_off()
     right.legend()
     lab.save(fig, args.out / "hedgehog.png")

@@ -3,8 +3,8 @@
     python experiments/history.py [--only "LSTM,S4D"] [--jobs 6] [--quick]
 
 Digits, drawn by fonts at changing places, sizes and angles, are read pixel by pixel, 144 tokens, and named after the
-last: as sequential MNIST (784), with which the state spaces began, but without a download. Two layers, 32 wide, 600
-steps of 32. One layer (LSSL, lesson 03) with three A: HiPPO's; a random one of the same size, which dt slows down as it
+last: as sequential MNIST (784), with which the state spaces began, but without a download. Two layers, 32 wide, 1000
+steps of 64. One layer (LSSL, lesson 03) with three A: HiPPO's; a random one of the same size, which dt slows down as it
 does HiPPO's; and a random one as a plain linear RNN has it, h_t = A h_{t-1} + B u_t. Beside: how much of an input l
 steps back each of them still has in its state as it starts. Writes history.csv, .txt and .png.
 """
@@ -150,7 +150,7 @@ def known():
 
 
 def cells(quick, only=None):
-    common = {"n_layers": 2, "d_model": 32, "batch_size": 32, "steps": 600, "warmup": 60}
+    common = {"n_layers": 2, "d_model": 32, "batch_size": 64, "steps": 1000, "warmup": 100}
     size, n, models, lrs, seeds = 12, 20000, MODELS, (3e-3, 1e-2), (CHOOSING, *SEEDS)
     if quick:
         common |= {"d_model": 32, "steps": 60, "warmup": 10}

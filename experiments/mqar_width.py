@@ -66,8 +66,11 @@ def draw(ax, results, n, style, paper, say):
             say(f"{n:5} tokens {name:17}" + "".join("  {}: {:.3f} ({:.3f} to {:.3f})".format(*p) for p in points))
         if name in paper:
             ax.plot(WIDTHS, paper[name], ":", color="gray", lw=1)
-            ax.annotate(name, (WIDTHS[0], paper[name][0]), xytext=(-4, 0), textcoords="offset points", fontsize=6,
-                        color="gray", ha="right", va="center")
+    height = -1
+    for first, name in sorted((of_name[0], name) for name, of_name in paper.items()):
+        height = max(first, height + 0.05)                                                   # no label on another
+        ax.annotate(name, (WIDTHS[0], height), xytext=(-5, 0), textcoords="offset points", fontsize=8, color="gray",
+                    ha="right", va="center")
 
 
 if __name__ == "__main__":
@@ -83,7 +86,7 @@ if __name__ == "__main__":
         here = {key: y for key, y in results.items() if key[0].startswith(f"mqar_{n} ")}
         draw(ax, here or smaller(), n, "o-" if here else "s--", PAPER[n], say)
         ax.axhline(16 / n, color="black", lw=0.8, ls="--")
-        ax.set(xscale="log", xlabel="model width", ylim=(-0.02, 1.03), xlim=(44, 600),
+        ax.set(xscale="log", xlabel="model width", ylim=(-0.02, 1.03), xlim=(33, 600),
                title=f"{n} tokens, {n // 16} pairs{'' if here else ': fewer examples'}")
         ax.set_xticks(WIDTHS, WIDTHS)
         ax.minorticks_off()

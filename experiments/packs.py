@@ -152,15 +152,18 @@ class Pack:
                                   device=self.device)
 
     def choose_form(self):
-        """The mixers' own choice, or the first form whose operations vmap knows. With --form the models are run one
-        after the other: what vmap does not know, a Triton kernel, say, may still be the fastest."""
+        """Of each kind of mixer its own choice, or the first form whose operations vmap knows. With --form the models
+        are run one after the other: what vmap does not know, a Triton kernel, say, may still be the fastest."""
         self.vmap = vmap
         if self.args[0].form:
             self.vmap = one_after_the_other
             return
-        for form in (None, "scan", "parallel"):
+        kinds = {type(block.mixer): block.mixer.forms for block in self.model.blocks}
+        for forms in itertools.product((None, "scan", "parallel"), repeat=len(kinds)):
+            if any(form and form not in known for form, known in zip(forms, kinds.values(), strict=True)):
+                continue
             for block in self.model.blocks:
-                block.form = form if form in block.mixer.forms else None
+                block.form = dict(zip(kinds, forms, strict=True))[type(block.mixer)]
             with suppress(RuntimeError):
                 for data in (*self.sets, *self.held_out[TEST]):                  # a longer text may want another form
                     self.logits(data, *data.take(self.seed * 0, self.seed * 0)[::2])
@@ -221,7 +224,7 @@ class Pack:
     def train(self, enough=None):
         """To the last step, or until all models have the accuracy `enough`, looked at every 1000 steps. A generator,
         to be trained in turn with others; at the end it returns the step."""
-        steps, start, begun = self.args[0].steps, 0, self.done.item()        # begun: those of an earlier process
+        steps, start, begun = self.args[0].steps, 0, self.steps_done()       # begun: those of an earlier process
         for epoch in itertools.count():
             for data in self.sets:
                 end = start + data.n // self.args[0].batch_size
@@ -231,7 +234,7 @@ class Pack:
                     if step == steps or enough and step % 1000 == 999 and min(self.ask(VALIDATION)[0]) >= enough:
                         return step
                     if step % 20 == 19 and time_is_up():
-                        self.put_away(step)
+                        self.put_away()
                     self.advance(data)
                     if step % 10 == 0:
                         yield
@@ -247,8 +250,15 @@ class Pack:
             data.order = order if first else data.order.copy_(order)
             data.at = (torch.zeros_like(self.done) if first else data.at).fill_(at)
 
-    def put_away(self, step):
+    def steps_done(self):
+        """Once the GPU has done what it was told to: it runs behind, and other streams do not wait for this one."""
+        if self.stream:
+            self.stream.synchronize()
+        return self.done.item()
+
+    def put_away(self):
         """When time is up: a file from which the same cells go on."""
+        step = self.steps_done()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         torch.save({name: getattr(self, name).detach() for name in self.kept}, self.file)
         raise train.BadInput(f"time is up at step {step} of {self.args[0].steps}, for next time see {self.file}")

@@ -1,11 +1,11 @@
 """Two facts about recall: one question does not tell convolutions from attention, many questions do; and who is good at
 the second is good at recall in text.
 
-    python experiments/recall_demos.py [--part one|many] [--only "Hyena,BaseConv"] [--jobs 2] [--quick]
+    python experiments/recall_demos.py [--only "Hyena,BaseConv"] [--jobs 6] [--quick]
 
-Left: 4 pairs of 31 keys and 32 values; one key asked for, at the end (associative_recall, 9 tokens), or every key
-somewhere (mqar, 32 tokens), with as many questions in a batch; two layers 64 wide, 3,000 steps of new texts. Right,
-from two tables that are there: mqar with 32 pairs in 128 tokens, each mixer behind a short convolution
+Left: 4, 8 or 16 pairs of 31 keys and 32 values; one key asked for, at the end (associative_recall), or every key
+somewhere (mqar, 8 tokens a pair), with as many questions in a batch; two layers 64 wide, 3,000 steps, 100,000 texts a
+seed. Right, from two tables that are there: mqar with 32 pairs in 128 tokens, each mixer behind a short convolution
 (recall_vs_state_small.csv), beside the loss of larger models of code on rare bigrams that came before
 (perplexity_slices.csv; attention and Based have the short convolution there, too, the others not). Writes
 recall_demos.csv, .txt and .png.
@@ -16,30 +16,29 @@ import lab
 
 CHOOSING, SEEDS = 100, (0, 1, 2)
 ONE, MANY = "one key, at the end", "every key, somewhere"
-TASKS = {ONE: ("associative_recall:length=9:vocab_size=64", 256),                    # and the texts in a batch
-         MANY: ("mqar:length=32:n_pairs=4:vocab_size=64", 64)}
-MODELS = {"conv + attention": "short_conv,attention", "BaseConv": "baseconv:taps=32", "Hyena": "hyena:max_len=32"}
+TASKS = {ONE: lambda n: f"associative_recall:length={2 * n + 1}:vocab_size=64",
+         MANY: lambda n: f"mqar:length={8 * n}:n_pairs={n}:vocab_size=64"}
+PAIRS = (4, 8, 16)
+MODELS = {"conv + attention": "short_conv,attention", "BaseConv": "baseconv:taps=128", "Hyena": "hyena:max_len=128"}
 BESIDE = {"conv + attention": "attention", "Based": "based:feature_dim=16:window=64", "window 64": "window:window=64",
           "linear attention": "linear_attention:feature_dim=45", "GLA": "gla", "Mamba": "mamba:n_state=16",
           "H3": "h3:n_state=64", "Hyena": "hyena"}
 
 
-def measure(cell):
-    flags = {name: value for name, value in cell.items() if name not in ("question", "model")}
-    scores = lab.trained(flags, enough=0.995)
-    return {"accuracy": round(scores["accuracy"], 5), "ended": scores["ended"]}
+def measure(cells):
+    return lab.packed(cells, enough=0.995)
 
 
-def cells(quick, part=None, only=None):
-    common, lrs, seeds = {"n_layers": 2, "d_model": 64, "warmup": 100, "steps": 3000}, (3e-3, 1e-2), (CHOOSING, *SEEDS)
-    models = MODELS
+def cells(quick, only=None):
+    common = {"n_layers": 2, "d_model": 64, "warmup": 100, "steps": 3000}
+    lrs, seeds, pairs, models, n = (1e-3, 3e-3, 1e-2), (CHOOSING, *SEEDS), PAIRS, MODELS, (100000, 2000)
     if quick:
         common |= {"d_model": 32, "warmup": 50, "steps": 400}
-        models, lrs, seeds = list(MODELS)[:2], (1e-2,), (0,)
-    return [{"question": question, "model": model, "mixer": MODELS[model], "task": task, "batch_size": batch} | common |
-            {"lr": lr, "seed": seed} for model in models if not only or model in only.split(",")
-            for question, (task, batch) in TASKS.items() if part in (None, {ONE: "one", MANY: "many"}[question])
-            for seed in seeds for lr in lrs]
+        lrs, seeds, pairs, models, n = (1e-2,), (0,), PAIRS[:1], list(MODELS)[:2], (8000, 500)
+    return [{"question": question, "pairs": k, "model": model, "mixer": MODELS[model],
+             "task": f"{task(k)} {n[0]}", "test": f"{task(k)} {n[1]}", "batch_size": 64 * (k if question == ONE else 1)}
+            | common | {"lr": lr, "seed": seed} for k in pairs for model in models
+            if not only or model in only.split(",") for question, task in TASKS.items() for seed in seeds for lr in lrs]
 
 
 def beside_text():
@@ -61,20 +60,25 @@ def spearman(x, y):
     return statistics.correlation(ranks(x), ranks(y))
 
 
-def draw_questions(ax, accuracy):
-    """For each model a point a kind of question, with the range of the seeds."""
-    for i, question in enumerate(TASKS):
-        found = [(j, accuracy[question, model]) for j, model in enumerate(MODELS) if (question, model) in accuracy]
-        if found:
-            ax.errorbar([j + 0.2 * i - 0.1 for j, _ in found], *lab.bars([value for _, value in found]), fmt="os"[i],
-                        ms=9, capsize=4, label=question)
-    names = [name for name in MODELS if any(name == model for _, model in accuracy)]
-    ax.axhline(1 / 4, color="black", lw=0.8, ls=":", label="naming any of the four values")
-    ax.set_xticks([list(MODELS).index(name) for name in names], [name.replace(" + ", " +\n") for name in names])
-    ax.set(ylim=(-0.03, 1.03), ylabel="share of right answers", title="4 pairs, and what is asked")
-    ax.margins(x=0.3)
-    ax.grid(alpha=0.3, axis="y")
-    ax.legend(fontsize=9, loc="lower left")
+def draw_questions(ax, accuracy, tried):
+    """A line a model and a kind of question, with the range of the seeds; hollow: only the seed that chooses."""
+    for question, style in zip(TASKS, ("o-", "s--"), strict=True):
+        for i, model in enumerate(MODELS):
+            found = sorted((k, value) for (q, name, k), value in accuracy.items() if (q, name) == (question, model))
+            if found:
+                ax.errorbar([k for k, _ in found], *lab.bars([value for _, value in found]), fmt=style, color=f"C{i}",
+                            ms=7, capsize=4, label=f"{model}: {question}")
+            alone = [(k, value) for (q, name, k), value in tried.items() if (q, name) == (question, model)]
+            if alone:
+                ax.plot(*zip(*alone, strict=True), style[0], color=f"C{i}", ms=7, mfc="white",
+                        label=None if found else f"{model}: {question}")
+    ax.plot(PAIRS, [1 / k for k in PAIRS], ":", color="black", lw=1, label="naming any of the values")
+    ax.set(ylim=(-0.03, 1.03), xscale="log", xlabel="pairs", ylabel="share of right answers",
+           title="How many are asked for?")
+    ax.set_xticks(PAIRS, PAIRS)
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def draw_models(ax, points):
@@ -91,18 +95,23 @@ def draw_models(ax, points):
 
 
 if __name__ == "__main__":
-    args, by = lab.options(__doc__, part="one or many: only this", only="these models, a,b,c"), ("question", "model")
-    todo = cells(args.quick, args.part, args.only)
-    rows = lab.sweep(args, "recall_demos", todo, measure, by, "accuracy", enough=0.99)
-    accuracy, say, points = lab.best(rows, by, "accuracy"), lab.reporter(args.out / "recall_demos.txt"), beside_text()
-    for (question, name), value in accuracy.items():
-        say(f"{question:22}{name:18}{lab.spread(*value)} right")
+    args, by = lab.options(__doc__, only="these models, a,b,c"), ("question", "model", "pairs")
+    todo = cells(args.quick, args.only)
+    rows = lab.sweep(args, "recall_demos", todo, measure, by, "val_accuracy", pack=3, enough=0.99)
+    accuracy = lab.best(rows, by, "accuracy", judge="val_accuracy")
+    say, points = lab.reporter(args.out / "recall_demos.txt"), beside_text()
+    for (question, name, k), value in accuracy.items():
+        say(f"{k:3} pairs, {question:22}{name:18}{lab.spread(*value)} right")
+    found = lab.chosen(rows, by, "val_accuracy")
+    tried = {key: seeds[0]["accuracy"] for key, seeds in found.items() if key not in accuracy}
+    for (question, name, k), value in tried.items():
+        say(f"{k:3} pairs, {question:22}{name:18}{value:.3f} right, only the seed that chooses")
     for name, (right, nats) in points.items():
         say(f"mqar, 32 pairs: {name:18}{lab.spread(*right)} right, in code {lab.spread(*nats, '.2f')} nats")
     for without in (None, "linear attention"):
         x, y = ([pair[i][0] for name, pair in points.items() if name != without] for i in (0, 1))
         say(f"{len(x)} models: rank correlation of right answers and nats {spearman(x, y):.2f}")
-    fig, (left, right) = lab.figure(11, 4.8, columns=2, width_ratios=(2, 3))
-    draw_questions(left, accuracy)
+    fig, (left, right) = lab.figure(11, 5.4, columns=2)
+    draw_questions(left, accuracy, tried)
     draw_models(right, points)
     lab.save(fig, args.out / "recall_demos.png")

@@ -191,11 +191,13 @@ def draw_matrices(args, kept):
     for ax, name, M in zip(axes[1:].flat, kept["names"], kept["M"], strict=False):
         M = np.abs(M) / np.abs(M).sum(axis=1, keepdims=True).clip(1e-9)
         show(ax, M, tokens, f"{name}: {np.mean([M[place] for place in at]):.2f} on the boxes", at)
+    for ax in axes[1:].flatten()[len(kept["names"]):]:
+        ax.axis("off")
     for ax in axes[:, 0]:
         ax.set_ylabel("token that asks")
     for ax in axes[2]:
         ax.set_xlabel("token that is looked at")
-    fig.suptitle("Shift and compare, and what six trained models look at in a text they have not seen.\n"
+    fig.suptitle("Shift and compare, and what trained models look at in a text they have not seen.\n"
                  "Boxed: the values asked for; the number: the share of these rows' weight", fontsize=14)
     lab.save(fig, args.out / "trained_matrices.png")
 

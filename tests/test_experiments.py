@@ -273,6 +273,21 @@ def test_a_pack_is_trained_as_train_py_would(flags):
     assert pack.finite.tolist() == [6, 6, 6]
 
 
+def test_only_the_mixer_that_vmap_does_not_know_takes_another_form(monkeypatch):
+    """On a GPU a window's own choice is a kernel; the convolution before it stays with its own."""
+    cells = [PACK | {"mixer": "short_conv,window:window=4", "task": "mqar:vocab_size=64 8", "lr": 1e-3, "seed": 0}]
+    window = type(train.build_model(lab.parsed(cells[0] | {"task": "mqar"}), 64).blocks[1].mixer)
+    forward = window.forward
+
+    def on_a_gpu(self, x, form=None, **more):
+        if form is None:
+            raise RuntimeError("vmap does not know this kernel")
+        return forward(self, x, form, **more)
+
+    monkeypatch.setattr(window, "forward", on_a_gpu)
+    assert [block.form for block in lab.Pack(cells, "cpu").model.blocks] == [None, "parallel"]
+
+
 def test_a_pack_learns_and_says_what_of_it_failed():
     cells = [PACK | {"mixer": "attention", "task": "h3_induction:length=4:vocab_size=4:all_tokens=false 640",
                      "d_model": 16, "mlp": 0, "lr": lr, "seed": 0, "steps": 60} for lr in (1e-2, 1e38)]
@@ -296,6 +311,22 @@ def test_a_pack_whose_time_is_up_goes_on_from_there(monkeypatch, tmp_path):
     later = lab.Pack(cells, "cpu")
     assert later.done.item() == 19 and finished(later.train()) == 24 and torch.equal(later.theta, whole.theta)
     assert [row["ended"] for row in finished(lab.packed(cells))] == [24, 24] and not list(tmp_path.rglob("*.pt"))
+
+
+def test_the_steps_are_counted_and_kept_when_the_gpu_has_done_them(monkeypatch, tmp_path):
+    """A stream runs behind: before it is waited for, step 3 is not done yet."""
+    class Behind:
+        def synchronize(self):
+            pack.done.fill_(3)
+
+    monkeypatch.setattr(importlib.import_module("packs"), "ROOT", tmp_path)
+    pack = lab.Pack([PACK | {"mixer": "attention", "task": "h3_induction 16", "lr": 1e-3, "seed": 0}], "cpu")
+    pack.stream = Behind()
+    with pytest.raises(train.BadInput, match="time is up at step 3 of 6"):
+        pack.put_away()
+    assert torch.load(pack.file)["done"].item() == 3
+    pack.done.zero_()
+    assert pack.steps_done() == 3
 
 
 def test_training_validation_and_test_examples_differ():
@@ -345,6 +376,19 @@ def test_hedgehogs_maps_are_fitted_to_other_passages_at_each_step():
     q, k = seen[0]
     assert hedgehog.divergence(q, k, phi_q, phi_k).item() == pytest.approx(
         hedgehog.lesson.distil(q, k, phi_q, phi_k, steps=0)[0], abs=1e-5)
+
+
+def test_the_paper_s_models_small(tmp_path, monkeypatch, capsys):
+    """A line for each, with the number of the paper."""
+    throughput = importlib.import_module("throughput")
+    monkeypatch.setattr(throughput, "DEVICE", "cpu")
+    throughput.large(lab.options("", ["--quick", "--out", str(tmp_path)], large=""))
+    lines = (tmp_path / "throughput_large.txt").read_text().splitlines()
+    assert [line.split()[:2] for line in lines[:4]] == [[size, name] for size in throughput.LAYERS
+                                                        for name in throughput.LAYERS[size]]
+    assert all(line.endswith(f"paper: {throughput.PAPER[tuple(line.split()[:2])][1]}") for line in lines[:4])
+    assert lines[4].startswith("360M: Based generates") and lines[5].endswith("paper: 24.5")
+    assert (tmp_path / "throughput_large.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("text, right", [
