@@ -282,13 +282,14 @@ def llama(c):
 
 def olmo(c):
     """OLMo 2: a Llama whose norms come after each half, and go over all heads' q or k. In OLMo-hybrid three of four
-    layers are gated DeltaNets, whose beta goes up to 2, with the norms before; and its attention knows no positions."""
+    layers are gated DeltaNets, whose beta goes up to 2, with the norms before; where rope_theta is null its attention
+    knows no positions."""
     c.require(hidden_act="silu", attention_bias=False, linear_conv_kernel_dim=4,
               linear_num_key_heads=c["num_attention_heads"], linear_num_value_heads=c["num_attention_heads"])
     d, h, eps, n = c["hidden_size"], c["num_attention_heads"], c["rms_norm_eps"], c["num_hidden_layers"]
-    turns = c["model_type"] == "olmo2" or (c.get("rope_parameters") or {}).get("rope_theta")
+    turns = (c.get("rope_parameters") or {}).get("rope_theta", True) is not None
     options = {"head_dim": d // h, "n_kv_heads": c.get("num_key_value_heads") or h, "qk_norm": eps, "whole_norm": True,
-               "rope": bool(turns), "theta": angles(c, d // h) if turns else None}
+               "rope": turns, "theta": angles(c, d // h) if turns else None}
 
     def half(part, after):
         return Half(nn.RMSNorm(d, eps), part, after)

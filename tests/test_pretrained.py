@@ -36,6 +36,9 @@ CASES = {
     "olmo2": ("Olmo2", ATTENTION),
     "olmo_hybrid": ("OlmoHybrid", ATTENTION | {"num_hidden_layers": 4, "linear_key_head_dim": 6,
                                                "linear_value_head_dim": 12}),
+    "olmo_hybrid, no positions": ("OlmoHybrid", ATTENTION | {
+        "num_hidden_layers": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": None}}),
     "olmo_hybrid, rotary": ("OlmoHybrid", ATTENTION | {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
@@ -312,6 +315,15 @@ def test_what_a_family_may_ask_for_and_a_mixer_cannot_do(family, more, words):
             "intermediate_size": 8}
     with pytest.raises(pretrained.BadInput, match=words):
         pretrained.build(pretrained.Config(kind | more, model_type=family))
+
+
+@pytest.mark.parametrize("said, turns", [({}, True), ({"rope_parameters": None}, True),
+                                         ({"rope_parameters": {"rope_theta": None}}, False)])
+def test_olmo_hybrid_knows_no_positions_where_the_base_is_null(said, turns):
+    """As transformers 5.24 reads a config: rope_parameters that are null, or not there, are its default's."""
+    config = ATTENTION | {"rms_norm_eps": 1e-6, "layer_types": ["full_attention"], "num_hidden_layers": 1} | said
+    model, _ = pretrained.build(pretrained.Config(config, model_type="olmo_hybrid"))
+    assert model.layers[0]["attention"].part.rope == turns
 
 
 def test_a_weight_too_many(capsys, tmp_path):
