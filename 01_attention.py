@@ -13,6 +13,7 @@ Papers  [V17]  Vaswani et al. 2017, Attention Is All You Need            arXiv:1
         [MG18] Milakov, Gimelshein 2018, Online normalizer for softmax   arXiv:1805.02867
         [S21]  Su et al. 2021, RoFormer: rotary position embedding       arXiv:2104.09864
         [Ai23] Ainslie et al. 2023, GQA: grouped keys and values         arXiv:2305.13245
+        [Qiu25] Qiu et al. 2025, Gated attention                         arXiv:2505.06708
         [B20]  Beltagy et al. 2020, Longformer: sliding window           arXiv:2004.05150
         [W20]  Wang et al. 2020, Linformer                               arXiv:2006.04768
         [Aky24] Akyurek et al. 2024, In-Context Language Learning        arXiv:2401.12973
@@ -329,13 +330,14 @@ class Attention(nn.Module):
     d (default: d_model / n_heads). qkv_bias, out_bias: biases. qk_norm: the eps of an RMSNorm of each q and each k,
     before they turn (default: no norm); with whole_norm, of all heads' q at once, and k. theta: rope's angles for one
     position, for as many pairs of the first numbers of a head; the others do not turn (default: rope's own, for all).
+    gate: what the heads return is multiplied by sigmoid(W x), number by number [Qiu25].
     forward and prefill take real: (b, t) bool, False at padding, which no token then looks at; the kernel knows no
     padding, so there the chunked form runs. ValueError for sizes that do not fit."""
     forms = ("chunked", "parallel", "recurrent", "triton")
     causal = True
 
     def __init__(self, d_model, n_heads=4, n_kv_heads=None, window=None, rope=True, n_positions=None, head_dim=None,
-                 qkv_bias=False, out_bias=False, qk_norm=None, whole_norm=False, theta=None):
+                 qkv_bias=False, out_bias=False, qk_norm=None, whole_norm=False, theta=None, gate=False):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         if n_heads < 1 or head_dim is None and d_model % n_heads:
@@ -356,6 +358,7 @@ class Attention(nn.Module):
         self.forms = type(self).forms if self.d_head <= 256 else type(self).forms[:-1]       # what the kernel holds
         self.qkv = nn.Linear(d_model, (n_heads + 2 * n_kv_heads) * d, bias=qkv_bias)
         self.out = nn.Linear(n_heads * d, d_model, bias=out_bias)
+        self.gate = nn.Linear(d_model, n_heads * d, bias=qkv_bias) if gate else None
         self.norms, self.whole_norm = None, whole_norm
         if qk_norm is not None:
             sizes = (n_heads * d, n_kv_heads * d) if whole_norm else (d, d)
@@ -408,7 +411,8 @@ class Attention(nn.Module):
         return self.output(o, x)
 
     def output(self, o, x):
-        return self.out(join_heads(o))                                                       # (b, t, c)
+        o = join_heads(o)                                                                    # (b, t, h d)
+        return self.out(o if self.gate is None else o * torch.sigmoid(self.gate(x)))         # (b, t, c)
 
     def init_state(self, batch_size):
         slots = self.window or 0

@@ -929,11 +929,12 @@ class DeltaNet(LinearMixer):
 
 class GatedDeltaNet(DeltaNet):
     """DeltaNet whose state also decays, g = -e^{A_log} softplus(W x + dt_bias), with values of twice the keys' width
-    and a swish gate behind the norm [Y25]. (transformers' Qwen3-Next stores the norm's weight as it is here, and
-    everywhere else as 1 + w. OLMo-hybrid's is this with beta_max=2.)"""
+    and a swish gate behind the norm [Y25]. eps: the norm's. (Qwen3.5's is this with eps=1e-6, OLMo-hybrid's with
+    beta_max=2.)"""
 
-    def __init__(self, d_model, n_heads=4, expand_v=2, beta_max=1.0, d_key=None):
+    def __init__(self, d_model, n_heads=4, expand_v=2, beta_max=1.0, d_key=None, eps=1e-5):
         super().__init__(d_model, n_heads, expand_v, beta_max, d_key)
+        self.eps = eps
         self.decay, self.gate = linear(d_model, n_heads), linear(d_model, self.out.in_features)
         self.dt_bias = nn.Parameter(time_steps(n_heads))
         self.A_log = nn.Parameter(torch.empty(n_heads).uniform_(0, 16).log())
@@ -945,7 +946,7 @@ class GatedDeltaNet(DeltaNet):
         return (q, k, v, -dt * self.A_log.exp()[:, None, None], beta), F.silu(self.gate(x)), carry
 
     def finish(self, o, gate):
-        return self.out(join_heads(rms_norm(o) * self.norm) * gate)
+        return self.out(join_heads(rms_norm(o, self.eps) * self.norm) * gate)
 
 
 class KDA(DeltaNet):

@@ -19,6 +19,7 @@ mistral          01 Attention with a window
 qwen2, qwen3     01 Attention with biases; with norms of q and k
 olmo2            01 Attention with one norm for all heads' q, one for all heads' k
 olmo_hybrid      02 GatedDeltaNet, and every fourth layer 01 Attention            OLMo-hybrid
+qwen3_5          02 GatedDeltaNet, and every fourth layer 01 Attention, gated     Qwen3.5
 gpt2             01 Attention, positions learned by the model
 mamba, mamba2    03 Mamba, 02 Mamba2
 rwkv             02 RWKV4
@@ -335,6 +336,64 @@ def olmo(c):
     return model, table
 
 
+def qwen3_5(c):
+    """Qwen3.5: three of four layers are gated DeltaNets, where groups of heads may share q and k; the others attention,
+    of which a quarter of a head's numbers turn, and whose output is gated. All norms but DeltaNet's are 1 + w."""
+    c.require(hidden_act="silu", attention_bias=False, linear_conv_kernel_dim=4)
+    d, h, eps, n = c["hidden_size"], c["num_attention_heads"], c["rms_norm_eps"], c["num_hidden_layers"]
+    n_keys, n_values = c["linear_num_key_heads"], c["linear_num_value_heads"]
+    d_key, d_value, d_head = c["linear_key_head_dim"], c["linear_value_head_dim"], c["head_dim"]
+    c.require(linear_value_head_dim=d_value // d_key * d_key, linear_num_value_heads=n_values // n_keys * n_keys)
+    turns = angles({"partial_rotary_factor": 0.25} | c, d_head)
+
+    def layer(kind):
+        mlp = Half(nn.RMSNorm(d, eps), MLP(d, c["intermediate_size"], F.silu, gated=True, bias=False))
+        if kind == "full_attention":
+            mixer = lesson_1.Attention(d, h, c["num_key_value_heads"], head_dim=d_head, qk_norm=eps, theta=turns,
+                                       gate=True)
+            return {"attention": Half(nn.RMSNorm(d, eps), mixer), "mlp": mlp}
+        if kind != "linear_attention":
+            raise BadInput(f"a layer of type {kind!r} is not done here: full_attention and linear_attention are")
+        mixer = lesson_2.GatedDeltaNet(d, n_values, d_value // d_key, d_key=d_key, eps=eps)
+        return {"delta": Half(nn.RMSNorm(d, eps), mixer), "mlp": mlp}
+
+    def share(qkv):
+        """Rows of q, k, v -> the same with q and k once for each head of v."""
+        q, k, v = qkv.split([n_keys * d_key, n_keys * d_key, n_values * d_value])
+        q, k = (x.unflatten(0, (n_keys, -1)).repeat_interleave(n_values // n_keys, 0).flatten(0, 1) for x in (q, k))
+        return torch.cat([q, k, v])
+
+    def of_pairs(x, i):
+        """Rows of heads of (q, gate) -> those of q or of the gate."""
+        return x.unflatten(0, (h, 2, d_head))[:, i].flatten(0, 1)
+
+    every = c.get("full_attention_interval", 4)
+    kinds = c.get("layer_types") or ["linear_attention" if i % every else "full_attention" for i in range(1, n + 1)]
+    c.require(num_hidden_layers=len(kinds))
+    model = Model(c["vocab_size"], d, [layer(kind) for kind in kinds], nn.RMSNorm(d, eps),
+                  tied=c.get("tie_word_embeddings", False))
+    attention, delta, mlp, norm = "layers.*.self_attn.", "layers.*.linear_attn.", "layers.*.mlp.", "layernorm.weight"
+    here = {"beta.weight": "in_proj_b.weight", "decay.weight": "in_proj_a.weight", "gate.weight": "in_proj_z.weight",
+            "out.weight": "out_proj.weight", "norm": "norm.weight", "A_log": "A_log", "dt_bias": "dt_bias"}
+    return model, {
+        "embed.weight": ["embed_tokens.weight"], "head.weight": ["lm_head.weight"],
+        "norm.weight": [plus_one, "norm.weight"],
+        "layers.*.attention.norm.weight": [plus_one, f"layers.*.input_{norm}"],
+        "layers.*.delta.norm.weight": [plus_one, f"layers.*.input_{norm}"],
+        "layers.*.mlp.norm.weight": [plus_one, f"layers.*.post_attention_{norm}"],
+        "layers.*.attention.part.qkv.weight": [lambda q, k, v: torch.cat([of_pairs(q, 0), k, v]),
+                                               *(f"{attention}{x}_proj.weight" for x in "qkv")],
+        "layers.*.attention.part.gate.weight": [lambda q: of_pairs(q, 1), attention + "q_proj.weight"],
+        "layers.*.attention.part.norms.0.weight": [plus_one, attention + "q_norm.weight"],
+        "layers.*.attention.part.norms.1.weight": [plus_one, attention + "k_norm.weight"],
+        "layers.*.attention.part.out.weight": [attention + "o_proj.weight"],
+        "layers.*.delta.part.qkv.weight": [share, delta + "in_proj_qkv.weight"],
+        "layers.*.delta.part.conv.conv.weight": [share, delta + "conv1d.weight"],
+        **{"layers.*.delta.part." + a: [delta + b] for a, b in here.items()},
+        "layers.*.mlp.part.up.weight": [rows, mlp + "gate_proj.weight", mlp + "up_proj.weight"],
+        "layers.*.mlp.part.down.weight": [mlp + "down_proj.weight"]}
+
+
 def gpt2(c):
     c.require(activation_function="gelu_new", scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
               add_cross_attention=False)
@@ -477,9 +536,11 @@ def recurrent_gemma(c):
 
 
 FAMILIES = {"llama": llama, "mistral": llama, "qwen2": llama, "qwen3": llama, "olmo2": olmo, "olmo_hybrid": olmo,
-            "gpt2": gpt2, "mamba": mamba, "mamba2": mamba2, "rwkv": rwkv, "recurrent_gemma": recurrent_gemma}
-PREFIXES = ("model.", "transformer.", "backbone.", "rwkv.")                  # of all names but the head's
-NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|^h\.\d+\.attn\.(masked_)?bias$")      # constants in older files
+            "qwen3_5": qwen3_5, "gpt2": gpt2, "mamba": mamba, "mamba2": mamba2, "rwkv": rwkv,
+            "recurrent_gemma": recurrent_gemma}
+PREFIXES = ("model.language_model.", "model.", "transformer.", "backbone.", "rwkv.")       # of all names but the head's
+NOT_READ = re.compile(r"rotary_emb\.inv_freq$|^h\.\d+\.attn\.(masked_)?bias$"            # constants in older files
+                      r"|^visual\.|^mtp\.")      # Qwen3.5's parts that see pictures and guess the token after the next
 
 
 def build(config):
@@ -525,7 +586,7 @@ def fill(model, table, weights, dtype):
                            f"{tuple(p.shape)}")
         used.update(sources)
     tied = {"lm_head.weight", "head.weight"} if model.head is None else set()
-    left = sorted(name for name in set(weights) - used - tied if not NOT_WEIGHTS.search(name))
+    left = sorted(name for name in set(weights) - used - tied if not NOT_READ.search(name))
     if left:
         raise BadInput(f"{len(left)} weights are left over, which this family does not have: {', '.join(left[:3])}")
     model.load_state_dict(state, assign=True)
@@ -576,6 +637,8 @@ def read_folder(folder):
                 weights |= {name: partial(read_tensor, path, name) for name in file.keys()}        # noqa: SIM118
         except (OSError, safetensors.SafetensorError) as e:
             raise BadInput(f"cannot read {path}, or it was cut short: {e}") from e
+    if config.get("model_type") in ("qwen3_5", "qwen3_5_text"):            # the first sees pictures, too: its text half
+        config = Config(config | config.get("text_config", {}) | {"model_type": "qwen3_5"})
     generation = folder / "generation_config.json"
     if generation.exists() and "eos_token_id" in (more := read_json(generation)):
         config["eos_token_id"] = more["eos_token_id"]

@@ -188,7 +188,7 @@ def test_learned_positions():
 
 
 WISHES = {"head_dim": 12, "n_kv_heads": 2, "qkv_bias": True, "out_bias": True, "qk_norm": 1e-6,
-          "theta": (1.0, 0.1, 0.01)}
+          "theta": (1.0, 0.1, 0.01), "gate": True}
 
 
 @pytest.mark.parametrize("options", [{name: value} for name, value in WISHES.items()] + [WISHES], ids=[*WISHES, "all"])

@@ -21,6 +21,8 @@ LAYERS = SMALL | {"hidden_size": 32, "num_hidden_layers": 3}
 ATTENTION = LAYERS | {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 SCALED = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
+QWEN = ATTENTION | {"num_hidden_layers": 4, "head_dim": 16, "linear_key_head_dim": 6, "linear_value_head_dim": 6,
+                    "linear_num_key_heads": 4, "linear_num_value_heads": 4}
 CASES = {
     "llama": ("Llama", ATTENTION | {"rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}}),
     "llama, tied, biases, wide heads": ("Llama", ATTENTION | {"tie_word_embeddings": True, "attention_bias": True,
@@ -42,6 +44,11 @@ CASES = {
     "olmo_hybrid, rotary": ("OlmoHybrid", ATTENTION | {
         "layer_types": ["linear_attention", "full_attention", "linear_attention"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "qwen3_5": ("Qwen3_5", QWEN),
+    "qwen3_5, tied, keys shared, other layers": ("Qwen3_5", QWEN | {
+        "tie_word_embeddings": True, "linear_num_key_heads": 2, "linear_value_head_dim": 12,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}}),
     "gpt2": ("GPT2", SMALL | {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}),
     "mamba": ("Mamba", LAYERS | {"state_size": 8}),
     "mamba2": ("Mamba2", LAYERS | {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}),
@@ -70,12 +77,14 @@ def save_peer(case, path, dtype=torch.float32):
     saved before it has run: RWKV-4 rescales its weights where it writes."""
     require("transformers")
     (name, settings), library = CASES[case], peer("transformers")
-    if name == "OlmoHybrid":
-        peer("transformers.models.olmo_hybrid.modeling_olmo_hybrid")                             # without fla in sight
+    if name in ("OlmoHybrid", "Qwen3_5"):
+        kind = {"OlmoHybrid": "olmo_hybrid", "Qwen3_5": "qwen3_5"}[name]
+        peer(f"transformers.models.{kind}.modeling_{kind}")                                      # without fla in sight
     with in_double() if dtype == torch.float64 else contextlib.nullcontext():
         torch.manual_seed(0)
         causal = getattr(library, f"{name}ForCausalLM", None) or getattr(library, f"{name}LMHeadModel")
-        model = causal(getattr(library, f"{name}Config")(**settings)).to(dtype).eval()
+        config = getattr(library, f"{name}TextConfig", None) or getattr(library, f"{name}Config")
+        model = causal(config(**settings)).to(dtype).eval()
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.15 * torch.randn_like(p))
@@ -86,6 +95,25 @@ def save_peer(case, path, dtype=torch.float32):
             lru = layer.temporal_block.rg_lru
             lru._rnn_scan = functools.partial(lru._rnn_scan, acc_dtype=dtype)
     return model
+
+
+def test_qwen3_5_as_it_is_released_with_a_part_that_sees_pictures(tmp_path):
+    """The names and the nested config are those that transformers writes for the whole model."""
+    require("transformers")
+    library = peer("transformers")
+    peer("transformers.models.qwen3_5.modeling_qwen3_5")                                         # without fla in sight
+    eyes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    theirs = library.Qwen3_5ForConditionalGeneration(library.Qwen3_5Config(text_config=QWEN, vision_config=eyes)).eval()
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    assert any("visual" in name for name in weights) and any("language_model" in name for name in weights)
+    safetensors.torch.save_file(weights | {"mtp.norm.weight": torch.ones(32)}, path)
+    tiny_tokenizer(tmp_path)
+    model, _, _ = pretrained.load(tmp_path)
+    with torch.no_grad():
+        check_close(model.prefill(ids())[0], theirs(ids()).logits, 1e-4, "the text half")
 
 
 def ids(t=23, b=1, seed=1):
@@ -308,11 +336,14 @@ def test_a_config_that_says_too_little(capsys, tmp_path):
     ("olmo_hybrid", {"layer_types": ["full_attention"] * 2}, "num_hidden_layers = 1 is not done here: only 2 is"),
     ("olmo_hybrid", {"layer_types": ["linear_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 12},
      "linear_value_head_dim = 12 is not done here: only 8 is"),
+    ("qwen3_5", {"layer_types": ["sliding_attention"]}, "'sliding_attention' is not done here: full_attention and"),
+    ("qwen3_5", {"linear_num_value_heads": 6}, "linear_num_value_heads = 6 is not done here: only 4 is"),
     ("qwen2", {"num_hidden_layers": 2, "layer_types": ["full_attention"]}, "does not fit together: IndexError")])
 def test_what_a_family_may_ask_for_and_a_mixer_cannot_do(family, more, words):
     kind = {"hidden_size": 32, "vocab_size": 9, "num_hidden_layers": 1, "state_size": 8, "layer_norm_epsilon": 1e-5,
             "num_heads": 4, "num_attention_heads": 4, "n_embd": 32, "rms_norm_eps": 1e-6, "block_types": ["attention"],
             "intermediate_size": 8}
+    kind |= QWEN | {"num_hidden_layers": 1} if family == "qwen3_5" else {}
     with pytest.raises(pretrained.BadInput, match=words):
         pretrained.build(pretrained.Config(kind | more, model_type=family))
 
@@ -324,6 +355,14 @@ def test_olmo_hybrid_knows_no_positions_where_the_base_is_null(said, turns):
     config = ATTENTION | {"rms_norm_eps": 1e-6, "layer_types": ["full_attention"], "num_hidden_layers": 1} | said
     model, _ = pretrained.build(pretrained.Config(config, model_type="olmo_hybrid"))
     assert model.layers[0]["attention"].part.rope == turns
+
+
+def test_qwen3_5_without_a_list_of_layers():
+    """Every fourth layer is attention, and a quarter of a head's numbers turn, where the config says nothing."""
+    config = QWEN | {"rms_norm_eps": 1e-6, "num_hidden_layers": 8}
+    model, _ = pretrained.build(pretrained.Config(config, model_type="qwen3_5"))
+    assert [next(iter(layer)) for layer in model.layers] == (3 * ["delta"] + ["attention"]) * 2
+    assert len(model.layers[3]["attention"].part.theta) == QWEN["head_dim"] // 4 // 2
 
 
 def test_a_weight_too_many(capsys, tmp_path):
