@@ -72,6 +72,13 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.xdist_group(item.originalname))
 
 
+@pytest.fixture(autouse=True)
+def products_of_float32_are_exact():
+    """What a test asks for that trains in TF32 must not reach the next test, whose tolerances are float32's."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 REFEREES = {}           # of all workers of pytest -n: (mixer, who is referee) -> the largest error
 
 

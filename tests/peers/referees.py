@@ -6,8 +6,10 @@ be differentiable: gradients for x and for every parameter are compared, too."""
 import contextlib
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,14 +49,23 @@ def referee(*names, by, needs=(), options=None, extras=lambda t: {}, tolerance=1
     return enter
 
 
-def missing(packages):
-    return [name for name in packages if importlib.machinery.PathFinder.find_spec(name) is None]
+DISTRIBUTIONS = {"fla": "flash-linear-attention", "s5": "s5-pytorch"}      # where they are not called as their packages
+
+
+def amiss(package):
+    """What is wrong with an installed peer: it is not there, or not of the version that the tests were written for."""
+    if importlib.machinery.PathFinder.find_spec(package) is None:
+        return f"{package} is not installed"
+    name = DISTRIBUTIONS.get(package, package.replace("_", "-"))
+    wanted = dict(re.findall(r"^([\w-]+)==([\w.]+)", WANTED.read_text(), re.M)).get(name.lower())
+    found = importlib.metadata.version(name) if wanted else None
+    return None if found == wanted else f"{name} is {found}, not {wanted}"
 
 
 def require(*packages):
-    """Skip where a peer is not installed; fail where all of them must be (in .ci/run)."""
-    if absent := missing(packages):
-        reason = f"{', '.join(absent)} not installed: pip install -r tests/{WANTED.name}"
+    """Skip where a peer is not installed, or of another version; fail where all of them must be (in .ci/run)."""
+    if wrong := [reason for reason in map(amiss, packages) if reason]:
+        reason = f"{', '.join(wrong)}: pip install -r tests/{WANTED.name}"
         (pytest.fail if os.environ.get("PEERS") == "required" else pytest.skip)(reason)
 
 

@@ -60,6 +60,15 @@ def test_a_missing_package_is_skipped_by_name_and_fails_where_it_must_be(monkeyp
     referees.require("torch")
 
 
+def test_a_package_of_another_version_is_skipped_as_if_it_were_missing(monkeypatch):
+    """Its arguments have other names, or its numbers are others."""
+    monkeypatch.delenv("PEERS", raising=False)
+    monkeypatch.setattr(referees.importlib.machinery.PathFinder, "find_spec", lambda name: name)
+    monkeypatch.setattr(referees.importlib.metadata, "version", {"transformers": "4.0.0"}.get)
+    with pytest.raises(pytest.skip.Exception, match=r"transformers is 4.0.0, not 5\.\d+\.\d+: pip install -r tests/req"):
+        referees.require("transformers")
+
+
 def test_float32_is_back_after_a_peer_has_run():
     with referees.in_double():
         assert torch.zeros(1).float().dtype == torch.zeros(1).dtype == torch.float32 == torch.float64
