@@ -65,7 +65,7 @@ def test_a_package_of_another_version_is_skipped_as_if_it_were_missing(monkeypat
     monkeypatch.delenv("PEERS", raising=False)
     monkeypatch.setattr(referees.importlib.machinery.PathFinder, "find_spec", lambda name: name)
     monkeypatch.setattr(referees.importlib.metadata, "version", {"transformers": "4.0.0"}.get)
-    with pytest.raises(pytest.skip.Exception, match=r"transformers is 4.0.0, not 5\.\d+\.\d+: pip install -r tests/req"):
+    with pytest.raises(pytest.skip.Exception, match=r"transformers is 4.0.0, not 5\.\d+\.\d+: pip install"):
         referees.require("transformers")
 
 
