@@ -47,8 +47,8 @@ import triton.language as tl
 
 from kernels.tiles import cdiv, check_dtypes, differentiable_gradients, next_power_of_2, run, shared_memory
 
-MEMORY = {"16 bits": {1024: 32768, 2048: 49152, 4096: 114688, 8192: 196608},     # bytes of shared memory, at most, for
-          "float32": {1024: 98304, 2048: 163840}}                                # which a program of so many steps asks
+MEMORY = {"16 bits": {1024: 28672, 2048: 49152, 4096: 114688, 8192: 196608},     # bytes of shared memory, at most, for
+          "float32": {1024: 90112, 2048: 147456}}                                # which a program of so many steps asks
 TABLES = {}
 
 
