@@ -130,12 +130,16 @@ def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl
     tl.store(L + b_h * filled_up(T) + rows, m + tl.log2(l))
 
 
-@triton.jit(do_not_specialize=["n", "T"])
-def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr):
-    """D = rowsum(dO * O), from rows of (b, t, h, e) to (b, h, t)."""
-    rows, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
-    x = load(do, rows, e, n, E, E).to(tl.float32) * load(o, rows, e, n, E, E).to(tl.float32)
-    tl.store(D + (rows // (T * H) * H + rows % H) * filled_up(T) + rows // H % T, tl.sum(x, axis=1), mask=rows < n)
+@triton.jit(do_not_specialize=["T"])
+def rowsum_kernel(do, o, delta, sums, T, H, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
+    """delta = rowsum(dO * O), (b h, t), 0 from row T on; and sums, if given, of q's shape: zeros, for dQ."""
+    blocks = filled_up(T) // 128
+    b_h, rows, e = tl.program_id(0) // blocks, tl.program_id(0) % blocks * 128 + tl.arange(0, 128), tl.arange(0, BE)
+    at = place(b_h, H, H, T, E)
+    x = load(do + at, rows, e, T, H * E, E).to(tl.float32) * load(o + at, rows, e, T, H * E, E).to(tl.float32)
+    tl.store(delta + b_h * filled_up(T) + rows, tl.sum(x, axis=1))
+    if sums is not None:
+        store(sums + place(b_h, H, H, T, D), tl.zeros((128, BD), tl.float32), rows, tl.arange(0, BD), T, H * D, D)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -286,11 +290,13 @@ class FlashAttention(torch.autograd.Function):
             return *differentiable_gradients(own_twin, (q, k, v), (do,)), None, None
         do, (b, t, h, _), (_, s, g, e) = do.contiguous(), q.shape, v.shape
         shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window, ctx.width)
-        delta, dq, dk, dv = torch.zeros_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        run(rowsum_kernel, (cdiv(b * t * h, 64),), do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
-        if on_hopper(q, v, ctx.window) and not torch.are_deterministic_algorithms_enabled():
+        delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        hopper = on_hopper(q, v, ctx.window) and not torch.are_deterministic_algorithms_enabled()
+        sums = torch.empty_like(q, dtype=torch.float32) if hopper else None
+        run(rowsum_kernel, (cdiv(t, 128) * b * h,), do, o, delta, sums, t, h, D=q.shape[-1], BD=sizes["BD"], E=e,
+            BE=sizes["BE"])
+        if hopper:
             from kernels import flash_hopper
-            sums = torch.zeros_like(q, dtype=torch.float32)
             flash_hopper.backward(q, k, v, do, L, delta, sums, dk, dv, shape[-1], sizes["SCALE"])
             return torch.mul(sums, ctx.width ** -0.5, out=dq), dk, dv, None, None
         q_d, do_d = described(q, for_dkv[0]), described(do, for_dkv[0])
