@@ -152,7 +152,7 @@ def test_the_gradients_of_attention_are_the_same_each_time_where_pytorch_is_told
 
 def test_attentions_backward_begins_with_zeros_where_nothing_is_known():
     do, o = (x.float().to(DEVICE) for x in random((2, 150, 3, 24), (2, 150, 3, 24)))
-    delta, sums = torch.full((2, 3, 256), torch.nan, device=DEVICE), torch.full((2, 150, 3, 40), torch.nan, device=DEVICE)
+    delta, sums = (torch.full(shape, torch.nan, device=DEVICE) for shape in ((2, 3, 256), (2, 150, 3, 40)))
     tiles.run(flash_attention.rowsum_kernel, (2 * 2 * 3,), do, o, delta, sums, 150, 3, D=40, BD=64, E=24, BE=32)
     check_close(delta[..., :150], (do * o).sum(dim=-1).mT, 1e-5, "delta")
     assert (delta[..., 150:] == 0).all() and (sums == 0).all()
