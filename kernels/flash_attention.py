@@ -204,7 +204,7 @@ def settings(q, k, v, window, width):
     shape = (t, s, h, g, s if window is None else min(window, s))
     sizes = {"SCALE": width ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, next_power_of_2(d)),
              "BE": max(16, next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-             "TMA": copies_blocks(q.device)}
+             "TMA": copies_blocks(q.device, window)}
     return shape, sizes, blocks_of(q, v, window)
 
 
@@ -215,7 +215,7 @@ def blocks_of(q, v, window):
         row, memory = next_power_of_2(width) * q.element_size(), shared_memory(q.device)
         return [halved(*blocks, row, memory) for blocks in ((64, 32, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1))]
     if width > 64:
-        return (64, 64, 4, 3 if copies_blocks(q.device) else 2), (64, 64, 4, 2), (32, 64, 4, 2)
+        return (64, 64, 4, 3 if copies_blocks(q.device, window) else 2), (64, 64, 4, 2), (32, 64, 4, 2)
     if window is not None and window <= 256:
         return (64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 4, 1)
     return (64, 64, 4, 3), (64, 64, 4, 3), (32, 128, 4, 3)
@@ -239,9 +239,10 @@ def capability(device):
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def copies_blocks(device):
-    """Has the device a unit that copies blocks by itself (TMA), told where by a descriptor? Hopper and later do."""
-    return capability(device) >= 9
+def copies_blocks(device, window):
+    """Does a unit of the device copy blocks by itself (TMA), told where by a descriptor? Hopper and later have one; in
+    short windows it is slower than loads, and each descriptor costs the host as much as a launch."""
+    return capability(device) >= 9 and (window is None or window > 256)
 
 
 def on_hopper(q, v, window):
@@ -250,9 +251,9 @@ def on_hopper(q, v, window):
             and (window is None or window > 2048))
 
 
-def described(x, rows):
+def described(x, rows, TMA):
     """x (b, t, h, d), or its descriptor, for blocks of rows of a head."""
-    if not copies_blocks(x.device):
+    if not TMA:
         return x
     if not torch.compiler.is_compiling() and x.storage_offset() % 8:         # it must begin at a multiple of 16 bytes
         x = x.clone()
@@ -278,7 +279,7 @@ class FlashAttention(torch.autograd.Function):
             from kernels import flash_hopper
             flash_hopper.forward(q, k, v, o, L, shape[-1], sizes["SCALE"])
             return o
-        q_d, k_d, v_d = described(q, blocks[0]), described(k, blocks[1]), described(v, blocks[1])
+        q_d, (k_d, v_d) = described(q, blocks[0], sizes["TMA"]), (described(x, blocks[1], sizes["TMA"]) for x in (k, v))
         run(forward_kernel, (cdiv(t, blocks[0]) * b * h,), q_d, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
         return o
 
@@ -299,10 +300,10 @@ class FlashAttention(torch.autograd.Function):
             from kernels import flash_hopper
             flash_hopper.backward(q, k, v, do, L, delta, sums, dk, dv, shape[-1], sizes["SCALE"])
             return torch.mul(sums, ctx.width ** -0.5, out=dq), dk, dv, None, None
-        q_d, do_d = described(q, for_dkv[0]), described(do, for_dkv[0])
+        q_d, do_d = (described(x, for_dkv[0], sizes["TMA"]) for x in (q, do))
         run(dkv_kernel, (cdiv(s, for_dkv[1]) * b * g,), q_d, k, v, do_d, L, delta, dk, dv, *shape, h // g, **sizes,
             **launch(for_dkv))
-        k_d, v_d = described(k, for_dq[1]), described(v, for_dq[1])
+        k_d, v_d = (described(x, for_dq[1], sizes["TMA"]) for x in (k, v))
         run(dq_kernel, (cdiv(t, for_dq[0]) * b * h,), q, k_d, v_d, do, L, delta, dq, *shape, **sizes, **launch(for_dq))
         return dq, dk, dv, None, None
 

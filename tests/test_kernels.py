@@ -110,7 +110,7 @@ def test_flash_attention_reads_blocks_with_and_without_descriptors(monkeypatch, 
     """Also heads of a width that a descriptor does not take, and a tensor that begins in the middle of another."""
     if copies and GPU and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this GPU has no unit that copies blocks")
-    monkeypatch.setattr(flash_attention, "copies_blocks", lambda device: copies)
+    monkeypatch.setattr(flash_attention, "copies_blocks", lambda *_: copies)
     monkeypatch.setattr(flash_attention, "on_hopper", lambda *_: False)
 
     def inside_another(x):
@@ -124,9 +124,11 @@ def test_flash_attention_reads_blocks_with_and_without_descriptors(monkeypatch, 
 @pytest.mark.parametrize("t, s, h, g, d, e, window", [(130, 130, 2, 2, 64, 64, None), (70, 200, 4, 2, 64, 64, None),
                                                       (1100, 1100, 2, 1, 128, 128, 300), (65, 65, 2, 2, 24, 40, None),
                                                       (200, 200, 1, 1, 128, 64, None), (1, 1, 1, 1, 64, 64, None),
-                                                      (40, 900, 2, 1, 64, 64, 257), (4200, 4200, 1, 1, 64, 64, None)])
+                                                      (40, 900, 2, 1, 64, 64, 257), (4200, 4200, 1, 1, 64, 64, None),
+                                                      (300, 300, 100, 50, 64, 64, None)])
 def test_flash_attention_by_warps_with_roles(monkeypatch, t, s, h, g, d, e, window):
-    """Lengths that fit no tile, shared heads, a cache, sources that no target sees; also three groups."""
+    """Lengths that fit no tile, shared heads, a cache, sources that no target sees, three groups, more tiles than
+    programs."""
     monkeypatch.setattr(flash_attention, "on_hopper", lambda *_: True)
     tensors = random((2, h, t, d), (2, g, s, d), (2, g, s, e))
     check_kernel(lambda *x: flash_attention.flash_attention(*x, window),
@@ -491,8 +493,10 @@ def test_the_first_taylor_attention(e):
 @pytest.mark.skipif(not GPU, reason="16 bits are a GPU's")
 @pytest.mark.parametrize("t", [1, 64, 1000])
 def test_taylor_attention_in_16_bits(t):
+    """The first token's output is its value, whatever its query and key: their gradients are nothing but rounding."""
     check_kernel(taylor_attention.taylor_attention, taylor_attention.reference,
-                 (*random((1, 2, t, 16), (1, 2, t, 16), (1, 2, t, 64)), None), dtypes=(torch.bfloat16,))
+                 (*random((1, 2, t, 16), (1, 2, t, 16), (1, 2, t, 64)), None), in_16_bits=0.1 if t == 1 else 0.03,
+                 dtypes=(torch.bfloat16,))
 
 
 def test_taylor_attention_in_segments_and_parts(monkeypatch):
@@ -860,7 +864,7 @@ def test_what_a_device_has_no_room_for_is_done_by_pytorch_and_said_once(monkeypa
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for _ in range(2):
-                check_kernel(kernel, twin, tensors, 1e-4)
+                check_kernel(kernel, twin, tensors, 3e-4)
         said = [str(w.message) for w in said if "shared memory" in str(w.message)]
         assert len(said) == times, said
         assert all(what in text and "of which this device has 101376; PyTorch" in text for text in said)
@@ -1075,7 +1079,7 @@ def test_the_kernels_form_reads_a_prefix():
         results = [run(mixer, form, x.to(DEVICE), {"prefix": prefix}) for form in ("triton", "chunked")]
         for what, exact in results[1].items():
             kernels = torch.zeros_like(exact) if results[0][what] is None else results[0][what]
-            check_close(kernels, exact, 5e-4, f"prefix {prefix}: {what}")
+            check_close(kernels, exact, 1e-3, f"prefix {prefix}: {what}")
 
 
 def test_the_kernels_form_is_refused_where_it_cannot_run(monkeypatch):

@@ -20,6 +20,8 @@ import torch
 
 ROOM = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}     # bytes for a program, by compute capability
 BF16, FP32 = torch.bfloat16, torch.float32
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available() and "LAUNCHES" not in os.environ,
+                            reason="needs no GPU, whose own tests take long enough: LAUNCHES=tight does it here, too")
 
 
 def launches():
@@ -171,6 +173,7 @@ def asked_for(capability, chosen):
         yield name, most, [str(w.message) for w in said if "shared memory" in str(w.message)]
 
 
+@NO_GPU
 @pytest.mark.parametrize("capability", ROOM if os.environ.get("LAUNCHES") == "all" else (80, 89))
 def test_launches_find_room(capability, tmp_path):
     which = "all" if os.environ.get("LAUNCHES") == "all" else "tight"
@@ -189,6 +192,7 @@ def test_launches_find_room(capability, tmp_path):
     assert "conv 8192 bf16" in convolutions if capability == 90 else convolutions, convolutions
 
 
+@NO_GPU
 @pytest.mark.parametrize("d, t", [(64, 1024), (64, 8192), (128, 8192)])
 def test_attention_on_hopper_compiles_as_it_was_meant(d, t, tmp_path):
     """In Triton's newest release, too. It finds room; no product waits for the one before because a register was short
@@ -211,11 +215,11 @@ def hopper(d, t):
     from kernels import flash_hopper as fh
     driver.set_active(Card(90))
     q, L = torch.zeros(1, t, 2, d, dtype=BF16), torch.zeros(1, 2, t)
-    wide, long, rows, sums = fh.described(q, 64), fh.described(q, 128), fh.described_row(L, 64), fh.described(
+    short, long, rows, sums = fh.described(q, 64), fh.described(q, 128), fh.described_row(L, 64), fh.described(
         q.float(), 64, d // 2)
-    compiled = (fh.forward_kernel.warmup(wide, long, long, q, L, t, t, 2, 2, t, 64, grid=(1,),
+    compiled = (fh.forward_kernel.warmup(short, long, long, short, L, t, t, 2, 2, t, 64, grid=(1,),
                                          **fh.sizes(q, q, 0.1)),
-                fh.backward_kernel.warmup(wide, long, long, wide, rows, rows, sums, q, q, t, t, 2, t, GROUP=1,
+                fh.backward_kernel.warmup(short, long, long, short, rows, rows, sums, short, short, t, t, 2, t, GROUP=1,
                                           grid=(1,), **fh.sizes(q, q, 0.1, backward=True)))
     for kernel in compiled:
         ptx, ptxas = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.ptx", Path(triton.__file__).parent
