@@ -172,18 +172,20 @@ def recurrent(q, k, v, g=None, state=None):
     return torch.cat(o, dim=2), S
 
 
-def triton(q, k, v, g=None, state=None):
+def triton(q, k, v, g=None, state=None, beta=None):
     """The same as one kernel, on a GPU: kernels/linear_attention.py; kernels/gla.py for a decay of each channel;
-    kernels/step.py for a single token. q and k are brought to v's dtype, which may be of 16 bits."""
+    kernels/step.py for a single token. q and k are brought to v's dtype, which may be of 16 bits. beta: a factor of v,
+    (b, h, t, 1), where the decay is none of each channel."""
     from kernels.gla import gla
     from kernels.linear_attention import linear_attention
     from kernels.step import linear_step
     q, k = q.to(v.dtype), k.to(v.dtype)
     if q.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
         q, k = (x.expand(-1, v.shape[1], -1, -1) for x in (q, k))                    # shared by the heads in Mamba-2
+        v = v if beta is None else (v * beta).to(v.dtype)
         o, state = linear_step(*(x[:, :, 0] for x in (q, k, v)), None if g is None else g[:, :, 0], state)
         return o[:, :, None], state
-    return (linear_attention if g is None or g.shape[-1] == 1 else gla)(q, k, v, g, state)
+    return linear_attention(q, k, v, g, state, beta) if g is None or g.shape[-1] == 1 else gla(q, k, v, g, state)
 
 
 FORMS = {"chunked": chunked, "parallel": parallel, "recurrent": recurrent, "triton": triton}
@@ -695,11 +697,17 @@ def time_steps(n):
     return inverse_softplus(torch.exp(torch.empty(n).uniform_(math.log(1e-3), math.log(1e-1))))
 
 
+def with_dt(form, q, k, v, g, dt, state=None):
+    """S_t = e^{g_t} S_{t-1} + k_t (dt_t v_t)^T. dt: (b, h, t, 1). The kernel multiplies by dt itself."""
+    return form(q, k, v, g, state, dt) if form is triton else form(q, k, v * dt, g, state=state)
+
+
 class Mamba2(LinearMixer):
     """Mamba-2 [D24, section 7]: a scalar decay for each head, g = -dt e^{A_log}; C, B and x are q, k and v, with x
     scaled by dt; a short convolution before, a skip D, a gate and then a norm after. The chunked form is its SSD
     algorithm. C and B are shared by the heads; the inner width is 2 c. (transformers' Mamba2 starts A at 1, 2, ...,
     n_heads, not at U(1, 16).)"""
+    functions = {name: partial(with_dt, form) for name, form in FORMS.items()}
 
     def __init__(self, d_model, n_heads=4, n_state=64, expand=2):
         super().__init__()
@@ -721,7 +729,11 @@ class Mamba2(LinearMixer):
         dt = F.softplus(at_least_float32(self.dt.weight @ x.mT) + self.dt_bias[:, None])[..., None]  # (b, h, t, 1)
         g = -dt * self.A_log.exp()[:, None, None]                                    # (b, h, t, 1)
         v = split_heads(v, self.n_heads)                                             # (b, h, t, e)
-        return (q[:, None], k[:, None], v * dt.to(v.dtype), g), (v, F.silu(self.z(x))), carry
+        return (q[:, None], k[:, None], v, g, dt), (v, F.silu(self.z(x))), carry
+
+    def values(self, x):
+        _, _, v, _, dt, _ = self.inputs(x)
+        return v * dt
 
     def finish(self, o, more):
         v, z = more
@@ -1414,8 +1426,7 @@ def pick_form(mixer, x, form=None):
     if form is None:
         autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
-        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
+        if x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms:
             return "triton"
         slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
         return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]

@@ -288,7 +288,6 @@ class StateSpace(nn.Module):
     forms = ("conv", "recurrent", "scan", "parallel", "triton")
     causal = True
     complex_state = True
-    longest = 2 ** 17                      # that the kernel for convolutions takes
     goes_on_by = "conv"                    # the form of prefill; None: the fastest
 
     def project(self, x, carry):
@@ -704,7 +703,6 @@ class BiGS(nn.Module):
     Differs: a system for each channel, where the authors share one over the channels."""
     forms = ("conv", "parallel", "triton")
     causal = False
-    longest = 2 ** 17
 
     def __init__(self, d_model, n_heads=None, n_state=64):
         super().__init__()
@@ -752,7 +750,6 @@ class Selective(StateSpace):
     """A system whose a, b or C depend on the token: no K, so no convolution; a text goes on by a scan."""
     forms = ("recurrent", "scan", "parallel", "triton")
     complex_state, n_state, goes_on_by = False, 1, None
-    longest = math.inf                     # there is no kernel for convolutions to outgrow
 
 
 class LiquidS4(Selective):
@@ -1435,8 +1432,7 @@ def pick_form(mixer, x, form=None):
     if form is None:
         autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
-        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
+        if x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms:
             return "triton"
         slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
         return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]

@@ -430,7 +430,6 @@ class BaseConv(nn.Module):
         self.taps, self.channels = taps, d_model
         if taps <= 16:                                             # summed up one by one, which needs no kernel
             self.forms = tuple(form for form in self.forms if form != "triton")
-        self.longest = 2 ** 17 if taps > 8192 else math.inf        # that the kernel takes
         self.gate, self.b2 = linear(d_model, d_model, bias=True), nn.Parameter(torch.zeros(d_model))
         self.h = nn.Parameter(torch.empty(d_model, taps).uniform_(-1, 1) * taps ** -0.5)
 
@@ -986,8 +985,7 @@ def pick_form(mixer, x, form=None):
     if form is None:
         autocast = x.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if autocast else x.dtype    # float16 could not hold a long text's sums
-        fast = x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms
-        if fast and x.shape[1] <= getattr(mixer, "longest", x.shape[1]):
+        if x.is_cuda and dtype == torch.bfloat16 and KERNELS and "triton" in mixer.forms:
             return "triton"
         slow = ("recurrent",) if x.is_cuda or torch.compiler.is_compiling() else ()      # many launches, or much code
         return ([form for form in mixer.forms if form not in slow] or mixer.forms)[0]

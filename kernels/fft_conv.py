@@ -10,16 +10,20 @@ of N1 rows and N2 columns, N = N1 N2, u needs two small ones, with a factor betw
     3.  B = V G*           back along the rows; * is conj, without transposing: F and G are symmetric and unitary, so
     4.  y = Re F* (B . T*) it is the inverse; back down the columns
 
-A Fourier transform convolves in a circle: what is longer than N wraps around, onto the beginning. Padding with N zeros
-would help, at twice the work. Here u and K are multiplied as polynomials mod X^N - i, that is, X^N = i: what wraps
-around comes back times i. Of real u and K, the causal convolution is then the real part, and what wrapped around is the
-imaginary part, which is dropped ("right-angle" convolution). Weighted by w^j, with w^N = i, u and K convolve in an
-ordinary circle again; the weights are in F and T. With j = N2 j1 + j2, k = k1 + N1 k2, e(x) = e^{2 pi i x}, w =
-e(1 / (4 N)), and F and G divided by sqrt(N1) and sqrt(N2), F T G is at (j, k) w^j e(-j k / N) / sqrt(N):
+(Unitary transforms divide by sqrt(N) each, and a product of two needs but one of them.)
 
-    U_k = sum_j w^j u_j e(-j k / N) / sqrt(N)                     F_{k1 j1} = e(-(k1 - 1/4) (j1 - 1/4) / N1)
-                                                                  T_{k1 j2} = e(-(k1 - 1/4) (1 / (4 N1) + j2 / N))
-                                                                  G_{j2 k2} = e(-j2 k2 / N2)
+A Fourier transform convolves in a circle: of the 2 N - 1 numbers of u * K, we want N, and the others wrap around, onto
+the beginning. Padding with N zeros would help, at twice the work. Here u and K are multiplied as polynomials mod X^N -
+i, that is, X^N = i: what wraps around comes back times i. Of real u and K, the causal convolution is then the real
+part, and what wrapped around is the imaginary part, which is dropped ("right-angle" convolution). Weighted by w^j, with
+w^N = i, u and K convolve in an ordinary circle again. The weights are in F and T, and as |w| = 1, F* and T* take them
+off again. With j = N2 j1 + j2, k = k1 + N1 k2, e(x) = e^{2 pi i x}, w = e(1 / (4 N)), steps 1 and 2 together are
+
+    U_k = sum_j w^j u_j e(-j k / N) / sqrt(N)                     F_{k1 j1} = e(-(k1 - 1/4) (j1 - 1/4) / N1) / sqrt(N1)
+        = sum_j u_j e(-(k - 1/4) j / N) / sqrt(N)                 T_{k1 j2} = e(-(k1 - 1/4) (1 / (4 N1) + j2 / N))
+                                                                  G_{j2 k2} = e(-j2 k2 / N2) / sqrt(N2)
+
+Only k is shifted by a quarter. F shifts j1 as well, to be symmetric, and the 1 / (4 N1) in T takes that back.
 
 `first_kernel` is this and no more: read it first. The kernels after it lay complex columns as pairs of real ones, so
 that G acts as a real matrix of twice the size. A program of theirs owns a channel and does all this for one sequence
@@ -27,13 +31,10 @@ after the other: memory sees u and y once, 4 bytes a number in 16 bits, for 8 N1
 real). Tiles are scaled by their largest number, so that float16 holds all that is in between. The gradient of u is the
 same with conj(K^); that of K is sum conj(U) D, D of dy, transformed back.
 
-Longer sequences and filters are cut into blocks of N. Of the product of a filter's block m and a sequence's block j,
-what does not wrap around belongs to block m + j; what does, to the next one, where times -i it is real (K^_-1 = 0):
-
-    V_n = sum_m L_m U_{n-m},   L_m = K^_m - i K^_{m-1}
-
-Each block is transformed once, there and back; only this sum takes each block of the one with each of the other. For a
-filter of one block (partial convolution) it is V_n = K^ (U_n - i U_{n-1}).
+Sequences that are longer than the filter are cut into blocks of N, each transformed once, there and back. What of the
+filter and block n wraps around belongs to block n + 1, where times -i it is real: V_n = K^ . (U_n - i U_{n-1}). Filters
+too long for a program's memory (8192 taps in 16 bits on an H100) are torch.fft's. (Cut into blocks, too, each to meet
+each of the sequence, they would take a third of its time, and sixty lines more.)
 
     python -m kernels.fft_conv      check, then a table
 """
@@ -44,11 +45,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.tiles import cdiv, check_dtypes, differentiable_gradients, next_power_of_2, no_room, run, shared_memory
+from kernels.tiles import cdiv, check_dtypes, differentiable_gradients, next_power_of_2, run, shared_memory
 
-MEMORY = {"16 bits": {1024: 32768, 2048: 49152, 4096: 114688, 8192: 196608},     # bytes of shared memory, at most, for
-          "float32": {1024: 98304, 2048: 163840}}                                # which a program of so many steps asks
-BLOCKS = 16                                                # of a filter, at most
+MEMORY = {"16 bits": {1024: 28672, 2048: 49152, 4096: 114688, 8192: 196608},     # bytes of shared memory, at most, for
+          "float32": {1024: 90112, 2048: 147456}}                                # which a program of so many steps asks
 TABLES = {}
 
 
@@ -119,22 +119,22 @@ def matrix_product(A_r, A_i, B_r, B_i):
 
 @triton.jit
 def first_kernel(u, K, y, F, T, G, C, N1: tl.constexpr, N2: tl.constexpr):
-    """The idea alone: one sequence of one channel, N1 N2 steps long. K: the transforms of the channels' filters, times
-    sqrt(N); _r and _i: the real and the imaginary part."""
+    """The idea alone: one sequence of one channel, N1 N2 steps long. u, y: (b, c, N); K, the filters' transforms times
+    sqrt(N): (2, c, N), and F, T, G: a real part (_r), then an imaginary one (_i). All these are pointers."""
     N: tl.constexpr = N1 * N2
     sequence, channel = u + tl.program_id(0) * N, tl.program_id(0) % C
     F_r, F_i = table(F, N1, N1), table(F + N1 * N1, N1, N1)
     T_r, T_i = table(T, N1, N2), table(T + N, N1, N2)
     G_r, G_i = table(G, N2, N2), table(G + N2 * N2, N2, N2)
     K_r, K_i = table(K + channel * N, N1, N2), table(K + (C + channel) * N, N1, N2)
-    x = table(sequence, N1, N2)                                                  # x[j1, j2] is step N2 j1 + j2
-    A_r, A_i = matrix_product(F_r, F_i, x, tl.zeros_like(x))                     # 1. F x, down the columns
-    A_r, A_i = A_r * T_r - A_i * T_i, A_r * T_i + A_i * T_r                      # times T, number by number
-    U_r, U_i = matrix_product(A_r, A_i, G_r, G_i)                                # 2. A G, along the rows
-    V_r, V_i = U_r * K_r - U_i * K_i, U_r * K_i + U_i * K_r                      # frequency by frequency
-    B_r, B_i = matrix_product(V_r, V_i, G_r, -G_i)                               # 3. V G*, back along the rows
-    B_r, B_i = B_r * T_r + B_i * T_i, B_i * T_r - B_r * T_i                      # times T*, number by number
-    y_r, _ = matrix_product(F_r, -F_i, B_r, B_i)                                 # 4. F* B, back down the columns
+    x = table(sequence, N1, N2)                                      # (j1, j2): step N2 j1 + j2, real
+    A_r, A_i = matrix_product(F_r, F_i, x, tl.zeros_like(x))         # (k1, j2): 1. F x, down the columns
+    A_r, A_i = A_r * T_r - A_i * T_i, A_r * T_i + A_i * T_r          # times T, number by number
+    U_r, U_i = matrix_product(A_r, A_i, G_r, G_i)                    # (k1, k2): 2. A G, along the rows
+    V_r, V_i = U_r * K_r - U_i * K_i, U_r * K_i + U_i * K_r          # frequency by frequency, k = k1 + N1 k2
+    B_r, B_i = matrix_product(V_r, V_i, G_r, -G_i)                   # (k1, j2): 3. V G*, back along the rows
+    B_r, B_i = B_r * T_r + B_i * T_i, B_i * T_r - B_r * T_i          # times T*, number by number
+    y_r, _ = matrix_product(F_r, -F_i, B_r, B_i)                     # (j1, j2): 4. F* B, back down the columns
     at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     tl.store(y + tl.program_id(0) * N + at, y_r)                                 # the wrapped part is imaginary
 
@@ -235,89 +235,47 @@ def block_of(x, gate, b, row, n, T, x_b, gate_b, F, N1: tl.constexpr, N2: tl.con
 
 
 @triton.jit
-def planes(x, N1: tl.constexpr, N2: tl.constexpr):
-    """A tile's real and imaginary part from memory, (2, N1, N2): there one is behind the other."""
-    return table(x, N1, N2), table(x + N1 * N2, N1, N2)
-
-
-@triton.jit
-def store_planes(x, x_r, x_i, N1: tl.constexpr, N2: tl.constexpr):
-    at = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
-    tl.store(x + at, x_r.to(x.dtype.element_ty))
-    tl.store(x + N1 * N2 + at, x_i.to(x.dtype.element_ty))
-
-
-@triton.jit
-def spectrum_kernel(K, out, out_scale, F, T, G, taps, root, terms, N1: tl.constexpr, N2: tl.constexpr,
+def spectrum_kernel(K, K_hat, K_scale, F, T, G, taps, root, N1: tl.constexpr, N2: tl.constexpr,
                     PRECISION: tl.constexpr):
-    """L_m of a filter, their norms made `root`, and the scales."""
-    row, before = tl.program_id(0).to(tl.int64), tl.zeros((N1, 2 * N2), tl.float32)
+    """The transforms of filters, in pairs, their norms made `root`, and the scales."""
+    row = tl.program_id(0).to(tl.int64)
     F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
     T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
-    for m in range(terms):
-        x, scale = block_of(K, None, 0, row, m, taps, 0, 0, F, N1, N2)
-        U = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION) * scale
-        L, scale = unit(U - turned(before))                      # so that no square is too large or too small
-        before, norm = U, tl.sqrt(tl.sum(tl.sum(L * L, axis=1), axis=0))
-        L_r, L_i = parts(L * (root * over(norm)))
-        store_planes(out + (row * terms + m) * (2 * N1 * N2), L_r, L_i, N1, N2)
-        tl.store(out_scale + row * terms + m, scale * norm)
+    x, scale = block_of(K, None, 0, row, 0, taps, 0, 0, F, N1, N2)
+    U, more = unit(transform(x, F_r, F_i, T_r, T_i, G_, PRECISION))          # so that no square is too large or small
+    norm = tl.sqrt(tl.sum(tl.sum(U * U, axis=1), axis=0))
+    at = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
+    tl.store(K_hat + row * (2 * N1 * N2) + at, (U * (root * over(norm))).to(F.dtype.element_ty))
+    tl.store(K_scale + row, scale * more * norm)
 
 
 @triton.jit
-def sum_of_terms(L, L_scale, U, U_scale, i, terms, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr):
-    """sum_m L_m U_{i-m}; CONJ: of conj(L_m). The last U are kept, each in the place of one that no term needs."""
-    V_r, V_i = tl.zeros((N1, N2), tl.float32), tl.zeros((N1, N2), tl.float32)
-    for m in range(tl.minimum(terms, i + 1)):
-        slot = (i - m) % terms
-        L_r, L_i = planes(L + m * (2 * N1 * N2), N1, N2)
-        U_r, U_i = planes(U + slot * (2 * N1 * N2), N1, N2)
-        scale, L_i = tl.load(L_scale + m) * tl.load(U_scale + slot), -L_i if CONJ else L_i
-        V_r += (L_r.to(tl.float32) * U_r - L_i.to(tl.float32) * U_i) * scale
-        V_i += (L_r.to(tl.float32) * U_i + L_i.to(tl.float32) * U_r) * scale
-    return pairs(V_r, V_i)
-
-
-@triton.jit
-def conv_kernel(u, pre, L, L_scale, past, past_scale, y, post, y2, post2, F, T, G, batches, steps, blocks, terms, u_b,
-                pre_b, y_b, post_b, post2_b, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr,
-                MANY: tl.constexpr, PRECISION: tl.constexpr):
+def conv_kernel(u, pre, K, K_scale, y, post, y2, post2, F, T, G, batches, steps, blocks, u_b, pre_b, y_b, post_b,
+                post2_b, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr, MANY: tl.constexpr,
+                PRECISION: tl.constexpr):
     """y = post (K * (pre u)), and y2 = post2 (K * (pre u)), or with CONJ the transposed convolution; for one channel of
-    every num_programs(1)-th sequence. L: from spectrum_kernel. MANY: sequences of several blocks. past, past_scale: if
-    the filter has several, too, room for the transforms of as many blocks as the sum has terms."""
+    every num_programs(1)-th sequence. K: from spectrum_kernel. MANY: sequences of several blocks."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
     T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
     G_conj = table(G + 4 * N2 * N2, 2 * N2, 2 * N2)
-    L, L_scale = L + row * terms * (2 * N1 * N2), L_scale + row * terms
-    if past is None:
-        K_r, K_i = planes(L, N1, N2)
-        K, K_scale, before = pairs(K_r, K_i), tl.load(L_scale), tl.zeros((N1, 2 * N2), tl.float32)
-    else:
-        program = row * tl.num_programs(1) + tl.program_id(1)
-        past, past_scale = past + program * terms * (2 * N1 * N2), past_scale + program * terms
+    K_hat, K_scale = table(K + row * (2 * N1 * N2), N1, 2 * N2), tl.load(K_scale + row)
+    before = tl.zeros((N1, 2 * N2), tl.float32)
     count = tl.cdiv(batches - tl.program_id(1), tl.num_programs(1)) * blocks
     for j in range(count):
         b, i = (tl.program_id(1) + j // blocks * tl.num_programs(1)).to(tl.int64), j % blocks
         n = blocks - 1 - i if CONJ else i
         x, scale = block_of(u, pre, b, row, n, steps, u_b, pre_b, F, N1, N2)
         U = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION)
-        if past is not None:
-            U_r, U_i = parts(U)
-            store_planes(past + i % terms * (2 * N1 * N2), U_r, U_i, N1, N2)
-            tl.store(past_scale + i % terms, scale)
-            tl.debug_barrier()                                   # written by one thread, read by another
-            V, scale = unit(sum_of_terms(L, L_scale, past, past_scale, i, terms, N1, N2, CONJ))
-        elif MANY:
+        if MANY:
             U *= scale
             before = tl.where(i == 0, 0.0, before)               # what the block before (behind) it left over
             both, before = U + turned(before) if CONJ else U - turned(before), U
-            V, scale = unit(times(K, both, CONJ))
-            scale *= K_scale
+            V, scale = unit(times(K_hat, both, CONJ))
         else:
-            V, scale = times(K, U.to(x.dtype), CONJ), scale * K_scale
-        y_t = transform_back(V.to(x.dtype), F_r, F_i, T_r, T_i, G_conj, PRECISION) * scale
+            V = times(K_hat, U.to(x.dtype), CONJ)
+        y_t = transform_back(V.to(x.dtype), F_r, F_i, T_r, T_i, G_conj, PRECISION) * (scale * K_scale)
         write(y_t, row * steps, n * N1 * N2 + tile, steps, b, y, post, y2, post2, y_b, post_b, post2_b)
 
 
@@ -336,16 +294,15 @@ def write(y_t, start, at, steps, b, y, post, y2, post2, y_b, post_b, post2_b):
 @triton.jit
 def filter_kernel(u, pre, dy, post, dK, F, T, G, batches, steps, blocks, taps, root, u_b, pre_b, dy_b, post_b,
                   N1: tl.constexpr, N2: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr):
-    """dK_l = sum over sequences and t of (post dy)_t (pre u)_{t-l}, for a block of l: u's blocks times dy's that lie so
-    far behind them."""
-    row, m = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """dK_l = sum over sequences and t of (post dy)_t (pre u)_{t-l}."""
+    row = tl.program_id(0).to(tl.int64)
     F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
     T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
     dK_hat, behind = tl.zeros((N1, 2 * N2), tl.float32), tl.zeros((N1, 2 * N2), tl.float32)
-    for j in range(batches * (blocks - m)):
-        b, i = (j // (blocks - m)).to(tl.int64), j % (blocks - m)
+    for j in range(batches * blocks):
+        b, i = (j // blocks).to(tl.int64), j % blocks
         n = blocks - 1 - i
-        x, scale = block_of(u, pre, b, row, n - m, steps, u_b, pre_b, F, N1, N2)
+        x, scale = block_of(u, pre, b, row, n, steps, u_b, pre_b, F, N1, N2)
         U = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION).to(x.dtype)
         x, dy_scale = block_of(dy, post, b, row, n, steps, dy_b, post_b, F, N1, N2)
         D = transform(x, F_r, F_i, T_r, T_i, G_, PRECISION)
@@ -359,7 +316,7 @@ def filter_kernel(u, pre, dy, post, dK, F, T, G, batches, steps, blocks, taps, r
     V, scale = unit(dK_hat)
     G_conj = table(G + 4 * N2 * N2, 2 * N2, 2 * N2)
     y = transform_back(V.to(F.dtype.element_ty), F_r, F_i, T_r, T_i, G_conj, PRECISION) * (scale * root)
-    l = m * N1 * N2 + tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
+    l = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     tl.store(dK + row * taps + l, y, mask=l < taps)
 
 
@@ -377,60 +334,45 @@ def longest(digits, device):
     return max((n for n, asked in MEMORY[digits].items() if asked <= shared_memory(device)), default=0)
 
 
-def cut(u, taps):
-    """How long a transform is: as long as the filter, or the longest for which this device has the memory. Or None,
-    where a filter is too long for that, too. ValueError for filters too long for any device."""
-    n, digits = max(1024, next_power_of_2(taps)), "float32" if u.dtype == torch.float32 else "16 bits"
-    here = longest(digits, u.device)
-    if n <= here * BLOCKS:
-        return min(n, here)
-    most = max(MEMORY[digits])
-    if taps > most * BLOCKS:
-        raise ValueError(f"a filter of {taps} taps for {u.dtype}: up to {most * BLOCKS}")
-    what = f"a convolution with {n // 2} to {n} taps in {digits}"
-    return None if no_room(what, MEMORY[digits][n // BLOCKS], u.device) else n // BLOCKS
+def length(u, taps):
+    """How long a transform is for filters of so many taps; None, if no program on this device has the memory for it."""
+    n = max(1024, next_power_of_2(taps))
+    return n if n <= longest("float32" if u.dtype == torch.float32 else "16 bits", u.device) else None
 
 
 class Plan:
-    """How a convolution of t steps and so many taps is done: over `blocks` of N = n1 n2 of the sequence, and `filters`
-    blocks of the filter."""
+    """How a convolution with so many taps is done: N = n1 n2."""
     programs = 528               # at least, if there are as many sequences: four for each multiprocessor of an H100
 
     def __init__(self, u, taps):
-        n, exact = cut(u, taps), u.dtype == torch.float32
-        n1, warps, self.filter_warps = options(n)
-        self.n, self.blocks, self.filters = n, cdiv(u.shape[-1], n), cdiv(taps, n)
-        self.terms = 1 if self.filters == 1 else min(self.filters + 1, self.blocks)
+        self.n, exact = length(u, taps), u.dtype == torch.float32
+        n1, warps, self.filter_warps = options(self.n)
         self.dtype, precision = (torch.float32, "tf32x3") if exact else (torch.float16, "tf32")
-        self.tables = tables(n1, n // n1, self.dtype, u.device)
-        self.sizes = {"N1": n1, "N2": n // n1, "PRECISION": precision, "num_warps": warps, "num_stages": 1}
+        self.tables = tables(n1, self.n // n1, self.dtype, u.device)
+        self.sizes = {"N1": n1, "N2": self.n // n1, "PRECISION": precision, "num_warps": warps, "num_stages": 1}
 
     def spectrum(self, K):
-        """L_m, (c, terms, 2, N), and their scales: (c, terms)."""
-        (c, taps), terms = K.shape, self.terms
-        L, scale = K.new_empty(c, terms, 2, self.n, dtype=self.dtype), K.new_empty(c, terms, dtype=torch.float32)
-        run(spectrum_kernel, (c,), K, L, scale, *self.tables, taps, self.n ** 0.5, terms, **self.sizes)
-        return L, scale
+        """K^: (c, 2 N), and its scales: (c)."""
+        c, taps = K.shape
+        K_hat, scale = K.new_empty(c, 2 * self.n, dtype=self.dtype), K.new_empty(c, dtype=torch.float32)
+        run(spectrum_kernel, (c,), K, K_hat, scale, *self.tables, taps, self.n ** 0.5, **self.sizes)
+        return K_hat, scale
 
-    def convolve(self, u, gate, L, outputs, conj=False):
-        """[post (K * (gate u)) for post in outputs], one or two; L: from spectrum."""
+    def convolve(self, u, gate, K_hat, outputs, conj=False):
+        """[post (K * (gate u)) for post in outputs], one or two; K_hat: from spectrum."""
         (b, c, t), y, post = u.shape, [torch.empty_like(u) for _ in outputs] + [None], [*outputs, None]
-        parts, past = min(b, cdiv(self.programs, c)), (None, None)
-        if self.terms > 1:
-            past = (u.new_empty(c, parts, self.terms, 2, self.n, dtype=self.dtype),
-                    u.new_empty(c, parts, self.terms, dtype=torch.float32))
-        run(conv_kernel, (c, parts), u, gate, *L, *past, y[0], post[0], y[1], post[1], *self.tables, b, t, self.blocks,
-            self.terms, stride(u), stride(gate), stride(y[0]), stride(post[0]), stride(post[1]), CONJ=conj,
-            MANY=self.blocks > 1, **self.sizes)
+        blocks = cdiv(t, self.n)
+        run(conv_kernel, (c, min(b, cdiv(self.programs, c))), u, gate, *K_hat, y[0], post[0], y[1], post[1],
+            *self.tables, b, t, blocks, stride(u), stride(gate), stride(y[0]), stride(post[0]), stride(post[1]),
+            CONJ=conj, MANY=blocks > 1, **self.sizes)
         return y[:len(outputs)]
 
     def filter_gradient(self, u, pre, dy, post, taps):
         """dK: (c, taps), float32."""
-        b, c, t = u.shape
-        dK = u.new_empty(c, taps, dtype=torch.float32)
-        run(filter_kernel, (c, self.filters), u, pre, dy, post, dK, *self.tables, b, t, self.blocks, taps,
-            self.n ** 0.5, stride(u), stride(pre), stride(dy), stride(post), MANY=self.blocks > 1,
-            **self.sizes | {"num_warps": self.filter_warps})
+        (b, c, t), dK = u.shape, u.new_empty(u.shape[1], taps, dtype=torch.float32)
+        blocks = cdiv(t, self.n)
+        run(filter_kernel, (c,), u, pre, dy, post, dK, *self.tables, b, t, blocks, taps, self.n ** 0.5, stride(u),
+            stride(pre), stride(dy), stride(post), MANY=blocks > 1, **self.sizes | {"num_warps": self.filter_warps})
         return dK
 
 
@@ -470,9 +412,9 @@ def fft_conv(u, K, pre=None, post=None):
     """y_t = post_t sum_{s <= t} K_{t-s} pre_s u_s for each channel.
 
     u: (b, c, t); K: (c, taps), taps beyond t do nothing; pre, post: (b, c, t) or None. u, pre, post of one dtype,
-    float32 or 16 bits, K of any of these. Returns y: (b, c, t) in u's dtype. ValueError if the shapes do not agree, for
-    other dtypes, or for more than 131072 steps with more than 8192 taps (a quarter of both in float32). As with any
-    FFT, rounding, infinities and what is not a number get from the future into the past."""
+    float32 or 16 bits, K of any of these. Returns y: (b, c, t) in u's dtype. Filters too long for this device's memory
+    (see above) are done by torch.fft. ValueError if the shapes do not agree, or for other dtypes. As with any FFT,
+    rounding, infinities and what is not a number get from the future into the past."""
     if u.ndim != 3 or 0 in u.shape:
         raise ValueError(f"u of shape {tuple(u.shape)} should be (b, c, t), with at least one of each")
     check_dtypes(u=u, K=K)
@@ -482,7 +424,7 @@ def fft_conv(u, K, pre=None, post=None):
             raise ValueError(f"{name} of {x.dtype} {tuple(x.shape)} should be like u, {u.dtype} {tuple(u.shape)}")
     if K.ndim != 2 or len(K) != c or K.shape[1] < 1:
         raise ValueError(f"K of shape {tuple(K.shape)} should be ({c}, taps) for u of shape {tuple(u.shape)}")
-    if cut(u, min(t, K.shape[1])) is None:
+    if length(u, min(t, K.shape[1])) is None:
         return by_torch_fft(u, K, pre, post)
     u, pre, post = (x if x is None else in_rows(x) for x in (u, pre, post))
     return FFTConv.apply(u, K[:, :t].contiguous(), pre, post)

@@ -130,12 +130,16 @@ def forward_kernel(q, k, v, o, L, T, S, H, G, window, SCALE: tl.constexpr, D: tl
     tl.store(L + b_h * filled_up(T) + rows, m + tl.log2(l))
 
 
-@triton.jit(do_not_specialize=["n", "T"])
-def rowsum_kernel(do, o, D, n, T, H, E: tl.constexpr, BE: tl.constexpr, ROWS: tl.constexpr):
-    """D = rowsum(dO * O), from rows of (b, t, h, e) to (b, h, t)."""
-    rows, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BE)
-    x = load(do, rows, e, n, E, E).to(tl.float32) * load(o, rows, e, n, E, E).to(tl.float32)
-    tl.store(D + (rows // (T * H) * H + rows % H) * filled_up(T) + rows // H % T, tl.sum(x, axis=1), mask=rows < n)
+@triton.jit(do_not_specialize=["T"])
+def rowsum_kernel(do, o, delta, sums, T, H, D: tl.constexpr, BD: tl.constexpr, E: tl.constexpr, BE: tl.constexpr):
+    """delta = rowsum(dO * O), (b h, t), 0 from row T on; and sums, if given, of q's shape: zeros, for dQ."""
+    blocks = filled_up(T) // 128
+    b_h, rows, e = tl.program_id(0) // blocks, tl.program_id(0) % blocks * 128 + tl.arange(0, 128), tl.arange(0, BE)
+    at = place(b_h, H, H, T, E)
+    x = load(do + at, rows, e, T, H * E, E).to(tl.float32) * load(o + at, rows, e, T, H * E, E).to(tl.float32)
+    tl.store(delta + b_h * filled_up(T) + rows, tl.sum(x, axis=1))
+    if sums is not None:
+        store(sums + place(b_h, H, H, T, D), tl.zeros((128, BD), tl.float32), rows, tl.arange(0, BD), T, H * D, D)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -200,7 +204,7 @@ def settings(q, k, v, window, width):
     shape = (t, s, h, g, s if window is None else min(window, s))
     sizes = {"SCALE": width ** -0.5 * LOG2E, "D": d, "E": e, "BD": max(16, next_power_of_2(d)),
              "BE": max(16, next_power_of_2(e)), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-             "TMA": copies_blocks(q.device)}
+             "TMA": copies_blocks(q.device, window)}
     return shape, sizes, blocks_of(q, v, window)
 
 
@@ -211,7 +215,7 @@ def blocks_of(q, v, window):
         row, memory = next_power_of_2(width) * q.element_size(), shared_memory(q.device)
         return [halved(*blocks, row, memory) for blocks in ((64, 32, 8, 1), (64, 32, 8, 1), (32, 64, 8, 1))]
     if width > 64:
-        return (64, 64, 4, 3 if copies_blocks(q.device) else 2), (64, 64, 4, 2), (32, 64, 4, 2)
+        return (64, 64, 4, 3 if copies_blocks(q.device, window) else 2), (64, 64, 4, 2), (32, 64, 4, 2)
     if window is not None and window <= 256:
         return (64, 32, 4, 3), (64, 32, 4, 3), (64, 64, 4, 1)
     return (64, 64, 4, 3), (64, 64, 4, 3), (32, 128, 4, 3)
@@ -235,9 +239,10 @@ def capability(device):
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
-def copies_blocks(device):
-    """Has the device a unit that copies blocks by itself (TMA), told where by a descriptor? Hopper and later do."""
-    return capability(device) >= 9
+def copies_blocks(device, window):
+    """Does a unit of the device copy blocks by itself (TMA), told where by a descriptor? Hopper and later have one; in
+    short windows it is slower than loads, and each descriptor costs the host as much as a launch."""
+    return capability(device) >= 9 and (window is None or window > 256)
 
 
 def on_hopper(q, v, window):
@@ -246,9 +251,9 @@ def on_hopper(q, v, window):
             and (window is None or window > 2048))
 
 
-def described(x, rows):
+def described(x, rows, TMA):
     """x (b, t, h, d), or its descriptor, for blocks of rows of a head."""
-    if not copies_blocks(x.device):
+    if not TMA:
         return x
     if not torch.compiler.is_compiling() and x.storage_offset() % 8:         # it must begin at a multiple of 16 bytes
         x = x.clone()
@@ -274,7 +279,7 @@ class FlashAttention(torch.autograd.Function):
             from kernels import flash_hopper
             flash_hopper.forward(q, k, v, o, L, shape[-1], sizes["SCALE"])
             return o
-        q_d, k_d, v_d = described(q, blocks[0]), described(k, blocks[1]), described(v, blocks[1])
+        q_d, (k_d, v_d) = described(q, blocks[0], sizes["TMA"]), (described(x, blocks[1], sizes["TMA"]) for x in (k, v))
         run(forward_kernel, (cdiv(t, blocks[0]) * b * h,), q_d, k_d, v_d, o, L, *shape, **sizes, **launch(blocks))
         return o
 
@@ -286,17 +291,19 @@ class FlashAttention(torch.autograd.Function):
             return *differentiable_gradients(own_twin, (q, k, v), (do,)), None, None
         do, (b, t, h, _), (_, s, g, e) = do.contiguous(), q.shape, v.shape
         shape, sizes, (_, for_dq, for_dkv) = settings(q, k, v, ctx.window, ctx.width)
-        delta, dq, dk, dv = torch.zeros_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        run(rowsum_kernel, (cdiv(b * t * h, 64),), do, o, delta, b * t * h, t, h, E=e, BE=sizes["BE"], ROWS=64)
-        if on_hopper(q, v, ctx.window) and not torch.are_deterministic_algorithms_enabled():
+        delta, dq, dk, dv = torch.empty_like(L), torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        hopper = on_hopper(q, v, ctx.window) and not torch.are_deterministic_algorithms_enabled()
+        sums = torch.empty_like(q, dtype=torch.float32) if hopper else None
+        run(rowsum_kernel, (cdiv(t, 128) * b * h,), do, o, delta, sums, t, h, D=q.shape[-1], BD=sizes["BD"], E=e,
+            BE=sizes["BE"])
+        if hopper:
             from kernels import flash_hopper
-            sums = torch.zeros_like(q, dtype=torch.float32)
             flash_hopper.backward(q, k, v, do, L, delta, sums, dk, dv, shape[-1], sizes["SCALE"])
             return torch.mul(sums, ctx.width ** -0.5, out=dq), dk, dv, None, None
-        q_d, do_d = described(q, for_dkv[0]), described(do, for_dkv[0])
+        q_d, do_d = (described(x, for_dkv[0], sizes["TMA"]) for x in (q, do))
         run(dkv_kernel, (cdiv(s, for_dkv[1]) * b * g,), q_d, k, v, do_d, L, delta, dk, dv, *shape, h // g, **sizes,
             **launch(for_dkv))
-        k_d, v_d = described(k, for_dq[1]), described(v, for_dq[1])
+        k_d, v_d = (described(x, for_dq[1], sizes["TMA"]) for x in (k, v))
         run(dq_kernel, (cdiv(t, for_dq[0]) * b * h,), q, k_d, v_d, do, L, delta, dq, *shape, **sizes, **launch(for_dq))
         return dq, dk, dv, None, None
 

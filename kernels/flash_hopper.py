@@ -86,12 +86,13 @@ def filled_up(T):
 
 
 @gluon.jit
-def store(x, x_i, b, first, h, T, H, WIDTH: gl.constexpr):
-    """64 rows of a head into x: (b, t, h, WIDTH), in its dtype."""
-    rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, x_i.type.layout))[:, None]
-    d = gl.arange(0, x_i.shape[1], gl.SliceLayout(0, x_i.type.layout))[None, :]
-    x += (b.to(gl.int64) * T + rows) * (H * WIDTH) + h * WIDTH + d
-    gl.store(x, x_i.to(x.dtype.element_ty), mask=(rows < T) & (d < WIDTH))
+def write(x, x_i, through, b, first, h):
+    """64 rows of a head to x, (b, t, h, d), in its dtype, through shared memory: by the TMA unit, while the group goes
+    on. What lies behind x's rows and columns is left out."""
+    tma.store_wait(0)                                                    # until what was there has been read
+    through.reshape(x_i.shape).store(x_i.to(x.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(x, [b, first, h, 0], through)
 
 
 # ------------------------------------------------------------------------------------------------------------- forward
@@ -123,13 +124,14 @@ def stretch(first, window, S, BN: gl.constexpr, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def loader(q, k, v, rings, T, S, H, G, window, tiles, BN: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr):
+def loader(q, k, v, rings, T, S, H, G, window, tiles, BN: gl.constexpr, N: gl.constexpr, QUERIES: gl.constexpr,
+           GROUPS: gl.constexpr):
     q_rings, k_ring, v_ring = rings
     i = 0
     for turn in range(turns_of(tiles)):
         b, h, first = tile_of(turn, T, H, GROUPS)
         for j in gl.static_range(GROUPS):
-            fetch(q, [b, first + j * ROWS, h, 0], q_rings[j], turn, 1)
+            fetch(q, [b, first + j * ROWS, h, 0], q_rings[j], turn, QUERIES)
         begin, end = stretch(first + S - T, window, S, BN, GROUPS)
         for start in range(end - BN, begin - 1, -BN):
             fetch(k, [b, start, h // (H // G), 0], k_ring, i, N)
@@ -152,8 +154,8 @@ def softmax(s, m, l, first, start, window, SCALE: gl.constexpr, BN: gl.constexpr
 
 
 @gluon.jit
-def group(rings, o, L, T, S, H, window, tiles, SCALE: gl.constexpr, E: gl.constexpr, BD: gl.constexpr,
-          BE: gl.constexpr, BN: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr, I: gl.constexpr):
+def group(rings, out, o, L, T, S, H, window, tiles, SCALE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
+          BN: gl.constexpr, N: gl.constexpr, QUERIES: gl.constexpr, GROUPS: gl.constexpr, I: gl.constexpr):
     q_rings, k_ring, v_ring = rings
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BE, 16])
@@ -164,14 +166,20 @@ def group(rings, o, L, T, S, H, window, tiles, SCALE: gl.constexpr, E: gl.conste
         b, h, first = tile_of(turn, T, H, GROUPS)
         first += I * ROWS
         begin, end = stretch(first - I * ROWS + S - T, window, S, BN, GROUPS)
+        own_end = gl.cdiv(gl.minimum(S, first + ROWS + S - T), BN) * BN
+        for _ in range(own_end, end, BN):                                # those that only other groups' targets see
+            arrived(v_ring, i, N, BN, BE)
+            done(k_ring, i, N)
+            done(v_ring, i, N)
+            i += 1
         m = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, SCORES))
         l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
         acc = gl.zeros([ROWS, BE], gl.float32, OUTPUT)
-        q_i, k_i = arrived(q_rings[I], turn, 1, ROWS, BD), arrived(k_ring, i, N, BN, BD)
+        q_i, k_i = arrived(q_rings[I], turn, QUERIES, ROWS, BD), arrived(k_ring, i, N, BN, BD)
         s = warpgroup_mma(q_i, k_i.permute((1, 0)), nothing, use_acc=False)
         done(k_ring, i, N)
-        m, l, p, shrink = softmax(s, m, l, first + S - T, end - BN, window, SCALE, BN)
-        for start in range(end - 2 * BN, begin - 1, -BN):
+        m, l, p, shrink = softmax(s, m, l, first + S - T, own_end - BN, window, SCALE, BN)
+        for start in range(own_end - 2 * BN, begin - 1, -BN):
             factor = gl.convert_layout(p.to(q_i.dtype), FACTOR)
             k_i = arrived(k_ring, i + 1, N, BN, BD)
             scores = warpgroup_mma(q_i, k_i.permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -184,34 +192,37 @@ def group(rings, o, L, T, S, H, window, tiles, SCALE: gl.constexpr, E: gl.conste
             done(v_ring, i, N)
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
             i += 1
-        done(q_rings[I], turn, 1)
+        done(q_rings[I], turn, QUERIES)
         v_i = arrived(v_ring, i, N, BN, BE)
         acc = warpgroup_mma(gl.convert_layout(p.to(q_i.dtype), FACTOR), v_i, acc)
         done(v_ring, i, N)
         i += 1
         l = gl.maximum(l, 1e-30)                                         # rows behind the end may see nothing
-        store(o, acc / gl.convert_layout(l, gl.SliceLayout(1, OUTPUT))[:, None], b, first, h, T, H, E)
+        acc = acc / gl.convert_layout(l, gl.SliceLayout(1, OUTPUT))[:, None]
+        write(o, acc, out.index(I), b, first, h)
         rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
         gl.store(L + (b * H + h) * filled_up(T) + rows, m + gl.log2(l), mask=rows < filled_up(T))
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
-def forward_kernel(q, k, v, o, L, T, S, H, G, window, tiles, SCALE: gl.constexpr, E: gl.constexpr, BD: gl.constexpr,
-                   BE: gl.constexpr, BN: gl.constexpr, N: gl.constexpr, GROUPS: gl.constexpr):
+def forward_kernel(q, k, v, o, L, T, S, H, G, window, tiles, SCALE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
+                   BN: gl.constexpr, N: gl.constexpr, QUERIES: gl.constexpr, GROUPS: gl.constexpr):
     """Each program takes tiles until there are none. A thread of a group has 240 or 160 registers, the loader's 24."""
-    rings = (ring(q, 1, 1), ring(q, 1, 1), ring(q, 1, 1)), ring(k, N, GROUPS), ring(v, N, GROUPS)
+    q_rings, out = (ring(q, QUERIES, 1), ring(q, QUERIES, 1), ring(q, QUERIES, 1)), memory(o, GROUPS)
+    rings = q_rings, ring(k, N, GROUPS), ring(v, N, GROUPS)
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize([
-            (group, (rings, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 2, 0)),
-            (group, (rings, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 2, 1)),
-            (loader, (q, k, v, rings, T, S, H, G, window, tiles, BN, N, 2))], [4, 1], [240, 24])
+            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, 2, 0)),
+            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, 2, 1)),
+            (loader, (q, k, v, rings, T, S, H, G, window, tiles, BN, N, QUERIES, 2))], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (group, (rings, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 3, 0)),
-            (group, (rings, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 3, 1)),
-            (group, (rings, o, L, T, S, H, window, tiles, SCALE, E, BD, BE, BN, N, 3, 2)),
-            (loader, (q, k, v, rings, T, S, H, G, window, tiles, BN, N, 3))], [4, 4, 1], [160, 160, 24])
+            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, 3, 0)),
+            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, 3, 1)),
+            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, 3, 2)),
+            (loader, (q, k, v, rings, T, S, H, G, window, tiles, BN, N, QUERIES, 3))], [4, 4, 1], [160, 160, 24])
 
 
 # ------------------------------------------------------------------------------------------------------------ backward
@@ -297,8 +308,8 @@ def add(dq, dq_i, exchange, b, start, h, I: gl.constexpr):
 
 @gluon.jit
 def backward_group(k_ring, v_ring, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP: gl.constexpr,
-                   SCALE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
-                   BM: gl.constexpr, N: gl.constexpr, AHEAD: gl.constexpr, I: gl.constexpr):
+                   SCALE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, BM: gl.constexpr, N: gl.constexpr,
+                   AHEAD: gl.constexpr, I: gl.constexpr):
     """Tiles are transposed: 64 sources down, BM targets across. dQ = dS K takes both groups' dS, so they show it to
     each other, and each computes half of the columns. AHEAD: the scores of the next block are computed, and their
     exponentials taken, while dQ is; there must be registers for both."""
@@ -361,15 +372,15 @@ def backward_group(k_ring, v_ring, blocks, exchange, dq, dk, dv, T, S, G, window
             add(dq, dq_i, exchange, b, start, h, I)
             dk_i = warpgroup_mma_wait(0, [dk_t])
             mbarrier.arrive(free.index(i % N), count=1)
+    out = exchange[2].index(I)                                           # as many bytes as 64 rows of dk or dv
+    write(dv, dv_i, out._reinterpret(dv.dtype, dv.block_type.shape, dv.layout), b, first, g)
+    write(dk, dk_i * (SCALE * LN2), out._reinterpret(dk.dtype, dk.block_type.shape, dk.layout), b, first, g)
     tma.store_wait(0)
-    store(dk, dk_i * (SCALE * LN2), b, first, g, S, G, D)
-    store(dv, dv_i, b, first, g, S, G, E)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def backward_kernel(q, k, v, do, L, delta, dq, dk, dv, T, S, G, window, GROUP: gl.constexpr, SCALE: gl.constexpr,
-                    D: gl.constexpr, E: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, BM: gl.constexpr,
-                    N: gl.constexpr, AHEAD: gl.constexpr):
+                    BD: gl.constexpr, BE: gl.constexpr, BM: gl.constexpr, N: gl.constexpr, AHEAD: gl.constexpr):
     k_r, v_r = ring(k, 1, 2), ring(v, 1, 2)
     blocks = memory(q, N), memory(do, N), memory(L, N), memory(delta, N), barriers(N, 1), barriers(N, 2)
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * ROWS, BM], q.dtype)
@@ -377,10 +388,10 @@ def backward_kernel(q, k, v, do, L, delta, dq, dk, dv, T, S, G, window, GROUP: g
     exchange = dS, barriers(1, 2).index(0), memory(dq, 2)
     fence_async_shared()
     gl.warp_specialize([
-        (backward_group, (k_r, v_r, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP, SCALE, D, E, BD, BE, BM, N,
-                          AHEAD, 0)),
-        (backward_group, (k_r, v_r, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP, SCALE, D, E, BD, BE, BM, N,
-                          AHEAD, 1)),
+        (backward_group, (k_r, v_r, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP, SCALE, BD, BE, BM, N, AHEAD,
+                          0)),
+        (backward_group, (k_r, v_r, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP, SCALE, BD, BE, BM, N, AHEAD,
+                          1)),
         (backward_loader, (q, k, v, do, L, delta, k_r, v_r, blocks, T, S, G, window, GROUP, BM, N, AHEAD))],
         [4, 1], [240, 24])
 
@@ -399,7 +410,7 @@ def layout_of(block, dtype):
 
 
 def described(x, rows, columns=None):
-    """A descriptor of x (b, t, h, d), for blocks of rows of a head."""
+    """A descriptor of x (b, t, h, d), for blocks of rows of a head, filled up with zeros."""
     x = x.clone() if x.data_ptr() % 16 else x                            # it must begin at a multiple of 16 bytes
     block = [1, rows, 1, columns or wide(x.shape[-1])]
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout_of(tuple(block), x.dtype))
@@ -416,11 +427,11 @@ def sizes(q, v, scale, backward=False):
     """What was fastest. Heads of 128 leave no registers for a third group, nor, backward, for two blocks of scores."""
     t, d, e = q.shape[1], q.shape[-1], v.shape[-1]
     narrow = max(d, e) <= 64
-    groups = 3 if narrow and t > 4096 else 2
-    common = {"SCALE": scale, "E": e, "BD": wide(d), "BE": wide(e)}
-    if backward:
-        return {**common, "D": d, "BM": 64, "N": 3 if narrow else 2, "AHEAD": narrow}
-    return {**common, "BN": 128, "N": groups, "GROUPS": groups}
+    if backward:                                                         # dQ's blocks serve dK and dV in the end
+        width = wide(max(d, e))
+        return {"SCALE": scale, "BD": width, "BE": width, "BM": 64, "N": 3 if narrow else 2, "AHEAD": narrow}
+    return {"SCALE": scale, "BD": wide(d), "BE": wide(e), "BN": 128, "N": 4 if narrow else 2,
+            "QUERIES": 2 if narrow else 1, "GROUPS": 3 if narrow and t > 4096 else 2}
 
 
 @torch.library.custom_op("kernels::flash_hopper_forward", mutates_args=("o", "L"))
@@ -432,14 +443,16 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, 
     if tiles % 2 and math.gcd(tiles, programs) > 1:      # then pairs lie across heads, are not all alike, and the same
         programs -= 1                                    # programs would get the longer ones again and again
     run(forward_kernel, (min(programs, cdiv(tiles * b * h, 2)),), described(q, 64), described(k, 128),
-        described(v, 128), o, L, t, s, h, g, window, tiles * b * h, **own)
+        described(v, 128), described(o, 64), L, t, s, h, g, window, tiles * b * h, **own)
 
 
 @torch.library.custom_op("kernels::flash_hopper_backward", mutates_args=("dq", "dk", "dv"))
 def backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, L: torch.Tensor, delta: torch.Tensor,
              dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, window: int, scale: float) -> None:
     """Writes dk and dv; adds dS K to dq: (b, t, h, d), float32."""
-    (b, t, h, d), (_, s, g, _) = q.shape, k.shape
-    run(backward_kernel, (cdiv(s, 128) * b * g,), described(q, 64), described(k, 128), described(v, 128),
-        described(do, 64), described_row(L, 64), described_row(delta, 64), described(dq, 64, wide(d) // 2), dk, dv, t,
-        s, g, window, GROUP=h // g, **sizes(q, v, scale, backward=True))
+    (b, t, h, _), (_, s, g, _), own = q.shape, k.shape, sizes(q, v, scale, backward=True)
+    width = own["BD"]
+    q, k, v, do, dk, dv = (described(x, rows, width) for x, rows in ((q, 64), (k, 128), (v, 128), (do, 64), (dk, 64),
+                                                                     (dv, 64)))
+    run(backward_kernel, (cdiv(s, 128) * b * g,), q, k, v, do, described_row(L, 64), described_row(delta, 64),
+        described(dq, 64, width // 2), dk, dv, t, s, g, window, GROUP=h // g, **own)

@@ -219,6 +219,37 @@ def backward_kernel(q, k, v, g, beta, do, S0, dS_T, states, decays, dstates, dq,
              g_t, q + key, x, None, E, D, BE, C, False, True, PRECISION)
 
 
+@triton.jit(do_not_specialize=["T"])
+def decay_kernel(x, S, R, S_T, dS_T, beta, dg, dbeta, T, H, blocks, g_b, g_h, g_t, SIZE: tl.constexpr,
+                 PART: tl.constexpr):
+    """dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, of the rest of a span of tokens only; all that is behind it is
+    S . R, the state at its end and the gradient of that. (Summed up to the end of the text, what rounding leaves would
+    grow.) And dbeta. x: k . dk and q . dq, (2, blocks, b h, T); S: before each span, R: behind it, (b h, spans,
+    SIZE)."""
+    b_h, n, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    rows, i = n * SPAN + tl.arange(0, SPAN), tl.arange(0, PART)
+    k_dk, q_dq, behind = tl.zeros((SPAN,), tl.float32), tl.zeros((SPAN,), tl.float32), tl.zeros((PART,), tl.float32)
+    for j in range(blocks):
+        of_k = j * tl.num_programs(0) + b_h
+        of_q = of_k + blocks * tl.num_programs(0)
+        k_dk += tl.load(x + of_k * T + rows, mask=rows < T, other=0.0)
+        q_dq += tl.load(x + of_q * T + rows, mask=rows < T, other=0.0)
+    if n < spans - 1:
+        at = (b_h * spans + n) * SIZE
+        for start in range(0, SIZE, PART):
+            inside = start + i < SIZE
+            S_i = tl.load(S + at + SIZE + start + i, mask=inside, other=0.0).to(tl.float32)
+            behind += S_i * tl.load(R + at + start + i, mask=inside, other=0.0)
+    elif dS_T is not None:
+        for start in range(0, SIZE, PART):
+            inside, at = start + i < SIZE, b_h * SIZE + start + i
+            behind += tl.load(S_T + at, mask=inside, other=0.0) * tl.load(dS_T + at, mask=inside, other=0.0)
+    tl.store(dg + b_h * T + rows, tl.cumsum(q_dq - k_dk, reverse=True) + tl.sum(behind), mask=rows < T)
+    if beta is not None:
+        beta_i = tl.load(beta + b_h // H * g_b + b_h % H * g_h + rows * g_t, mask=rows < T, other=1.0)
+        tl.store(dbeta + b_h * T + rows, k_dk / tl.maximum(beta_i, LEAST), mask=rows < T)
+
+
 def settings(q, v, g):
     """Sizes, strides and segments, and the blocks of value columns and launch options that were fastest on an
     H100."""
@@ -261,18 +292,6 @@ def spans(q, v):
     return q.new_empty(*v.shape[:3:2], cdiv(v.shape[1], SPAN.value), q.shape[3], v.shape[3])
 
 
-def decay_gradient(k_dk, q_dq, S, R, S_T, dS_T):
-    """dg_t = sum_{t' >= t} (q . dq - k . dk)_{t'}, of the rest of a span of tokens only; all that is behind it is R .
-    S, the state at its end and the gradient of that. (Summed up to the end of the text, what rounding leaves would
-    grow.) k_dk, q_dq: (b, h, t), S: before each span, R: behind it. Returns (b, h, t)."""
-    t = k_dk.shape[-1]
-    x = F.pad(q_dq - k_dk, (0, -t % SPAN.value)).unflatten(-1, (-1, SPAN.value))             # (b, h, spans, SPAN)
-    behind = (S[:, :, 1:].float() * R[:, :, :-1]).sum(dim=(-2, -1))
-    last = torch.zeros_like(x[:, :, -1, 0]) if dS_T is None else (S_T * dS_T).sum(dim=(-2, -1))
-    behind = torch.cat([behind, last[..., None]], dim=2)
-    return (x.flip(-1).cumsum(dim=-1).flip(-1) + behind[..., None]).flatten(-2)[..., :t]
-
-
 class LinearAttention(torch.autograd.Function):
     """q, k: (b, t, h or 1, d), v: (b, t, h, e), in one piece; g, beta: (b, h, t), of the same strides."""
 
@@ -310,9 +329,10 @@ class LinearAttention(torch.autograd.Function):
             **sizes)
         dg, dbeta = None, None
         if x is not None:
-            k_dk, q_dq = x.sum(dim=1)
-            dg = decay_gradient(k_dk, q_dq, kept, dkept, S_T, dS_T)
-            dbeta = None if beta is None else k_dk / beta.clamp(min=LEAST.value)
+            (b, h, t), dg = g.shape, torch.empty(g.shape, device=g.device)
+            dbeta = None if beta is None else torch.empty_like(dg)
+            run(decay_kernel, (b * h, cdiv(t, SPAN.value)), x, kept, dkept, S_T, dS_T, beta, dg, dbeta, t, h, of_dk,
+                *g.stride(), SIZE=kept.shape[3] * kept.shape[4], PART=1024, num_warps=4)
         if q.shape[2] < v.shape[2]:                                      # shared by the heads
             dq, dk = (x.sum(dim=2, keepdim=True, dtype=torch.float32) for x in (dq, dk))
         return dq.to(q.dtype), dk.to(k.dtype), dv, dg, dbeta, dS0

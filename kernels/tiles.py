@@ -56,7 +56,8 @@ def run(kernel, grid, *args, **sizes):
     kernel is found again."""
     if torch.compiler.is_compiling() or not isinstance(kernel, triton.JITFunction):          # or it is interpreted
         return kernel[grid](*args, **sizes)
-    key = kernel, driver.active.get_current_device(), *sizes, *sizes.values(), *[kind(x) for x in args]
+    kinds = [(x.dtype, x.data_ptr() % 16) if type(x) is torch.Tensor else kind(x) for x in args]
+    key = kernel, driver.active.get_current_device(), *sizes, *sizes.values(), *kinds
     compiled, constants = LAUNCHED.get(key, (None, None))
     if compiled is None:
         constants = [sizes.get(p.name, p.default) for p in kernel.params[len(args):]]
@@ -67,7 +68,7 @@ def run(kernel, grid, *args, **sizes):
 
 def kind(x):
     """What a compiled kernel may depend on in an argument: of numbers, whether they are 1, and divisible by 16."""
-    if isinstance(x, torch.Tensor):
+    if isinstance(x, torch.Tensor):                              # a parameter
         return x.dtype, x.data_ptr() % 16
     if hasattr(x, "block_shape"):                                # a tensor's descriptor, of Triton's or of Gluon's kind
         return x.base.dtype, *x.block_shape

@@ -110,7 +110,7 @@ def test_flash_attention_reads_blocks_with_and_without_descriptors(monkeypatch, 
     """Also heads of a width that a descriptor does not take, and a tensor that begins in the middle of another."""
     if copies and GPU and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this GPU has no unit that copies blocks")
-    monkeypatch.setattr(flash_attention, "copies_blocks", lambda device: copies)
+    monkeypatch.setattr(flash_attention, "copies_blocks", lambda *_: copies)
     monkeypatch.setattr(flash_attention, "on_hopper", lambda *_: False)
 
     def inside_another(x):
@@ -124,9 +124,11 @@ def test_flash_attention_reads_blocks_with_and_without_descriptors(monkeypatch, 
 @pytest.mark.parametrize("t, s, h, g, d, e, window", [(130, 130, 2, 2, 64, 64, None), (70, 200, 4, 2, 64, 64, None),
                                                       (1100, 1100, 2, 1, 128, 128, 300), (65, 65, 2, 2, 24, 40, None),
                                                       (200, 200, 1, 1, 128, 64, None), (1, 1, 1, 1, 64, 64, None),
-                                                      (40, 900, 2, 1, 64, 64, 257), (4200, 4200, 1, 1, 64, 64, None)])
+                                                      (40, 900, 2, 1, 64, 64, 257), (4200, 4200, 1, 1, 64, 64, None),
+                                                      (300, 300, 100, 50, 64, 64, None)])
 def test_flash_attention_by_warps_with_roles(monkeypatch, t, s, h, g, d, e, window):
-    """Lengths that fit no tile, shared heads, a cache, sources that no target sees; also three groups."""
+    """Lengths that fit no tile, shared heads, a cache, sources that no target sees, three groups, more tiles than
+    programs."""
     monkeypatch.setattr(flash_attention, "on_hopper", lambda *_: True)
     tensors = random((2, h, t, d), (2, g, s, d), (2, g, s, e))
     check_kernel(lambda *x: flash_attention.flash_attention(*x, window),
@@ -148,6 +150,14 @@ def test_the_gradients_of_attention_are_the_same_each_time_where_pytorch_is_told
     first, second = (torch.autograd.grad(flash_attention.flash_attention(q, k, v), (q, k, v), do) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+def test_attentions_backward_begins_with_zeros_where_nothing_is_known():
+    do, o = (x.float().to(DEVICE) for x in random((2, 150, 3, 24), (2, 150, 3, 24)))
+    delta, sums = (torch.full(shape, torch.nan, device=DEVICE) for shape in ((2, 3, 256), (2, 150, 3, 40)))
+    tiles.run(flash_attention.rowsum_kernel, (2 * 2 * 3,), do, o, delta, sums, 150, 3, D=40, BD=64, E=24, BE=32)
+    check_close(delta[..., :150], (do * o).sum(dim=-1).mT, 1e-5, "delta")
+    assert (delta[..., 150:] == 0).all() and (sums == 0).all()
 
 
 @pytest.mark.parametrize("t, s, h, g, window", [(70, 70, 4, 2, None), (30, 130, 2, 1, None), (65, 200, 4, 1, 50),
@@ -483,8 +493,10 @@ def test_the_first_taylor_attention(e):
 @pytest.mark.skipif(not GPU, reason="16 bits are a GPU's")
 @pytest.mark.parametrize("t", [1, 64, 1000])
 def test_taylor_attention_in_16_bits(t):
+    """The first token's output is its value, whatever its query and key: their gradients are nothing but rounding."""
     check_kernel(taylor_attention.taylor_attention, taylor_attention.reference,
-                 (*random((1, 2, t, 16), (1, 2, t, 16), (1, 2, t, 64)), None), dtypes=(torch.bfloat16,))
+                 (*random((1, 2, t, 16), (1, 2, t, 16), (1, 2, t, 64)), None), in_16_bits=0.1 if t == 1 else 0.03,
+                 dtypes=(torch.bfloat16,))
 
 
 def test_taylor_attention_in_segments_and_parts(monkeypatch):
@@ -720,8 +732,8 @@ def test_selective_scan_names_what_does_not_fit():
 
 @pytest.mark.parametrize("t, taps, gates", [(1, 1, False), (17, 17, True), (100, 300, False), (1500, 1500, False),
                                             (2500, 700, True), (9000, 9000, True),
-                                            *([(5000, 5000, True), (8192, 8192, True), (32768, 32768, True),
-                                               (20000, 9000, False), (50000, 2000, True)] if GPU else [])])
+                                            *([(5000, 5000, True), (8192, 8192, True), (20000, 8000, False),
+                                               (32768, 32768, True), (50000, 2000, True)] if GPU else [])])
 def test_fft_conv(t, taps, gates):
     """With a filter whose last taps count, too."""
     b = 2 if GPU or t < 5000 else 1
@@ -755,10 +767,10 @@ def test_a_program_convolves_several_sequences(monkeypatch, programs, taps):
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: too long to interpret")
-@pytest.mark.parametrize("t", [8192, 65536, 131072])
-def test_what_does_not_change_does_not_overflow(t):
+@pytest.mark.parametrize("t, taps", [(8192, 8192), (131072, 8192)])
+def test_what_does_not_change_does_not_overflow(t, taps):
     """Constant sequences and filters: all that is added up has one sign."""
-    tensors = torch.ones(1, 2, t), torch.ones(2, t)
+    tensors = torch.ones(1, 2, t), torch.ones(2, taps)
     exact = values_and_gradients(fft_conv.reference, tensors, torch.float64, DEVICE)
     for a, b in zip(values_and_gradients(fft_conv.fft_conv, tensors, torch.bfloat16, DEVICE), exact, strict=True):
         assert (a - b).norm() < 0.03 * b.norm()
@@ -813,46 +825,54 @@ def test_what_a_test_makes_does_not_hinder_a_training():
     assert u.grad.shape == u.shape
 
 
-@pytest.mark.parametrize("t, taps", [(2048, 2048), (3000, 3000), (5000, 1500), (5000, 2048)])
-def test_fft_conv_on_a_device_with_less_memory(monkeypatch, recwarn, t, taps):
-    """What is one transform on an H100 is done in blocks of 1024, the filter as well; also where both end with one."""
+@pytest.mark.parametrize("t, taps, transformed", [(1000, 1000, 1024), (5000, 900, 1024), (3000, 3000, None),
+                                                  (3000, 5000, None)])
+def test_fft_conv_on_a_device_with_less_memory(monkeypatch, recwarn, t, taps, transformed):
+    """Long sequences in blocks, long filters by torch.fft."""
     with_the_memory_of_an_rtx_card(monkeypatch)
+    monkeypatch.setattr(fft_conv, "by_torch_fft", None if transformed else fft_conv.by_torch_fft)
     u, K, pre = random((2, 1, t), (1, taps), (2, 1, t))
     K = K * torch.exp(-torch.arange(taps) * 3 / taps)
-    assert fft_conv.cut(u.float().to(DEVICE), taps) == 1024
-    check_kernel(fft_conv.fft_conv, fft_conv.reference, (u, K, pre), 1e-5)
-    assert not [w for w in recwarn if "shared memory" in str(w.message)]
+    assert fft_conv.length(u.float().to(DEVICE), min(t, taps)) == transformed
+    check_kernel(fft_conv.fft_conv, fft_conv.reference, (u, K, pre), 1e-5, dtypes=[torch.float32])
+    assert not recwarn
+
+
+def test_filters_too_long_for_a_program_are_torch_ffts(monkeypatch):
+    """Where a text is longer than the memory of an H100 allows, with and without gates."""
+    def no_plan(*_):
+        raise AssertionError("a kernel was to do it")
+    monkeypatch.setattr(fft_conv, "Plan", no_plan)
+    u, K, pre, post = random((1, 1, 8200), (1, 9000), *[(1, 1, 8200)] * 2)
+    K = K * torch.exp(-torch.arange(9000) / 3000)
+    for tensors in ((u, K), (u, K, pre, post)):
+        check_kernel(fft_conv.fft_conv, fft_conv.reference, tensors, 1e-5)
 
 
 def test_what_a_device_has_no_room_for_is_done_by_pytorch_and_said_once(monkeypatch):
     with_the_memory_of_an_rtx_card(monkeypatch)
     monkeypatch.setattr(tiles, "SAID", set())
-    u, K, pre, post = random((1, 1, 20000), (1, 17000), *[(1, 1, 20000)] * 2)
-    K = K * torch.exp(-torch.arange(17000) / 3000)
     q, k, v = random((1, 2, 70, 20), (1, 2, 70, 20), (1, 2, 70, 80))
     inside = torch.ones(1, 2, 70, device=DEVICE)
 
     def both(k, v):
         return taylor_attention.state_of(k, v), taylor_attention.state_of(k, v, inside)
     for what, times, kernel, twin, tensors in (
-            ("convolution", 1, fft_conv.fft_conv, fft_conv.reference, (u, K, pre, post)),
             ("features of 17 to 24", 1 + GPU, taylor_attention.taylor_attention, taylor_attention.reference,
              (q, k, v, taylor_state(1, 2, 20, 80))),                                         # in 16 bits, too
             (None, 0, both, lambda k, v: (encoder(k, v),) * 2, (k, v))):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for _ in range(2):
-                check_kernel(kernel, twin, tensors, 1e-4)
+                check_kernel(kernel, twin, tensors, 3e-4)
         said = [str(w.message) for w in said if "shared memory" in str(w.message)]
         assert len(said) == times, said
         assert all(what in text and "of which this device has 101376; PyTorch" in text for text in said)
 
 
 def test_fft_conv_names_what_does_not_fit():
-    u, K = torch.zeros(1, 2, 140000, dtype=torch.float16), torch.zeros(2, 140000)
-    with pytest.raises(ValueError, match="140000 taps for torch.float16: up to 131072"):
-        fft_conv.fft_conv(u, K)
-    with pytest.raises(ValueError, match=r"K of shape \(2, 140000\) should be \(1, taps\)"):
+    u, K = torch.zeros(1, 2, 40, dtype=torch.float16), torch.zeros(2, 40)
+    with pytest.raises(ValueError, match=r"K of shape \(2, 40\) should be \(1, taps\)"):
         fft_conv.fft_conv(u[:, :1], K)
     with pytest.raises(ValueError, match="pre of torch.float64"):
         fft_conv.fft_conv(u, K, u.double())
@@ -1052,14 +1072,6 @@ def test_filters_are_made_without_autocast(name):
         check_close(mixer(x, "triton").float(), mixer(x, "conv").float(), 3e-2, name)
 
 
-@pytest.mark.parametrize("name, longest", [("ema", 2 ** 17), ("bigs", 2 ** 17), ("baseconv", None), ("mamba", None)])
-def test_texts_too_long_for_a_kernel_take_another_form(name, longest):
-    mixer = MIXERS[name](4)
-    assert getattr(mixer, "longest", float("inf")) == (longest or float("inf"))
-    if name == "baseconv":
-        assert MIXERS[name](4, taps=10000).longest == 2 ** 17
-
-
 def test_the_kernels_form_reads_a_prefix():
     mixer = make("jrt", torch.float32).to(DEVICE)
     x, _ = inputs(mixer, LONG, dtype=torch.float32)
@@ -1067,7 +1079,7 @@ def test_the_kernels_form_reads_a_prefix():
         results = [run(mixer, form, x.to(DEVICE), {"prefix": prefix}) for form in ("triton", "chunked")]
         for what, exact in results[1].items():
             kernels = torch.zeros_like(exact) if results[0][what] is None else results[0][what]
-            check_close(kernels, exact, 5e-4, f"prefix {prefix}: {what}")
+            check_close(kernels, exact, 1e-3, f"prefix {prefix}: {what}")
 
 
 def test_the_kernels_form_is_refused_where_it_cannot_run(monkeypatch):

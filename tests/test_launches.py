@@ -20,6 +20,8 @@ import torch
 
 ROOM = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 120: 101376}     # bytes for a program, by compute capability
 BF16, FP32 = torch.bfloat16, torch.float32
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available() and "LAUNCHES" not in os.environ,
+                            reason="needs no GPU, whose own tests take long enough: LAUNCHES=tight does it here, too")
 
 
 def launches():
@@ -73,7 +75,7 @@ def launches():
         "encoder 16 64 fp32": encoder(16, 64, FP32), "taylor 24 64 bf16": taylor(24, 64, BF16),
         "encoder 24 64 bf16": encoder(24, 64, BF16),
         "conv 3000 bf16": conv(3000, BF16), "conv 8192 bf16": conv(8192, BF16), "conv 2048 fp32": conv(2048, FP32),
-        "conv 16384 bf16": conv(16384, BF16), "conv 4096 fp32": conv(4096, FP32),
+        "conv 1000 fp32": conv(1000, FP32),
         "scan complex": scanned(torch.complex64), "linear step 128": linear_step(128),
         "attention step 256": attention_step(256), "based step 256 128": based_step(256, 128)}
     others = {f"attention {d} {e} {name}": attention(d, e, dtype) for name, dtype in (("bf16", BF16), ("fp32", FP32))
@@ -86,10 +88,10 @@ def launches():
         others |= {f"gla {d} {name} {t}": linear(d, dtype, t, d) for d in (16, 64) for t in (500, 4096)}
         others |= {f"{f.__name__} {d} {e} {name}": f(d, e, dtype) for f in (taylor, encoder) for d in (8, 16, 20, 24)
                    for e in (16, 64)}
-        others |= {f"conv {t} {name}": conv(t, dtype) for t in (1000, 2048, 4096, 32768)}
+        others |= {f"conv {t} {name}": conv(t, dtype) for t in (2048, 4096)}
         others |= {f"conv gates {name}": conv(5000, dtype, 2048, 2), f"conv taps {name}": conv(20000, dtype, 1000)}
         others[f"scan {name}"] = scanned(dtype)
-    others |= {"conv 65536 bf16": conv(65536, BF16), "conv 131072 bf16": conv(131072, BF16)}
+    others |= {"conv taps 8192": conv(65536, BF16, 8192)}
     others |= {f"linear step {d}": linear_step(d) for d in (16, 64, 256)}
     others |= {f"attention step {d}": attention_step(d) for d in (64, 128)}
     others |= {f"based step {e} {w}": based_step(e, w) for e, w in ((64, 64), (64, 128), (128, 64))}
@@ -171,6 +173,7 @@ def asked_for(capability, chosen):
         yield name, most, [str(w.message) for w in said if "shared memory" in str(w.message)]
 
 
+@NO_GPU
 @pytest.mark.parametrize("capability", ROOM if os.environ.get("LAUNCHES") == "all" else (80, 89))
 def test_launches_find_room(capability, tmp_path):
     which = "all" if os.environ.get("LAUNCHES") == "all" else "tight"
@@ -179,14 +182,17 @@ def test_launches_find_room(capability, tmp_path):
                             text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(rows) >= 19
+    assert len(rows) >= 18
     for name, kernels, said in rows:
-        assert kernels or said, f"{name}: nothing was launched, and nothing said"
+        assert kernels or said or "conv" in name, f"{name}: nothing was launched, and nothing said"
         for kernel, n_bytes in kernels.items():
             assert n_bytes <= ROOM[capability], f"{name}: {kernel} asks for {n_bytes} bytes of {ROOM[capability]}"
     assert max(max(kernels.values(), default=0) for _, kernels, _ in rows) > 0.8 * ROOM[capability], "not the tightest"
+    convolutions = [name for name, kernels, _ in rows if "conv" in name and kernels]         # long filters: torch.fft's
+    assert "conv 8192 bf16" in convolutions if capability == 90 else convolutions, convolutions
 
 
+@NO_GPU
 @pytest.mark.parametrize("d, t", [(64, 1024), (64, 8192), (128, 8192)])
 def test_attention_on_hopper_compiles_as_it_was_meant(d, t, tmp_path):
     """In Triton's newest release, too. It finds room; no product waits for the one before because a register was short
@@ -209,11 +215,11 @@ def hopper(d, t):
     from kernels import flash_hopper as fh
     driver.set_active(Card(90))
     q, L = torch.zeros(1, t, 2, d, dtype=BF16), torch.zeros(1, 2, t)
-    wide, long, rows, sums = fh.described(q, 64), fh.described(q, 128), fh.described_row(L, 64), fh.described(
+    short, long, rows, sums = fh.described(q, 64), fh.described(q, 128), fh.described_row(L, 64), fh.described(
         q.float(), 64, d // 2)
-    compiled = (fh.forward_kernel.warmup(wide, long, long, q, L, t, t, 2, 2, t, 64, grid=(1,),
+    compiled = (fh.forward_kernel.warmup(short, long, long, short, L, t, t, 2, 2, t, 64, grid=(1,),
                                          **fh.sizes(q, q, 0.1)),
-                fh.backward_kernel.warmup(wide, long, long, wide, rows, rows, sums, q, q, t, t, 2, t, GROUP=1,
+                fh.backward_kernel.warmup(short, long, long, short, rows, rows, sums, short, short, t, t, 2, t, GROUP=1,
                                           grid=(1,), **fh.sizes(q, q, 0.1, backward=True)))
     for kernel in compiled:
         ptx, ptxas = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.ptx", Path(triton.__file__).parent

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import triton
 import triton.language as tl
+from test_launches import NO_GPU
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)\s*(.*?);")
 CHOSEN = ("linear 64 bf16", "delta 64 scalar")   # of all launches, which take longer
@@ -130,6 +131,7 @@ def main(word="--chosen"):
         print(f"{name}: {kernel}, {products} products:", what or "fine", flush=True)
 
 
+@NO_GPU
 def test_no_register_is_read_that_nothing_has_written(tmp_path):
     env = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     which = "" if os.environ.get("LAUNCHES") == "all" else "--chosen"
