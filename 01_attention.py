@@ -50,8 +50,8 @@ NO_FLOAT64 = {"mps"}                                         # devices that have
 
 
 def first():
-    """The lesson on four tokens, A c B A, with d = e = 2: what followed A? A token asks for itself (q), is found under
-    the token before it (k), and says itself (v). Prints and returns q, k, v, M and M V."""
+    """The lesson on four tokens, A c B A, with d = e = 2: what followed A? A token asks for itself (q); what it
+    says is itself (v), and that lies under the token that stood before it (k). Prints and returns q, k, v, M, M V."""
     A, B, c, nothing = (2.0, 0.0), (0.0, 2.0), (-1.0, -1.0), (0.0, 0.0)
     q = v = torch.tensor([A, c, B, A])                           # (t, d), (t, e)
     k = torch.tensor([nothing, A, c, B])                         # (t, d)

@@ -1,15 +1,15 @@
-"""Lesson 02. Linear attention: one recurrence, and what twenty papers put into it.
+"""Lesson 02. Linear attention: one recurrence, and what each paper puts into it.
 
     S_t = e^{g_t} * S_{t-1} + phi(k_t) v_t^T          a state of fixed size: d x e numbers for each head
     o_t = phi(q_t)^T S_t
 
 Take the softmax out of attention and the sum over the past can be carried along: phi(q_t) . sum_s phi(k_s) v_s^T. What
 is left to choose is phi, the feature map that stands in for exp(q . k), and g, the logarithm of the decay: nothing, a
-constant, a number for each token, or a vector for each token. The matrix is M_ts = sum_d phi(q_t)_d phi(k_s)_d
-e^{g_{s+1} + ... + g_t}; the loop carries S; a chunk is a small matrix inside and one step of the loop from one to the
-next. Most mixers below are such a choice. Three go further: a normaliser divides by the same sum with v = 1, RWKV reads
-before it writes (a bonus for the token itself), and the delta rule lets a new value replace an old one, which makes a
-state that can count.
+constant, a number for each token, or a vector for each token (a number for each row of S). The matrix is M_ts = sum_d
+phi(q_t)_d phi(k_s)_d e^{g_{s+1} + ... + g_t}; the loop carries S; a chunk is a small matrix inside and one step of the
+loop from one to the next. Most mixers below are such a choice. Three things go further: a normaliser divides by the
+same sum with v = 1, RWKV-4 to 6 read before they write (a bonus for the token itself), and the delta rule lets a new
+value replace an old one, so that a state can follow parity and swaps.
 
 Papers  [K20]  Katharopoulos et al. 2020, Transformers are RNNs  arXiv:2006.16236
         [C20]  Choromanski et al. 2020, Performer  arXiv:2009.14794      [P21]  Peng et al. 2021, RFA  arXiv:2103.02143
@@ -18,12 +18,12 @@ Papers  [K20]  Katharopoulos et al. 2020, Transformers are RNNs  arXiv:2006.1623
         [S23]  Sun et al. 2023, RetNet  arXiv:2307.08621                 [Y23]  Yang et al. 2023, GLA  arXiv:2312.06635
         [Ka23] Katsch 2023, GateLoop  arXiv:2311.01927                   [Pe23] Peng 2023, RWKV-4  arXiv:2305.13048
         [Pe24] Peng et al. 2024, RWKV-5 and 6  arXiv:2404.05892          [D24]  Dao, Gu 2024, Mamba-2  arXiv:2405.21060
-        [Y24]  Yang et al. 2024, DeltaNet  arXiv:2406.06484              [Y25]  Yang, Gated DeltaNet  arXiv:2412.06464
-        [Ki25] Kimi Team 2025, Kimi Linear  arXiv:2510.26692             [Pe25] Peng et al., RWKV-7  arXiv:2503.14456
-        [Be24] Beck et al. 2024, xLSTM  arXiv:2405.04517                 [Be25] Beck et al., xLSTM 7B  arXiv:2503.13427
-        [Qi24] Qin et al. 2024, Lightning Attention-2  arXiv:2401.04658  [M25]  MiniMax-01  arXiv:2501.08313
-        [Gr24] Grazzi et al. 2024, Negative eigenvalues  2411.12537      [La26] Lahoti et al., Mamba-3  arXiv:2603.15569
-        [HS86] Hillis, Steele 1986, Data parallel algorithms
+        [Sch21] Schlag et al. 2021, delta rule  arXiv:2102.11174         [Y24]  Yang, DeltaNet  arXiv:2406.06484
+        [Y25]  Yang et al. 2025, Gated DeltaNet  arXiv:2412.06464        [Ki25] Kimi Linear  arXiv:2510.26692
+        [Pe25] Peng et al. 2025, RWKV-7  arXiv:2503.14456                [Be24] Beck et al., xLSTM  arXiv:2405.04517
+        [Be25] Beck et al. 2025, xLSTM 7B  arXiv:2503.13427              [M25]  MiniMax-01  arXiv:2501.08313
+        [Qi24] Qin et al. 2024, Lightning Attention-2  arXiv:2401.04658  [La26] Lahoti, Mamba-3  arXiv:2603.15569
+        [Gr24] Grazzi et al. 2024, Negative eigenvalues  2411.12537      [HS86] Hillis, Steele 1986, Data parallel
 
 Axes    b batch, t time (target), s source, h head, d key or feature dim, e value dim, c model width, n chunk.
 Letters alpha, gamma, a, w of the papers (the decay) are e^g; Mamba-2's C, B, x are q, k, v; RWKV's r is q; z, the
@@ -66,9 +66,10 @@ NO_FLOAT64 = {"mps"}                                         # devices that have
 
 
 def first():
-    """The lesson on four tokens, A c B A, with d = e = 2: a token asks for itself (q), is found under the token before
-    it (k), and says itself (v). No feature map, no normaliser. Prints and returns q, k, v, g, the states S, M and M V,
-    without a decay, with one decay for all of S (RetNet: 1/2), and with one for each of its rows (GLA: 1/4 and 1)."""
+    """The lesson on four tokens, A c B A, with d = e = 2: what followed A? A token asks for itself (q); what it
+    says is itself (v), and that lies under the token that stood before it (k). No feature map, no normaliser. Prints
+    and returns q, k, v, g, the states S, M and M V: without a decay, with one decay for all of S (RetNet: 1/2), and
+    with one for each of its rows (GLA: 1/4 and 1)."""
     A, B, c, nothing = (2.0, 0.0), (0.0, 2.0), (-1.0, -1.0), (0.0, 0.0)
     q = v = torch.tensor([A, c, B, A])                                               # (t, d), (t, e)
     k = torch.tensor([nothing, A, c, B])                                             # (t, d)
@@ -899,10 +900,10 @@ def unit_length(x):
 
 
 class DeltaNet(LinearMixer):
-    """The delta rule [Y24]: with keys of length 1 and beta = sigmoid(W x), writing under a key first takes out the
-    share beta of what is there. q, k, v pass a short convolution; a norm for each head after. beta_max=2 lets 1 - beta
-    k k^T mirror the state, with an eigenvalue down to -1, which is what parity and swaps need [Gr24]. d_key: the width
-    of a head's key (default: d_model / n_heads)."""
+    """The delta rule [Sch21], in chunks [Y24]: with keys of length 1 and beta = sigmoid(W x), writing under a key first
+    takes out the share beta of what is there. q, k, v pass a short convolution; a norm for each head after. beta_max=2
+    lets 1 - beta k k^T mirror the state, with an eigenvalue down to -1, which is what parity and swaps need [Gr24].
+    d_key: the width of a head's key (default: d_model / n_heads)."""
     functions = {"chunked": delta_chunked, "parallel": delta_parallel, "recurrent": delta_recurrent,
                  "triton": delta_triton}
 
@@ -1126,12 +1127,13 @@ class RWKV6(LinearMixer):
 
 class RWKV7(LinearMixer):
     """RWKV-7's time mixing [Pe25]: the general delta rule. A removal key b of length 1 apart from the key k; a rate r
-    in (0, 1) for each channel, at which what stands under b is taken out, a = -r b; a vector decay that is never below
-    e^{-e^{-1/2}} = 0.545: no eigenvalue of what multiplies S is below 0.545 - 1 (it is similar to a symmetric matrix),
-    so one layer has no factor of -1. k is smaller where r is. A bonus adds v_t itself, behind the norm. Each input sees
-    its own mix of the token and the one before it. `depth`: place of the layer, 0 to 1, for the initial values.
-    Differs: no share of the first layer's values, for a mixer knows no other layer; the norm's scale starts at 1, the
-    authors' at ((l + 1) / L)^0.7 in the l-th of L layers; all ranks are 32, theirs grow with the width."""
+    in (0, 1) for each channel (the paper's a), at which what stands under b is taken out, a = -r b; a vector decay that
+    is never below e^{-e^{-1/2}} = 0.545: no eigenvalue of what multiplies S is below 0.545 - 1 (it is similar to a
+    symmetric matrix), so one layer has no factor of -1. k is smaller where r is. A bonus adds v_t itself, behind the
+    norm. Each input sees its own mix of the token and the one before it. `depth`: place of the layer, 0 to 1, for the
+    initial values. Differs: no share of the first layer's values, for a mixer knows no other layer; the norm's scale
+    starts at 1, the authors' at ((l + 1) / L)^0.7 in the l-th of L layers; all ranks are 32, theirs grow with the
+    width."""
     forms = ("chunked", "parallel", "recurrent")
     functions = GENERAL
 

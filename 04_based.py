@@ -7,7 +7,7 @@ a width that grows with the length. Attention compares contents; one narrow head
 length instead. Some growth is a law: a state that can answer for k pairs holds at least k log2 v bits. Based lies
 between the two,
 
-    o_t = sum_{s<=t} (1 + q_t.k_s + (q_t.k_s)^2 / 2) v_s / (the same with v = 1)     e^x to second order, to all tokens
+    o_t = [sum_{s<=t} (1 + q_t.k_s + (q_t.k_s)^2 / 2) v_s / (the same with v = 1)]   e^x to second order, to all tokens
         + sum_{t-w<s<=t} softmax_s(q_t . k_s) v_s                                    softmax itself, to the last w
 
 by the feature dimension f of q and k above (a state of f^2 / 2 features) and the window w (a state of w tokens); the
@@ -590,7 +590,8 @@ class LookBack(nn.Module):
 
 class Based(LookBack):
     """Based [Ar24] in one layer: Taylor linear attention to all tokens plus softmax attention to the last `window`, of
-    the same values. As in the paper only the window is told positions.
+    the same values (the authors alternate the two: train.py's pattern based_layers). As in the paper only the window is
+    told positions.
 
     feature_dim: f, to which q and k are projected for the linear part. window: w tokens, itself among them. packed:
     keep each product of features once (f = 16: 153 features, not 273). feature_dim=None or window=None leaves that part

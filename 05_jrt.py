@@ -56,7 +56,8 @@ def first():
     causal = (q @ k.T).tril()                                                        # (t, s)
     assert torch.equal(causal @ v, torch.stack(once))
 
-    # Read twice, A c B A A c B A (JRT-prompt): the loop goes on from the S that the first reading left.
+    # Read twice, A c B A and A c B A again (JRT-prompt): the loop goes on from the S that the first reading left. The
+    # second reading starts like the first, with nothing before its first A, so that q, k and v are the same.
     prompt = []
     for t in range(4):
         S = S + k[t][:, None] * v[t]

@@ -115,9 +115,13 @@ def from_lessons(table):
 
 
 def options_of(entry):
-    """What may stand behind NAME: with its default. A class also takes the options that it hands to its base class."""
-    functions = [c.__init__ for c in entry.__mro__] if inspect.isclass(entry) else [entry]
-    parameters = [p for f in functions for p in inspect.signature(f).parameters.values() if p.default is not p.empty]
+    """What may stand behind NAME: with its default. A class that takes **options hands them to its base class."""
+    parameters, mro = [], entry.__mro__ if inspect.isclass(entry) else ()
+    for f in [vars(c)["__init__"] for c in mro if "__init__" in vars(c)] or [entry]:
+        own = inspect.signature(f).parameters.values()
+        parameters += [p for p in own if p.default is not p.empty]
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            break
     return {p.name: p.default for p in reversed(parameters) if p.name not in ("batch_size", "generator", "progress")}
 
 
@@ -136,10 +140,11 @@ def look_up(spec, kind, known):
         with suppress(ValueError, SyntaxError):
             options[key] = ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
         default, given = options_of(known[name])[key], options[key]
-        allowed = {int: (int,), bool: (bool,), float: (int, float)}.get(type(default), (type(given),))
-        if type(given) not in allowed:
+        of_none = {"qk_norm": (int, float), "theta": (tuple, list), "init": (type(given),)}.get(key, (int,))
+        allowed = {int: (int,), bool: (bool,), float: (int, float), str: (str,)}.get(type(default), of_none)
+        if type(given) not in allowed and not given is default is None:
             raise BadInput(f"{kind} {name!r}: {key} must be {allowed[-1].__name__} (default {default}), not {value!r}")
-        if type(default) is int and default >= 1 > given:
+        if (type(default) is int and default >= 1 or default is None) and type(given) is int and given < 1:
             raise BadInput(f"{kind} {name!r}: {key} must be at least 1, not {given}")
     return known[name], options
 
@@ -157,6 +162,10 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * value)
 
 
+def hidden(mlp, d_model):
+    return round(mlp * d_model / 16) * 16
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)). mlp = 0 leaves the second half out."""
 
@@ -165,7 +174,7 @@ class Block(nn.Module):
         self.mixer, self.norm = mixer, nn.LayerNorm(d_model, bias=False)
         self.form = form if form in mixer.forms else None                    # None: the fastest
         norm = nn.LayerNorm(d_model, bias=False)
-        self.mlp = nn.Sequential(norm, SwiGLU(d_model, round(mlp * d_model / 16) * 16)) if mlp else None
+        self.mlp = nn.Sequential(norm, SwiGLU(d_model, hidden(mlp, d_model))) if mlp else None
 
     def inputs(self, extras):
         return {name: extras[name] for name in getattr(self.mixer, "reads", ()) if name in extras}
@@ -226,15 +235,22 @@ class Model(nn.Module):
 
 def pattern(spec):
     """'window:window=16,attention' -> [(class, options), ...]. A lesson's PATTERNS are names for whole patterns."""
-    spec = from_lessons("PATTERNS").get(spec, spec)
-    return [look_up(part, "mixer", from_lessons("MIXERS")) for part in spec.split(",")]
+    patterns, parts = from_lessons("PATTERNS"), spec.split(",")
+    if "" in map(str.strip, parts):
+        raise BadInput(f"--mixer: a name is missing in {spec!r}")
+    for part in parts if len(parts) > 1 else ():
+        if part.strip() in patterns:
+            raise BadInput(f"--mixer {spec}: {part.strip()} is a pattern of layers, {patterns[part.strip()]}, "
+                           f"and it stands alone")
+    return [look_up(part, "mixer", from_lessons("MIXERS")) for part in patterns.get(spec, spec).split(",")]
 
 
 def build_model(args, vocab_size, device="cpu"):
     """The pattern of mixers, repeated over the layers. A mixer's own options win over --n_heads."""
     layers = itertools.islice(itertools.cycle(pattern(args.mixer)), args.n_layers)
     torch.manual_seed(args.seed)
-    with one_line(f"--mixer {args.mixer}, --d_model {args.d_model}", ValueError, TypeError, RuntimeError, MemoryError):
+    with one_line(f"--mixer {args.mixer}, --d_model {args.d_model}", ValueError, TypeError, RuntimeError, MemoryError,
+                  ArithmeticError):
         mixers = [mixer(args.d_model, **{"n_heads": args.n_heads} | options) for mixer, options in layers]
         if args.form and not any(args.form in mixer.forms for mixer in mixers):
             raise BadInput(f"--form {args.form}: --mixer {args.mixer} has " + ", ".join(
@@ -276,7 +292,7 @@ def corpus_files():
 def text_files(data, say=print):
     """The file, or every text file below the folder, in sorted order: no hidden ones, and none that a run wrote."""
     path = Path(data)
-    if not path.exists():
+    if not data or not path.exists():
         raise BadInput(f"--data {data}: no such file or folder")
     if path.is_file():
         return [path]
@@ -382,7 +398,7 @@ def encoded(encoding, cuts):
 
 def tokenize(args, say=print):
     """Tokenize once: returns the folder that holds train.bin and val.bin (uint16) and tokenizer.json."""
-    files = text_files(args.data, say) if args.data else corpus_files()
+    files = corpus_files() if args.data is None else text_files(args.data, say)
     what = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files], args.tokenizer, args.vocab_size
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     for folder in CACHE.glob(f"{key}*"):
@@ -394,6 +410,8 @@ def tokenize(args, say=print):
     if sum(f.stat().st_size for f in files) == 0:
         raise BadInput(f"--data {args.data}: the file is empty")
     parts = split_text(files)
+    if not parts["train"]:
+        raise BadInput(f"--data {args.data}: the text is shorter than --context {args.context}")
     encoding = make_tokenizer(args.tokenizer, args.vocab_size, parts["train"])
     with tempfile.TemporaryDirectory(dir=CACHE, ignore_cleanup_errors=True) as work:
         for part, cuts in parts.items():
@@ -499,8 +517,10 @@ class Task:
     tokenizer, identity = None, {"tokenizer": None, "n_tokens": None, "text": None}
 
     def __init__(self, args, say=print):
-        if args.data:
+        if args.data is not None:
             raise BadInput(f"--data is for --task text: the task {args.task} makes its own data")
+        if args.task.partition(":")[0] == "text":
+            raise BadInput(f"--task {args.task}: text has no options, but flags: --data, --tokenizer, --context")
         self.function, self.options = look_up(args.task, "task", from_lessons("TASKS"))
         self.vocab_size = (options_of(self.function) | self.options)["vocab_size"]
         self.transform = transform_of(args)
@@ -883,10 +903,12 @@ def parse(argv):
                 raise BadInput(f"--{name} must be at least {low} and below {end}, not {getattr(args, name)}")
     if args.n_layers < length:
         raise BadInput(f"--n_layers {args.n_layers} cuts --mixer {args.mixer} off: it is a pattern of {length} layers")
+    if args.mlp and hidden(args.mlp, args.d_model) == 0:
+        raise BadInput(f"--mlp {args.mlp} of --d_model {args.d_model} is no width: the least is 16; 0 leaves the MLP out")
     if args.enough is not None and (args.task == "text" or not 0 < args.enough <= 1):
         raise BadInput(f"--enough {args.enough}: the accuracy above 0, at most 1, at which a task ends (text has none)")
     if not 0 < args.lr < math.inf:
-        raise BadInput(f"--lr must be above 0, not {args.lr}")
+        raise BadInput(f"--lr must be a number above 0, not {args.lr}")
     if not (0 <= args.dropout < 1 and 0 <= args.init_std < math.inf):
         raise BadInput(f"--dropout {args.dropout} must be below 1, and --init_std {args.init_std} a number; both >= 0")
     return args, checkpoint

@@ -311,7 +311,7 @@ def test_a_run_does_not_change_its_optimizer(text, tmp_path, capsys):
     ("--task indction", "did you mean induction"), ("--mixer window:windw=3", "no option 'windw'; it has .*window"),
     ("--mixer window:window=0", "window must be at least 1"), ("--mixer window:window=2.5", "must be int"),
     ("--mixer attention:rope=3", "must be bool"), ("--mixer cosformer:M=9", "M = 9"), ("--task text:length=3", "text"),
-    ("--lr nan", "--lr must be above 0"), ("--seed -1", "--seed"), ("--top_k -1", "--top_k"), ("--mlp -1", "--mlp"),
+    ("--lr nan", "--lr must be a number above 0"), ("--seed -1", "--seed"), ("--top_k -1", "--top_k"), ("--mlp -1", "--mlp"),
     ("--device meta", "--device meta"), ("--task induction --data README.md", "makes its own data"),
     ("--d_model 30 --n_heads 4", "30 is not a multiple of n_heads 4"), ("--mixer linformer", "not causal"),
     ("--n_layers 1", "pattern of 2 layers"), ("--mixer jamba --n_layers 4", "pattern of 8 layers"),
@@ -322,18 +322,27 @@ def test_a_run_does_not_change_its_optimizer(text, tmp_path, capsys):
     ("--form scan", "--form scan: .* has .*parallel"), ("--capture --device cpu", "--capture is for one GPU"),
     ("--tokenizer gpt3", "invalid choice"), ("--enough 0.9", "text has none"), ("--rare -1", "--rare"),
     ("--beta2 1", "--beta2 must be at least 0 and below 1"), ("--lr_end -0.1", "--lr_end"), ("--optimizer sgd", "muon"),
-    ("--task induction --enough 2", "at most 1")])
+    ("--task induction --enough 2", "at most 1"), ("--mixer attention:window=abc", "window must be int .*not 'abc'"),
+    ("--mixer attention:window=1.5", "window must be int"), ("--mixer attention:qk_norm=abc", "qk_norm must be float"),
+    ("--mixer taylor:feature_dim=0", "feature_dim must be at least 1"), ("--mixer rglru:gelu=3", "gelu must be str"),
+    ("--mixer ngram:n_heads=abc", "n_heads must be int"), ("--mixer kda:expand_v=2", "no option 'expand_v'; it has"),
+    ("--mixer griffin,attention", "griffin is a pattern of layers, .*stands alone"), ("--task text:x=1", "text has no"),
+    ("--mixer attention,", "a name is missing in 'attention,'"), ("--lr inf", "a number above 0"),
+    ("--mlp 0.1 --d_model 16", "--mlp 0.1 .* is no width"), ("--data=", "--data : no such file or folder")])
 def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
     assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
 
 
 @pytest.mark.parametrize("content, message", [
     (b"", "empty"), (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not.*text"), (bytes(range(128, 256)) * 9, "not UTF-8"),
-    (b"too short", "shorter than --context 32"), (b"text and \0 bytes" * 99, "NUL")])
+    (b"too short", "shorter than --context 32"), (b"x", "shorter than --context 32"),
+    (b"text and \0 bytes" * 99, "NUL")])
 def test_bad_text_is_refused(content, message, capsys, tmp_path):
     path = tmp_path / "text"
     path.write_bytes(content)
-    assert re.search(message, refusal([*SMALL, "--data", path, "--out", tmp_path / "run"], capsys))
+    for tokenizer in ("byte", "bpe"):
+        flags = [*SMALL, "--data", path, "--out", tmp_path / "run", "--tokenizer", tokenizer]
+        assert re.search(message, refusal(flags, capsys))
     assert not (tmp_path / "run").exists()
 
 
