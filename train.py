@@ -904,7 +904,7 @@ def parse(argv):
     if args.n_layers < length:
         raise BadInput(f"--n_layers {args.n_layers} cuts --mixer {args.mixer} off: it is a pattern of {length} layers")
     if args.mlp and hidden(args.mlp, args.d_model) == 0:
-        raise BadInput(f"--mlp {args.mlp} of --d_model {args.d_model} is no width: the least is 16; 0 leaves the MLP out")
+        raise BadInput(f"--mlp {args.mlp} of --d_model {args.d_model} is no width: at least 16, or 0 for no MLP")
     if args.enough is not None and (args.task == "text" or not 0 < args.enough <= 1):
         raise BadInput(f"--enough {args.enough}: the accuracy above 0, at most 1, at which a task ends (text has none)")
     if not 0 < args.lr < math.inf:
