@@ -58,6 +58,14 @@ PROMPT = "The old lighthouse stood at the edge of the sea, and every night"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+SIZES = set("""vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim n_embd n_head
+    n_layer n_inner n_positions intermediate_size state_size expand num_heads attention_window_size sliding_window
+    linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
+    full_attention_interval""".split())
+NUMBERS = {"rms_norm_eps", "layer_norm_epsilon", "rope_theta", "partial_rotary_factor", "logits_soft_cap"}
+OBJECTS = {"rope_parameters", "rope_scaling", "quantization_config", "text_config"}
+
+
 class BadInput(Exception):
     """Something that the user can put right: main() prints it as one line and exits with 2."""
 
@@ -67,6 +75,20 @@ class Config(dict):
 
     def __missing__(self, key):
         raise BadInput(f"the config (or index) says nothing of {key!r}")
+
+    def check(self):
+        """Refuse a value that is not of its kind; what the config does not name is missed where it is needed."""
+        for kinds, right, needed in ((SIZES, lambda x: type(x) is int and x > 0, "a whole number above 0"),
+                                     (NUMBERS, lambda x: type(x) in (int, float) and x > 0, "a number above 0"),
+                                     (OBJECTS, lambda x: isinstance(x, dict), "an object {...}")):
+            for key in kinds & set(self):
+                if self[key] is not None and not right(self[key]):
+                    raise BadInput(f"{key} = {self[key]!r} in the config: {needed} is needed")
+        if not isinstance(self["model_type"], str):
+            raise BadInput(f"model_type = {self['model_type']!r} in the config: the name of a family is needed")
+        ends = self.get("eos_token_id")
+        if not all(x is None or type(x) is int for x in (ends if isinstance(ends, list) else [ends])):
+            raise BadInput(f"eos_token_id = {ends!r} in the config: a number, or a list of numbers, is needed")
 
     def require(self, **values):
         """What the parts below can do; a config that says nothing means it."""
@@ -545,6 +567,7 @@ NOT_READ = re.compile(r"rotary_emb\.inv_freq$|^h\.\d+\.attn\.(masked_)?bias$"   
 
 def build(config):
     """The empty model of a config, on no device, and the table of its weights' names."""
+    config.check()
     kind = config["model_type"]
     if kind not in FAMILIES:
         near = difflib.get_close_matches(kind, FAMILIES, n=2, cutoff=0.5)
@@ -597,19 +620,26 @@ def fill(model, table, weights, dtype):
 
 
 def read_json(path):
+    """The object that a file holds."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise BadInput(f"cannot read {path}: {e.strerror}") from e
     except ValueError as e:
         raise BadInput(f"{path} is not JSON, or was cut short: {e}") from e
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} holds no object {{...}}, but {str(found)[:20]}")
+    return found
 
 
 def weight_files(folder):
     """The safetensors files: one, or those that the index of several names."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return [folder / name for name in sorted(set(Config(read_json(index))["weight_map"].values()))]
+        names = Config(read_json(index))["weight_map"]
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise BadInput(f"{index}: weight_map is no object of names of files")
+        return [folder / name for name in sorted(set(names.values()))]
     files = sorted(folder.glob("*.safetensors"))
     pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
     if not files and pickles:
@@ -866,10 +896,18 @@ def generate(model, ids, n_tokens, temperature=0.0, generator=None, states=None)
         logits, states = model.step(token.to(ids.device), states)
 
 
+def known(model, tokenizer, ids):
+    """The ids, if the model has an embedding for each."""
+    n = model.embed.num_embeddings
+    if (most := max(ids, default=0)) >= n:
+        raise BadInput(f"the tokenizer gives token {most} ({tokenizer.id_to_token(most)!r}), where the model has {n}")
+    return ids
+
+
 def write(model, tokenizer, config, args, say=print):
     """Write on from the prompt, as it comes; then how fast that was. Returns the tokens."""
     prompt = f"<|im_start|>user\n{args.prompt}<|im_end|>\n<|im_start|>assistant\n" if args.chat else args.prompt
-    ids = tokenizer.encode(prompt).ids
+    ids = known(model, tokenizer, tokenizer.encode(prompt).ids)
     if args.chat and tokenizer.token_to_id("<|im_start|>") is None:
         raise BadInput("--chat: this model's tokenizer has no <|im_start|>, it was not taught to chat in this way")
     if not ids:
@@ -912,7 +950,7 @@ def read_text(path):
 def score(model, tokenizer, text, context=512, device="cpu", say=print):
     """(nats a token, bits a byte): the text in windows of `context` tokens that know nothing of each other. The first
     token of a window is given, and the bytes that are counted are those of the others."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = known(model, tokenizer, tokenizer.encode(text, add_special_tokens=False).ids)
     if len(ids) < 2:
         raise BadInput(f"the text has {len(ids)} tokens: at least 2 are needed")
     nats = n_tokens = n_bytes = 0
@@ -933,6 +971,10 @@ def score(model, tokenizer, text, context=512, device="cpu", say=print):
     return nats / n_tokens, nats / n_bytes / math.log(2)
 
 
+def refuse(message):
+    raise BadInput(f"{message} (--help lists all flags)")
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", help="a folder, a GGUF file or a name of the hub (default: SmolLM2-135M)")
@@ -945,10 +987,15 @@ def parse(argv):
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float64"), default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.error = refuse
     args = parser.parse_args(argv)
     for name in ("n_tokens", "context"):
         if getattr(args, name) < 1:
             raise BadInput(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.temperature < math.inf:
+        raise BadInput(f"--temperature must be a number, and at least 0, not {args.temperature}")
+    if not 0 <= args.seed < 2 ** 63:
+        raise BadInput(f"--seed must be at least 0 and below 2^63, not {args.seed}")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as e:

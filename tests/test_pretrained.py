@@ -311,14 +311,37 @@ def test_a_config_cut_short(capsys, tmp_path):
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
     ({"num_key_value_heads": 3}, "multiple of n_kv_heads 3"),
-    ({"num_attention_heads": 0}, "does not fit together"),
+    ({"num_attention_heads": 0}, "num_attention_heads = 0 in the config: a whole number above 0"),
     ({"intermediate_size": 48}, "shape (128, 32), where the config asks for (96, 32)"),
     ({"num_key_value_heads": 4}, "shape (64, 32), where the config asks for (96, 32)"),
     ({"num_hidden_layers": 3}, "'layers.2.input_layernorm.weight' are missing"),
     ({"num_hidden_layers": 1}, "9 weights are left over"),
-    ({"attention_bias": True}, "'layers.0.self_attn.q_proj.bias' are missing")])
+    ({"attention_bias": True}, "'layers.0.self_attn.q_proj.bias' are missing"),
+    ({"rope_scaling": "llama3"}, "rope_scaling = 'llama3'"), ({"rope_parameters": [1]}, "rope_parameters = [1]"),
+    ({"quantization_config": "gptq"}, "quantization_config = 'gptq'"), ({"rms_norm_eps": "a"}, "rms_norm_eps = 'a'"),
+    ({"model_type": None}, "model_type = None"), ({"model_type": 7}, "model_type = 7"),
+    ({"vocab_size": -1}, "vocab_size = -1"), ({"intermediate_size": -1}, "intermediate_size = -1"),
+    ({"hidden_size": 32.0}, "hidden_size = 32.0"),
+    ({"rope_theta": -1}, "rope_theta = -1"), ({"eos_token_id": {}}, "eos_token_id = {}")])
 def test_a_config_that_is_not_done_or_does_not_fit(capsys, tmp_path, more, words):
     assert words in refused(capsys, small_folder(tmp_path, **more))
+
+
+@pytest.mark.parametrize("file, content", [("config.json", "null"), ("config.json", "[]"),
+                                           ("generation_config.json", "null"),
+                                           ("model.safetensors.index.json", '{"weight_map": [1]}')])
+def test_a_file_that_holds_something_else(file, content, capsys, tmp_path):
+    (small_folder(tmp_path) / file).write_text(content)
+    line = refused(capsys, tmp_path)
+    assert file in line and "object" in line
+
+
+def test_a_tokenizer_with_more_words_than_the_model(capsys, tmp_path):
+    small_folder(tmp_path, small_weights() | {f"{name}.weight": torch.ones(10, WIDTH) for name in
+                                              ("model.embed_tokens", "lm_head")}, vocab_size=10)
+    (tmp_path / "text.txt").write_text("w1 w2 w44")
+    for argv in (("--prompt", "w1 w44"), ("--text", tmp_path / "text.txt")):
+        assert "token 44 ('w44'), where the model has 10" in refused(capsys, tmp_path, *argv, "--device", "cpu")
 
 
 def test_a_config_that_says_too_little(capsys, tmp_path):
@@ -426,6 +449,10 @@ def test_texts_that_cannot_be_scored(capsys, tmp_path):
 def test_arguments_out_of_range(capsys, tmp_path):
     folder = small_folder(tmp_path)
     assert "--n_tokens must be at least 1" in refused(capsys, folder, "--n_tokens", 0)
+    for temperature in (-1, "nan", "inf"):
+        assert "--temperature must be" in refused(capsys, folder, "--temperature", temperature)
+    assert "--seed must be" in refused(capsys, folder, "--seed", 10 ** 23)
+    assert "--nonsense" in refused(capsys, folder, "--nonsense")
     assert "--device" in refused(capsys, folder, "--device", "abacus")
     assert "no <|im_start|>" in refused(capsys, folder, "--chat", "--device", "cpu")
     assert "no tokens" in refused(capsys, folder, "--prompt", "", "--device", "cpu")
