@@ -765,7 +765,10 @@ if __name__ == "__main__":
     parser.add_argument("--plot", metavar="FILE.png", help="draw the mixing matrices instead")
     args = parser.parse_args()
     if args.plot:
-        plot_matrices(args.plot)
+        try:
+            plot_matrices(args.plot)
+        except (OSError, ValueError) as e:               # a folder that is not there, an ending that is no picture's
+            parser.error(f"--plot {args.plot}: {e}")
     else:
         first()
         compare_forms()

@@ -538,7 +538,10 @@ if __name__ == "__main__":
     parser.add_argument("--plot", metavar="FILE.png", help="draw the mixing matrix and the order effect instead")
     args = parser.parse_args()
     if args.plot:
-        plot(args.plot)
+        try:
+            plot(args.plot)
+        except (OSError, ValueError) as e:               # a folder that is not there, an ending that is no picture's
+            parser.error(f"--plot {args.plot}: {e}")
     else:
         first()
         compare_forms()

@@ -461,9 +461,9 @@ def main(argv=None):
         sys.exit(130)
     if data["left_off"]:
         n = len(data["tokens"])
-        print(f"the text is longer than what the page shows: its first {n} of {n + data['left_off']} tokens")
+        print(f"the text is longer than the page shows: its first {n} of {n + data['left_off']} tokens (--context)")
     print("   against   ".join(f"{model['name']} ({model['about']})" for model in data["models"]))
-    print(f"{path.stat().st_size / 1e6:.1f} MB, to be opened in a browser: {path.resolve().as_uri()}")
+    print(f"{path.stat().st_size / 1e3:,.0f} kB, to be opened in a browser: {path.resolve().as_uri()}")
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def draw_memory(ax, size, say):
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__, only="these models, a,b,c")
+    args = lab.options(__doc__, only=("these models, a,b,c", MODELS))
     by, score = ("model",), "val_accuracy"
     with known():
         rows = lab.sweep(args, "history", cells(args.quick, args.only), lab.packed, by, score, pack=4, enough=0.99)

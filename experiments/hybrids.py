@@ -100,7 +100,7 @@ def panel(ax, results, title):
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__, only="these models, a,b,c")
+    args = lab.options(__doc__, only=("these models, a,b,c", MODELS))
     rows = lab.sweep(args, "hybrids", cells(args.quick, args.only), measure, ("model",), "-loss")
     results = {key: {name: value for (name,), value in lab.best(rows, ("model",), key, judge="-loss").items()}
                for key in ("loss", "recall", "rest", "repeated")}

@@ -25,7 +25,7 @@ from packs import ROOT, TEST, VALIDATION, Examples, Pack, packed, parsed, time_i
 
 
 def options(doc, argv=None, **more):
-    """The flags of every experiment, and more of its own: name="help"."""
+    """The flags of every experiment, and more of its own: name="help", or name=("help", the names that a,b may be)."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="a small version, for a CPU; writes to runs/quick/")
     p.add_argument("--jobs", type=int, default=1, help="runs (or packs of runs) at the same time (default 1)")
@@ -34,17 +34,35 @@ def options(doc, argv=None, **more):
     p.add_argument("--minutes", type=float, help="after so many no run is begun, and packs are kept for next time")
     p.add_argument("--draw", action="store_true", help="run nothing: draw what the table has")
     p.add_argument("--out", type=Path, help="folder for table and picture (default experiments/results)")
-    for name, text in more.items():
-        p.add_argument(f"--{name}", help=text)
+    known = {name: what[1] for name, what in more.items() if isinstance(what, tuple)}
+    for name, what in more.items():
+        p.add_argument(f"--{name}", help=what[0] if name in known else what)
     args = p.parse_args(argv)
+    for name, names in known.items():
+        for given in (getattr(args, name) or "").split(",") if getattr(args, name) is not None else ():
+            if given not in names:
+                p.error(f"--{name}: there is no {given!r}, but {', '.join(names)}")
     for name in ("jobs", "steps", "cells"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.minutes:
         os.environ["LAB_DEADLINE"] = str(time.time() + 60 * args.minutes)                    # for the processes, too
     args.out = args.out or (ROOT / "runs" / "quick" if args.quick else ROOT / "experiments" / "results")
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as e:
+        p.error(f"--out {args.out} is no folder to write to: {e.strerror}")
+    sys.excepthook = last_words
     return args
+
+
+def last_words(kind, e, trace):
+    """Ctrl-C ends a sweep with one line, and no trace of where it was."""
+    if kind is KeyboardInterrupt:
+        print("interrupted: what is finished is kept, and the same command goes on from there", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, e, trace)
 
 
 def grid(**axes):

@@ -95,7 +95,7 @@ def draw_models(ax, points):
 
 
 if __name__ == "__main__":
-    args, by = lab.options(__doc__, only="these models, a,b,c"), ("question", "model", "pairs")
+    args, by = lab.options(__doc__, only=("these models, a,b,c", MODELS)), ("question", "model", "pairs")
     todo = cells(args.quick, args.only)
     rows = lab.sweep(args, "recall_demos", todo, measure, by, "val_accuracy", pack=3, enough=0.99)
     accuracy = lab.best(rows, by, "accuracy", judge="val_accuracy")

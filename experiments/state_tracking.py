@@ -126,10 +126,11 @@ def draw(args, name, rows):
 
 
 if __name__ == "__main__":
-    args = lab.options(__doc__, only="these kinds, a,b", mlp="larger models, with an MLP of this width, for a GPU",
-                       long="these models, a,b, trained for longer and on longer texts, for a GPU")
-    if not set((args.long or "mamba3").split(",")) <= set(MODELS):
-        raise SystemExit(f"--long {args.long}: unknown model; there are {', '.join(MODELS)}")
+    args = lab.options(__doc__, only=("these kinds, a,b", KINDS),
+                       mlp="larger models, with an MLP of this width, for a GPU",
+                       long=("these models, a,b, trained for longer and on longer texts, for a GPU", MODELS))
+    if args.mlp and not args.mlp.replace(".", "", 1).isdigit():
+        raise SystemExit(f"--mlp {args.mlp}: a number is needed")
     name = "state_tracking" + ("_mlp" if args.mlp else "_long" if args.long else "")
     due = cells(args.quick, args.only, args.mlp, args.long)
     rows = lab.sweep(args, name, due, measure, ("kind", "model", "n_layers"), "val_accuracy", pack=4, enough=0)

@@ -50,6 +50,24 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     assert all(row["torch"] and row["machine"] for row in rows)
 
 
+@pytest.mark.parametrize("argv, words", [
+    (["--out", "README.md"], "--out README.md is no folder to write to"),
+    (["--out", "/proc/no/folder"], "--out /proc/no/folder is no folder to write to"),
+    (["--only", "a,nonsense"], "--only: there is no 'nonsense', but a, b"), (["--only", ""], "--only: there is no ''"),
+    (["--jobs", "0"], "--jobs must be at least 1")])
+def test_flags_of_experiments_that_cannot_be(argv, words, capsys, monkeypatch):
+    monkeypatch.chdir(lab.ROOT)
+    with pytest.raises(SystemExit) as stop:
+        lab.options("", argv, only=("these", ["a", "b"]))
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_an_interrupted_experiment_ends_with_one_line(capsys):
+    lab.last_words(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == (
+        "interrupted: what is finished is kept, and the same command goes on from there\n")
+
+
 def peak(cell):
     """The best rate of mixer a is 1e-3, that of b is 1e-2."""
     return {"loss": abs(math.log10(cell["lr"]) + {"a": 3, "b": 2}[cell["mixer"]]) + 0.02 * cell["seed"]}

@@ -32,6 +32,15 @@ def test_draws_its_picture(lesson, tmp_path):
     assert (tmp_path / "M.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "M.png").stat().st_size > 10000
 
 
+@pytest.mark.parametrize("file, words", [("no/folder/M.png", "No such file"), ("M.nonsense", "nonsense")])
+def test_a_picture_that_cannot_be_written_is_said_in_one_line(file, words, tmp_path):
+    shutil.copy(LESSONS[0], tmp_path)
+    command = [sys.executable, LESSONS[0].name, "--plot", file]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and f"error: --plot {file}: " in last and words in last and "Trace" not in done.stderr
+
+
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda p: p.stem)
 def test_imports_only_torch_and_numpy_at_the_top(lesson):
     body = ast.parse(lesson.read_text()).body
