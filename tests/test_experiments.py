@@ -320,6 +320,7 @@ def test_a_pack_whose_time_is_up_goes_on_from_there(monkeypatch, tmp_path):
     cells = [PACK | {"mixer": "attention", "task": "h3_induction 16, h3_induction:length=20 24", "lr": lr, "seed": 0,
                      "steps": 24} for lr in (1e-3, 1e-2)]
     monkeypatch.setattr(importlib.import_module("packs"), "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)                       # a GPU's sums have no fixed order
     whole = lab.Pack(cells, "cpu")
     assert finished(whole.train()) == 24
     monkeypatch.setenv("LAB_DEADLINE", "0")
@@ -534,6 +535,7 @@ def small(monkeypatch):
     text = torch.randint(vocabulary, (2000,), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(conversion, "texts", lambda *_: ({"plays": (text, text[:241])}, "a hash"))
     monkeypatch.setattr(conversion, "NEAR", 16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)                       # the model is on the CPU
     return conversion, model, lambda device: (model, Letters())
 
 

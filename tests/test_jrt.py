@@ -273,8 +273,8 @@ def test_set_disjointness_trains(mixer, transform, tmp_path):
     ("--transform jrt_prompt", "answer would be in it"), ("--transform jrt_promt", "did you mean jrt_prompt"),
     ("--transform prefix_lm:prefix=0", "at least 1"), ("--transform prefix_lm:prefix=x", "must be int"),
     ("--transform prefix_lm:prefix=8:mask=300", "beyond the vocabulary of 256"),
-    ("--mixer scatterbrain:top=2.5", "top must be a whole number"),
-    ("--transform prefix_lm:weight=1e999", "finite weight"), ("--mixer jrt:feature_map=[1]", "unknown feature_map"),
+    ("--mixer scatterbrain:top=2.5", "top must be int"),
+    ("--transform prefix_lm:weight=1e999", "finite weight"), ("--mixer jrt:feature_map=[1]", "feature_map must be str"),
     ("--transform prefix_lm:prefix=8 --mixer bidirectional", "not causal"),
     ("--transform prefix_lm:masked=1.5", "0 <= masked < 1"), ("--mixer bidirectional", "not causal")])
 def test_bad_transforms_are_refused(flags, message, text, tmp_path, capsys):
