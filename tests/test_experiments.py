@@ -320,7 +320,7 @@ def test_a_pack_whose_time_is_up_goes_on_from_there(monkeypatch, tmp_path):
     cells = [PACK | {"mixer": "attention", "task": "h3_induction 16, h3_induction:length=20 24", "lr": lr, "seed": 0,
                      "steps": 24} for lr in (1e-3, 1e-2)]
     monkeypatch.setattr(importlib.import_module("packs"), "ROOT", tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)                       # a GPU's sums have no fixed order
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)                       # a GPU sums in any order
     whole = lab.Pack(cells, "cpu")
     assert finished(whole.train()) == 24
     monkeypatch.setenv("LAB_DEADLINE", "0")

@@ -759,7 +759,7 @@ def test_what_a_tokenizer_drops_stays_with_the_token_before(tmp_path):
 def test_a_text_longer_than_the_learned_positions(tmp_path, capsys):
     folder = small_peer(tmp_path / "saved", "gpt2")
     _, data = written(tmp_path, PASSAGE * 9, "--pretrained", folder)
-    assert len(data["tokens"]) == 64 and data["left_off"] > 0 and "longer than the page shows" in capsys.readouterr().out
+    assert len(data["tokens"]) == 64 and data["left_off"] > 0 and "than the page shows" in capsys.readouterr().out
     assert (PASSAGE * 9).startswith("".join(data["tokens"]))
 
 
