@@ -1,7 +1,9 @@
 """Many small models trained as one: what a sweep's packs are (lab.py).
 
 A GPU spends a small model's step on launching its kernels. Models that differ in learning rate and seed alone have the
-same ones: with one more axis, which vmap gives every operation, they share them.
+same ones: with one more axis, which vmap gives every operation, they share them. What these kernels do is read and
+write much more than compute: with LAB_COMPILE=inductor a step is written down as one list of operations, and
+torch.compile makes few kernels of many. LAB_BF16=1: matrix products in bfloat16, as train.py has them on a GPU.
 """
 import argparse
 import hashlib
@@ -20,12 +22,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call, stack_module_state, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 RECIPE = "--optimizer adamw --beta2 0.95 --lr_end 0.1".split()           # of the experiments, unless they say otherwise
+STATE = "theta", "m", "v", "done", "finite"                              # of a pack: what it goes on from
 VALIDATION, TEST = -1, -2                                        # the seeds of these sets; training's are from 0 on
 
 
@@ -120,13 +124,15 @@ class Pack:
         self.held_out = {part: [Examples(spec, [part], self.device, self.args[0])
                                 for spec in cells[0].get("test", train_on).split(",")] for part in (VALIDATION, TEST)}
         self.seed = torch.tensor([[seeds.index(c["seed"])] for c in cells], device=self.device)              # (k, 1)
-        self.seeds, self.graphs, self.memory, self.kept = seeds, {}, None, ("theta", "m", "v", "done", "finite")
+        self.seeds, self.graphs, self.learners, self.memory = seeds, {}, {}, None
+        self.bf16 = bool(os.environ.get("LAB_BF16")) and self.device.type == "cuda"
         self.file = ROOT / "runs" / "packs" / f"{hashlib.sha256(str(cells).encode()).hexdigest()[:16]}.pt"
         torch.backends.cuda.matmul.allow_tf32 = True
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None            # None: the usual one
         with torch.cuda.stream(self.stream):
             self.stack([train.build_model(args, self.sets[0].vocab_size) for args in self.args])
             self.choose_form()
+            self.backend = os.environ.get("LAB_COMPILE") if self.vmap is vmap else None
             self.go_on()
 
     def stack(self, models):
@@ -135,7 +141,6 @@ class Pack:
         self.model, self.shapes = models[0], {name: p.shape[1:] for name, p in parameters.items()}
         self.buffers = {name: b.to(self.device) for name, b in buffers.items()}
         self.theta = torch.cat([p.detach().flatten(1) for p in parameters.values()], dim=1).to(self.device)
-        self.theta.requires_grad_()
 
         def of_group(name):
             rows = []
@@ -150,6 +155,7 @@ class Pack:
         self.done, self.finite = (torch.zeros(n, dtype=torch.long, device=self.device) for n in (1, len(models)))
         self.rates = torch.tensor([train.schedule(i, self.args[0]) for i in range(self.args[0].steps + 1)],
                                   device=self.device)
+        self.state = self.theta, self.m, self.v, self.done, self.finite
 
     def choose_form(self):
         """Of each kind of mixer its own choice, or the first form whose operations vmap knows. With --form the models
@@ -166,41 +172,66 @@ class Pack:
                 block.form = dict(zip(kinds, forms, strict=True))[type(block.mixer)]
             with suppress(RuntimeError):
                 for data in (*self.sets, *self.held_out[TEST]):                  # a longer text may want another form
-                    self.logits(data, *data.take(self.seed * 0, self.seed * 0)[::2])
+                    self.logits(data, *data.take(self.seed * 0, self.seed * 0)[::2], self.theta.clone().requires_grad_())
                 return
         raise train.BadInput(f"--mixer {self.args[0].mixer}: vmap knows none of its forms; name one with --form")
 
-    def logits(self, data, ids, places):
+    def logits(self, data, ids, places, theta=None):
         """ids (k, b, t), places (k, m) or None: for all b t. -> (k, m, v)"""
         def one(theta, buffers, ids, places):
             pieces = theta.split([math.prod(shape) for shape in self.shapes.values()])
             weights = {name: x.view(shape) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
             return functional_call(self.model, (weights, buffers), (ids, data.extras, places))
-        along = 0, 0, 0, None if places is None else 0
-        return self.vmap(one, along, randomness="different")(self.theta, self.buffers, ids, places).flatten(1, -2)
+        along, theta = (0, 0, 0, None if places is None else 0), self.theta if theta is None else theta
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            return self.vmap(one, along, randomness="different")(theta, self.buffers, ids, places).flatten(1, -2)
 
     def step(self, data):
         rows = data.order.index_select(1, data.at)[:, 0][self.seed[:, 0]]                    # (k, b)
-        ids, targets, places = data.take(self.seed, rows)
-        logits = self.logits(data, ids, places).flatten(0, 1)
-        nats = (F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none") if places is None
+        batch = data.take(self.seed, rows)
+        if data not in self.learners:
+            self.learners[data] = self.compiled(data, batch)
+        self.learners[data](*self.state, *batch)
+        data.at += 1
+
+    def learn(self, data, theta, m, v, done, finite, ids, targets, places=None):
+        """The gradient of each model's loss, and an update of the state with it, in place."""
+        theta = theta.detach().requires_grad_()
+        logits = self.logits(data, ids, places, theta).float().flatten(0, 1)
+        known = places is None or self.backend               # what is asked everywhere, or a compiler, wants no kernel
+        nats = (F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none") if known
                 else train.cross_entropy(logits, targets.flatten()))
         loss = nats.view_as(targets).sum(dim=1) / (targets != -100).sum(dim=1)               # (k,)
-        gradient, = torch.autograd.grad(loss.sum(), self.theta)
+        gradient, = torch.autograd.grad(loss.sum(), theta)
         with torch.no_grad():
-            self.update(gradient)
-            self.finite += loss.isfinite()
-            data.at += 1
+            self.update(gradient, theta, m, v, done)
+            finite += loss.isfinite()
 
-    def update(self, g):
+    def compiled(self, data, batch):
+        """learn(), or what LAB_COMPILE makes of it: "inductor", or another backend of torch.compile. vmap and autograd
+        are gone by then: make_fx writes down the operations that they ask for."""
+        def learn(*state_and_batch):
+            return self.learn(data, *state_and_batch)
+
+        if not self.backend:
+            return learn
+        example = [x.detach().clone() for x in self.state] + [x for x in batch if x is not None]
+        try:
+            graph = torch.compile(make_fx(learn)(*example), dynamic=False, backend=self.backend)
+            graph(*example)
+            return lambda *given: graph(*(x for x in given if x is not None))
+        except Exception as e:                                               # a thing that the compiler does not know
+            print(f"not compiled: {self.args[0].mixer}: {type(e).__name__}: {str(e)[:300]}", flush=True)
+            return learn
+
+    def update(self, g, theta, m, v, done):
         """AdamW [Loshchilov and Hutter], each row clipped by its own norm."""
-        self.done += 1
+        done += 1
         g = g * (train.MAX_GRAD_NORM / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)
-        self.m.lerp_(g, 1 - 0.9)
-        self.v.lerp_(g * g, 1 - 0.95)
-        m, v = self.m / (1 - 0.9 ** self.done), self.v / (1 - 0.95 ** self.done)
-        lr = self.peak * self.rates.index_select(0, self.done)
-        self.theta.mul_(1 - lr * self.decay).sub_(lr * m / (v.sqrt() + 1e-8))
+        m.lerp_(g, 1 - 0.9)
+        v.lerp_(g * g, 1 - 0.95)
+        lr = self.peak * self.rates.index_select(0, done)
+        theta.mul_(1 - lr * self.decay).sub_(lr * (m / (1 - 0.9 ** done)) / ((v / (1 - 0.95 ** done)).sqrt() + 1e-8))
 
     def advance(self, data):
         """A step; on a GPU the first is done as usual, the second is recorded, if it can be, and then replayed."""
@@ -260,13 +291,14 @@ class Pack:
         """When time is up: a file from which the same cells go on."""
         step = self.steps_done()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({name: getattr(self, name).detach() for name in self.kept}, self.file)
+        torch.save(dict(zip(STATE, self.state, strict=True)), self.file)
         raise train.BadInput(f"time is up at step {step} of {self.args[0].steps}, for next time see {self.file}")
 
     def go_on(self):
         if self.file.exists():
-            for name, tensor in torch.load(self.file, map_location=self.device).items():
-                getattr(self, name).detach().copy_(tensor)
+            kept = torch.load(self.file, map_location=self.device)
+            for name, tensor in zip(STATE, self.state, strict=True):
+                tensor.copy_(kept[name])
 
     @torch.no_grad()
     def accuracy(self, data):

@@ -291,6 +291,24 @@ def test_a_pack_is_trained_as_train_py_would(flags):
     assert pack.finite.tolist() == [6, 6, 6]
 
 
+@pytest.mark.parametrize("flags", [
+    {"mixer": "ngram,attention", "task": "icll:length=64"}, {"mixer": "short_conv,taylor", "task": "mqar:vocab_size=128"},
+    {"mixer": "s4d", "task": "listops:length=30"}], ids=lambda f: f["mixer"])
+def test_a_compiled_pack_is_trained_as_any(flags, monkeypatch, capsys):
+    """aot_eager: what the compiler would be given, without the compiler; and what it can't take is trained as usual."""
+    cells = [PACK | flags | {"task": flags["task"] + " 32", "lr": lr, "seed": 0} for lr in (1e-3, 1e-2)]
+    thetas = []
+    for backend in ("", "aot_eager", "no such compiler"):
+        monkeypatch.setenv("LAB_COMPILE", backend)
+        pack = lab.Pack(cells, "cpu")
+        before, _ = pack.theta.clone(), finished(pack.train())
+        thetas.append(pack.theta)
+        assert pack.finite.tolist() == [6, 6]
+        assert ("not compiled" in capsys.readouterr().out) == (backend == "no such compiler")
+    for theta in thetas[1:]:
+        assert (theta - thetas[0]).norm() < 1e-3 * (thetas[0] - before).norm()
+
+
 def test_only_the_mixer_that_vmap_does_not_know_takes_another_form(monkeypatch):
     """On a GPU a window's own choice is a kernel; the convolution before it stays with its own."""
     cells = [PACK | {"mixer": "short_conv,window:window=4", "task": "mqar:vocab_size=64 8", "lr": 1e-3, "seed": 0}]
