@@ -170,9 +170,10 @@ class Pack:
                 continue
             for block in self.model.blocks:
                 block.form = dict(zip(kinds, forms, strict=True))[type(block.mixer)]
+            theta = self.theta.clone().requires_grad_()
             with suppress(RuntimeError):
                 for data in (*self.sets, *self.held_out[TEST]):                  # a longer text may want another form
-                    self.logits(data, *data.take(self.seed * 0, self.seed * 0)[::2], self.theta.clone().requires_grad_())
+                    self.logits(data, *data.take(self.seed * 0, self.seed * 0)[::2], theta)
                 return
         raise train.BadInput(f"--mixer {self.args[0].mixer}: vmap knows none of its forms; name one with --form")
 

@@ -22,7 +22,7 @@ PAIRS = (4, 8, 16)
 MODELS = {"conv + attention": "short_conv,attention", "BaseConv": "baseconv:taps=128", "Hyena": "hyena:max_len=128"}
 BESIDE = {"conv + attention": "attention", "Based": "based:feature_dim=16:window=64", "window 64": "window:window=64",
           "linear attention": "linear_attention:feature_dim=45", "GLA": "gla", "Mamba": "mamba:n_state=16",
-          "H3": "h3:n_state=64", "Hyena": "hyena"}
+          "H3": "h3:n_state=64", "Hyena": "hyena", "RetNet": "retnet", "BaseConv": "baseconv:taps=128", "S4D": "s4d"}
 
 
 def measure(cells):
@@ -47,7 +47,8 @@ def beside_text():
     mqar = lab.best(lab.read(results / "recall_vs_state_small.csv"), ("mixer",), "accuracy")
     code = [row for row in lab.read(results / "perplexity_slices.csv") if row["text"] == "code"]
     nats = lab.best(code, ("name",), "recall", judge="-loss")
-    return {name: (mqar[f"short_conv,{mixer}",], nats[name,]) for name, mixer in BESIDE.items()}
+    return {name: (mqar[f"short_conv,{mixer}",], nats[name,]) for name, mixer in BESIDE.items()
+            if (f"short_conv,{mixer}",) in mqar}
 
 
 def ranks(x):
