@@ -3,7 +3,8 @@
 A GPU spends a small model's step on launching its kernels. Models that differ in learning rate and seed alone have the
 same ones: with one more axis, which vmap gives every operation, they share them. What these kernels do is read and
 write much more than compute: with LAB_COMPILE=inductor a step is written down as one list of operations, and
-torch.compile makes few kernels of many. LAB_BF16=1: matrix products in bfloat16, as train.py has them on a GPU.
+torch.compile makes few kernels of many. That is up to three times as fast, after 10 to 30 seconds for each shape of a
+batch; but slower where what is fused is computed again and again (feature maps, SSM kernels).
 """
 import argparse
 import hashlib
@@ -55,7 +56,8 @@ def some(task, transform, seed, start, n):
     batch = data.batch(n, generator, 0.0) if seed >= 0 else data.transform(data.examples(n, generator))
     ids, targets, extras = batch
     extras = {k: v for k, v in extras.items() if k != "weights" and (k != "valid" or seed < 0)}      # for tests only
-    return ids.numpy(), targets.numpy(), {k: v.numpy() if torch.is_tensor(v) else v for k, v in extras.items()}
+    extras = {k: v.numpy() if torch.is_tensor(v) else v for k, v in extras.items()}
+    return ids.int().numpy(), targets.int().numpy(), extras
 
 
 @cache
@@ -125,7 +127,6 @@ class Pack:
                                 for spec in cells[0].get("test", train_on).split(",")] for part in (VALIDATION, TEST)}
         self.seed = torch.tensor([[seeds.index(c["seed"])] for c in cells], device=self.device)              # (k, 1)
         self.seeds, self.graphs, self.learners, self.memory = seeds, {}, {}, None
-        self.bf16 = bool(os.environ.get("LAB_BF16")) and self.device.type == "cuda"
         self.file = ROOT / "runs" / "packs" / f"{hashlib.sha256(str(cells).encode()).hexdigest()[:16]}.pt"
         torch.backends.cuda.matmul.allow_tf32 = True
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None            # None: the usual one
@@ -184,21 +185,21 @@ class Pack:
             weights = {name: x.view(shape) for (name, shape), x in zip(self.shapes.items(), pieces, strict=True)}
             return functional_call(self.model, (weights, buffers), (ids, data.extras, places))
         along, theta = (0, 0, 0, None if places is None else 0), self.theta if theta is None else theta
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            return self.vmap(one, along, randomness="different")(theta, self.buffers, ids, places).flatten(1, -2)
+        return self.vmap(one, along, randomness="different")(theta, self.buffers, ids, places).flatten(1, -2)
 
     def step(self, data):
         rows = data.order.index_select(1, data.at)[:, 0][self.seed[:, 0]]                    # (k, b)
         batch = data.take(self.seed, rows)
-        if data not in self.learners:
-            self.learners[data] = self.compiled(data, batch)
-        self.learners[data](*self.state, *batch)
+        kind = str(([x.shape for x in batch if x is not None], data.extras))                 # one for all of its kind
+        if kind not in self.learners:
+            self.learners[kind] = self.compiled(data, batch)
+        self.learners[kind](*self.state, *batch)
         data.at += 1
 
     def learn(self, data, theta, m, v, done, finite, ids, targets, places=None):
         """The gradient of each model's loss, and an update of the state with it, in place."""
         theta = theta.detach().requires_grad_()
-        logits = self.logits(data, ids, places, theta).float().flatten(0, 1)
+        logits = self.logits(data, ids, places, theta).flatten(0, 1)
         known = places is None or self.backend               # what is asked everywhere, or a compiler, wants no kernel
         nats = (F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none") if known
                 else train.cross_entropy(logits, targets.flatten()))

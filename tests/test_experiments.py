@@ -291,11 +291,16 @@ def test_a_pack_is_trained_as_train_py_would(flags):
     assert pack.finite.tolist() == [6, 6, 6]
 
 
+SETS = "set_disjointness:vocab_size=64:first={}:second={}"
+
+
 @pytest.mark.parametrize("flags", [
     {"mixer": "ngram,attention", "task": "icll:length=64"}, {"mixer": "short_conv,taylor", "task": "mqar:length=32"},
-    {"mixer": "s4d", "task": "listops:length=30"}], ids=lambda f: f["mixer"])
+    {"mixer": "s4d", "task": "listops:length=30"},
+    {"mixer": "short_conv,jrt", "task": f"{SETS.format(4, 8)} 32, {SETS.format(8, 4)}"}], ids=lambda f: f["mixer"])
 def test_a_compiled_pack_is_trained_as_any(flags, monkeypatch, capsys):
-    """aot_eager: what the compiler would be given, without the compiler; and what it can't take is trained as usual."""
+    """aot_eager: what the compiler would be given, without the compiler; and what it can't take is trained as usual.
+    Batches of the same shapes are compiled once."""
     cells = [PACK | flags | {"task": flags["task"] + " 32", "lr": lr, "seed": 0} for lr in (1e-3, 1e-2)]
     thetas = []
     for backend in ("", "aot_eager", "no such compiler"):
@@ -303,7 +308,7 @@ def test_a_compiled_pack_is_trained_as_any(flags, monkeypatch, capsys):
         pack = lab.Pack(cells, "cpu")
         before, _ = pack.theta.clone(), finished(pack.train())
         thetas.append(pack.theta)
-        assert pack.finite.tolist() == [6, 6]
+        assert pack.finite.tolist() == [6, 6] and len(pack.learners) == 1
         assert ("not compiled" in capsys.readouterr().out) == (backend == "no such compiler")
     for theta in thetas[1:]:
         assert (theta - thetas[0]).norm() < 1e-3 * (thetas[0] - before).norm()
@@ -343,7 +348,7 @@ def test_a_pack_whose_time_is_up_goes_on_from_there(monkeypatch, tmp_path):
     assert finished(whole.train()) == 24
     monkeypatch.setenv("LAB_DEADLINE", "0")
     with pytest.raises(train.BadInput, match="time is up at step 19 of 24"):
-        finished(lab.packed(cells))
+        finished(lab.Pack(cells, "cpu").train())
     monkeypatch.delenv("LAB_DEADLINE")
     later = lab.Pack(cells, "cpu")
     assert later.done.item() == 19 and finished(later.train()) == 24 and torch.equal(later.theta, whole.theta)
