@@ -5,7 +5,7 @@
 Which token is in both sets? Left: without training, a Taylor state that holds the first set (or, read twice, the
 smaller one). Middle: the authors' settings, 36 wide, f = 4: four layers, a short convolution and the Taylor map in
 turns, 20,000 examples of each of six pairs of sizes in either order, 48 epochs in batches of 128 (90,000 steps),
-dropout 0.1 of the embedding, four rates (theirs: 0.0001 to 0.0008) and those beyond; how much better a model is with the
+dropout 0.1 of the embedding, four rates (theirs: 0.0001 to 0.0008) and beyond; how much better a model is with the
 small set first than with the large one. Right: set_disjointness_small.csv, 64 wide, f = 8, 40,000 steps of 64, rates
 0.0005 and 0.001. Writes set_disjointness.csv, .txt and .png.
 """
