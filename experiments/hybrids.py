@@ -6,8 +6,8 @@ Four layers, 128 wide, on the Python code in the folder _inductor of the torch t
 are replaced by attention, evenly spread; besides, two published hybrids: Zoology's (BaseConv, and attention only for
 tokens that occurred before) and StripedHyena's (filters that are sums of modes, and attention, in turn). All are
 trained with as many floating-point operations as attention in 800 steps of 32 x 512 tokens: what has fewer a token
-takes more steps. Zoology's, and what its gap is measured by, once more with four times as many. Writes hybrids.csv, .txt
-and .png.
+takes more steps. Zoology's, and what its gap is measured by, once more with four times as many. Writes hybrids.csv,
+.txt and .png.
 """
 import functools
 import math
