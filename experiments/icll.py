@@ -54,9 +54,10 @@ def counting(order, task, texts=128):
 
 def draw(ax, results, models, filled, say, title):
     for (model, ngram), accuracy in results.items():
-        label = ("three layers", "n-gram heads and two layers")[ngram] if model == models[0] and not filled else None
-        ax.errorbar(models.index(model) + 0.2 * ngram - (0.1 if filled else 0.16), *lab.bars([accuracy]), capsize=4,
-                    fmt="os"[ngram], color=("gray", "C0")[ngram], mfc=None if filled else "white", label=label)
+        label = f"{('three layers', 'n-gram heads and two layers')[ngram]}: {title}" if model == models[0] else None
+        ax.errorbar(models.index(model) + 0.3 * ngram + 0.08 * filled - 0.2, *lab.bars([accuracy]), capsize=4, ms=7,
+                    fmt="os"[ngram], color=("C1", "C0")[ngram], mfc=None if filled else "white",
+                    label=label)
         say(f"{title}: {model:18}{'with' if ngram else 'without'} n-gram heads {lab.spread(*accuracy, '.4f')}")
 
 
@@ -65,7 +66,7 @@ if __name__ == "__main__":
     rows = run(args)
     say = lab.reporter(args.out / "icll.txt")
     small = lab.read(lab.ROOT / "experiments" / "results" / "icll_small.csv")
-    fig, ax = lab.figure(9, 4)
+    fig, ax = lab.figure(9, 4.4)
     models = list(MIXERS)
     draw(ax, lab.best(rows, ("model", "ngram"), "accuracy"), models, True, say, "30,000 steps")
     draw(ax, lab.best(small, ("model", "ngram"), "accuracy"), models, False, say, "5,000 steps, 64 wide")
@@ -73,7 +74,7 @@ if __name__ == "__main__":
         accuracy = counting(order, cells(args.quick)[0]["test"].split()[0])
         say(f"counting what followed the last {order} letters: {accuracy:.4f}")
         ax.axhline(accuracy, color="black", lw=0.8, ls=":")
-        ax.text(len(models) - 0.45, accuracy, f"the last {order} letters counted", fontsize=8, ha="right",
+        ax.text(len(models) - 0.45, accuracy, f"the last {order} letters counted", fontsize=9, ha="right",
                 va="bottom" if order == 3 else "top")
     ax.set_xticks(range(len(models)), [MIXERS[model] for model in models])
     ax.set(ylabel="accuracy", title="Random automata", xlim=(-0.5, len(models) - 0.4))

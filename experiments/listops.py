@@ -21,7 +21,7 @@ LISTOPS, END, PAD = (getattr(importlib.import_module("03_ssm"), name) for name i
 def cells(quick):
     common = {"d_model": 64, "n_layers": 4, "batch_size": 32, "test": "listops:length=100 6000"}
     length, n, steps, seeds, mixers = 100, 50000, 20000, (100, 0, 1, 2), NAMES
-    rates = 1e-4, 3e-4, 1e-3, 3e-3
+    rates = 3e-4, 1e-3, 3e-3
     if quick:
         common |= {"d_model": 32, "n_layers": 2, "batch_size": 16, "test": "listops:length=30 500"}
         length, n, steps, rates, seeds, mixers = 30, 1000, 150, (3e-3,), (0,), ("s4d", "attention")

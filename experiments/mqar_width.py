@@ -57,43 +57,55 @@ def smaller():
                     ("task", "layers", "d_model"), "accuracy")
 
 
-def draw(ax, results, n, style, paper, say):
+def draw(ax, results, n, say, title, **style):
     for name in LAYERS:
         points = sorted((d, *y) for (task, layers, d), y in results.items()
                         if (task.split()[0].split(":")[0], layers) == (f"mqar_{n}", name))
         if points:
             d, mean, low, high = zip(*points, strict=True)
             ax.errorbar(d, mean, [[m - lo for m, lo in zip(mean, low, strict=True)],
-                                  [h - m for m, h in zip(mean, high, strict=True)]], fmt=style, ms=5, capsize=3,
-                        color=COLOURS[name], label=name)
-            say(f"{n:5} tokens {name:17}" + "".join("  {}: {:.3f} ({:.3f} to {:.3f})".format(*p) for p in points))
-        if name in paper:
-            ax.plot(WIDTHS, paper[name], ":", color="gray", lw=1)
+                                  [h - m for m, h in zip(mean, high, strict=True)]], capsize=3, color=COLOURS[name],
+                        label=name, **style)
+            say(f"{n:5} tokens, {title}: {name:17}" + "".join("  {}: {:.3f} ({:.3f} to {:.3f})".format(*p)
+                                                              for p in points))
+
+
+def draw_paper(ax, paper):
+    for accuracies in paper.values():
+        ax.plot(WIDTHS, accuracies, ":", color="gray", lw=1)
     height = -1
     for first, name in sorted((of_name[0], name) for name, of_name in paper.items()):
         height = max(first, height + 0.05)                                                   # no label on another
-        ax.annotate(name, (WIDTHS[0], height), xytext=(-5, 0), textcoords="offset points", fontsize=8, color="gray",
+        ax.annotate(name, (WIDTHS[0], height), xytext=(-9, 0), textcoords="offset points", fontsize=9, color="gray",
                     ha="right", va="center")
 
 
 if __name__ == "__main__":
     args = lab.options(__doc__)
-    rows = run(args)
-    results = lab.best(rows, ("task", "layers", "d_model"), "accuracy", judge="val_accuracy")
+    rows, by = run(args), ("task", "layers", "d_model")
+    results = lab.best(rows, by, "accuracy", judge="val_accuracy")
     say = lab.reporter(args.out / "mqar_width.txt")
     if args.quick:
         for (_, name, d), (mean, *_) in results.items():
             say(f"width {d}: {name} {mean:.3f}")
-    fig, axes = lab.figure(13, 4.4, columns=3, sharey=True)
+    fig, axes = lab.figure(13, 4.6, columns=3, sharey=True)
     for ax, n in zip(axes, PAPER, strict=True):
-        here = {key: y for key, y in results.items() if key[0].startswith(f"mqar_{n} ")}
-        draw(ax, here or smaller(), n, "o-" if here else "s--", PAPER[n], say)
+        draw_paper(ax, PAPER[n])
+        draw(ax, smaller(), n, say, "fewer examples", fmt="s--", ms=4, lw=1, alpha=0.6, mfc="white")
+        draw(ax, results, n, say, "the authors' size", fmt="o", ms=9)
+        for (task, name, d), (row, *more) in lab.chosen(rows, by, "val_accuracy").items():
+            if not more and (task, name, d) not in results and task.startswith(f"mqar_{n} "):
+                ax.plot(d, row["accuracy"], "*", ms=12, color=COLOURS[name])
+                say(f"{n:5} tokens, the authors' size, only the seed that chooses: {name} {d}: {row['accuracy']:.3f}")
         ax.axhline(16 / n, color="black", lw=0.8, ls="--")
-        ax.set(xscale="log", xlabel="model width", ylim=(-0.02, 1.03), xlim=(33, 600),
-               title=f"{n} tokens, {n // 16} pairs{'' if here else ': fewer examples'}")
+        ax.set(xscale="log", xlabel="model width", ylim=(-0.02, 1.03), xlim=(30, 600),
+               title=f"{n} tokens, {n // 16} pairs")
         ax.set_xticks(WIDTHS, WIDTHS)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(LAYERS), fontsize=9)
+    handles, labels = axes[1].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=len(LAYERS), fontsize=10,
+               title="large: the authors' size (star: one seed); small, dashed: fewer examples; gray: the paper; "
+                     "black: naming any of the values")
     lab.save(fig, args.out / "mqar_width.png")

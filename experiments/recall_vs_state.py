@@ -86,16 +86,30 @@ def run(args):
 
 def draw(ax, results, title, say):
     """Mistakes, on a log axis, against bytes; each line is labelled where its state is smallest."""
+    guessing = []
     for family, (style, colour) in STYLES.items():
         points = sorted((size, *y) for (f, _, size), y in results.items() if f == family)
         if points:
             say(f"{family:26}" + "".join("  {:,} B: {:.3f} ({:.3f} to {:.3f})".format(*point) for point in points))
             wrong = [[1 - x for x in (mean, high, low)] for _, mean, low, high in points]
             ax.errorbar([point[0] for point in points], *lab.bars(wrong), fmt=style, color=colour, ms=5, capsize=2)
+            if min(wrong)[0] > 0.85:
+                guessing.append(family)
+                continue
             ax.annotate(family, (points[0][0], wrong[0][0]), xytext=(-5, -11 if family == "Taylor" else 4), ha="right",
-                        textcoords="offset points", fontsize=8, color=colour)
-    ax.set(xscale="log", yscale="log", xlabel="state for each sequence, bytes", ylim=(1.3, 0.001), title=title)
+                        textcoords="offset points", fontsize=9, color=colour)
+    if guessing:
+        ax.annotate(f"{', '.join(guessing)}: guessing", (0.99, 0.012), xycoords="axes fraction", ha="right", fontsize=8)
+    ax.set(xscale="log", yscale="log", xlabel="state for each sequence, bytes", ylim=(1.6, 0.001), title=title)
     ax.grid(alpha=0.3)
+
+
+def draw_paper(ax):
+    for name, points in PAPER.items():
+        sizes, wrong = [n for n, _ in points], [1 - x + 1e-3 for _, x in points]
+        ax.plot(sizes, wrong, ".:", color="gray", lw=1)
+        ax.annotate(name, (sizes[-1], wrong[-1]), xytext=(4, 3), textcoords="offset points", fontsize=9, color="gray",
+                    va="top" if name == "attention" else "bottom")
 
 
 if __name__ == "__main__":
@@ -106,8 +120,8 @@ if __name__ == "__main__":
     say = lab.reporter(args.out / "recall_vs_state.txt")
     fig, axes = lab.figure(12 if rows else 7.5, 5, columns=2 if rows else 1, squeeze=False)
     if rows:
-        for points in PAPER.values():
-            axes[0, 0].plot([n for n, _ in points], [1 - x + 1e-3 for _, x in points], ".:", color="gray", lw=1)
+        draw_paper(axes[0, 0])
+        axes[0, 0].set_xlim(4e3, 1.4e6)
         draw(axes[0, 0], results, "the authors' mixture, mean of seven tests (gray: the paper)", say)
     draw(axes[0, -1], lab.best(small, ("family", "mixer", "state_bytes"), "accuracy"), "32 pairs in 128 tokens", say)
     axes[0, -1].axhline(31 / 32, color="black", lw=0.8, ls=":")
