@@ -5,7 +5,7 @@
 Nested MIN, MAX, MEDIAN and SUM-MOD of digits, the result asked for at the end; 25 to 100 tokens (the benchmark: 500 to
 2000). Four layers, 64 wide, 20,000 steps of 32 of 50,000 examples, 10% warm-up. How much of it needs nesting? Dotted:
 what is right if whatever stands deeper than so many brackets is left out. Hollow: listops_small.csv, 10,000 steps,
-rates 0.001 and 0.003, tested on 1,024 texts. Writes listops.csv, .txt and .png.
+rates 0.001 and 0.003, tested on 1,024 texts; star: only the seed that chooses. Writes listops.csv, .txt and .png.
 """
 import importlib
 
@@ -62,15 +62,20 @@ if __name__ == "__main__":
     args = lab.options(__doc__)
     rows = run(args)
     results = lab.best(rows, ("mixer",), "accuracy", judge="val_accuracy")
+    alone = {name for (name,), seeds in lab.chosen(rows, ("mixer",), "val_accuracy").items() if len(seeds) == 1}
     small = lab.best(lab.read(lab.ROOT / "experiments" / "results" / "listops_small.csv"), ("mixer",), "accuracy")
     say = lab.reporter(args.out / "listops.txt")
-    fig, ax = lab.figure(6.5, 4)
+    fig, ax = lab.figure(6.5, 4.3)
     for i, name in enumerate(NAMES):
-        for found, style, title in ((results, "o", "20,000 steps"), (small, "ow", "10,000 steps")):
-            if (name,) in found:
-                ax.errorbar(i - 0.1 * (len(style) - 1), *lab.bars([found[name,]]), fmt="o", color="C0", capsize=5,
-                            mfc="white" if len(style) > 1 else "C0")
-                say(f"{title}: {name:18} {lab.spread(*found[name,])}")
+        if (name,) in results:
+            ax.errorbar(i, *lab.bars([results[name,]]), fmt="*" if name in alone else "o", ms=11, color="C1", capsize=5,
+                        label=f"20,000 steps{', one seed' if name in alone else ''}" if i == 0 else None)
+            say(f"20,000 steps: {name:18} {lab.spread(*results[name,])}"
+                f"{', only the seed that chooses' if name in alone else ''}")
+        if (name,) in small:
+            ax.errorbar(i - 0.15, *lab.bars([small[name,]]), fmt="o", color="C0", capsize=5, mfc="white",
+                        label="10,000 steps, three seeds" if i == 0 else None)
+            say(f"10,000 steps: {name:18} {lab.spread(*small[name,])}")
     ax.set_xticks(range(len(NAMES)), NAMES.values())
     for depth, share in without_nesting(cells(args.quick)[0]["test"].split()[0], 500 if args.quick else 6000).items():
         say(f"leaving out what stands deeper than {depth}: {share:.3f}")
@@ -78,4 +83,5 @@ if __name__ == "__main__":
         ax.text(len(NAMES) - 0.5, share, f"depth {depth} alone", fontsize=8, va="bottom", ha="right")
     ax.set(ylabel="accuracy", title="ListOps, up to 100 tokens", xlim=(-0.5, len(NAMES) - 0.5))
     ax.grid(alpha=0.3)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     lab.save(fig, args.out / "listops.png")

@@ -57,15 +57,15 @@ def smaller():
                     ("task", "layers", "d_model"), "accuracy")
 
 
-def draw(ax, results, n, say, title, **style):
+def draw(ax, results, n, say, title, dodge=0, **style):
     for name in LAYERS:
         points = sorted((d, *y) for (task, layers, d), y in results.items()
                         if (task.split()[0].split(":")[0], layers) == (f"mqar_{n}", name))
         if points:
             d, mean, low, high = zip(*points, strict=True)
-            ax.errorbar(d, mean, [[m - lo for m, lo in zip(mean, low, strict=True)],
-                                  [h - m for m, h in zip(mean, high, strict=True)]], capsize=3, color=COLOURS[name],
-                        label=name, **style)
+            aside = 1.03 ** (dodge * (list(LAYERS).index(name) - 2))                         # no mark on another
+            ax.errorbar([x * aside for x in d], *lab.bars(list(zip(mean, low, high, strict=True))), capsize=3,
+                        color=COLOURS[name], label=name, **style)
             say(f"{n:5} tokens, {title}: {name:17}" + "".join("  {}: {:.3f} ({:.3f} to {:.3f})".format(*p)
                                                               for p in points))
 
@@ -92,7 +92,7 @@ if __name__ == "__main__":
     for ax, n in zip(axes, PAPER, strict=True):
         draw_paper(ax, PAPER[n])
         draw(ax, smaller(), n, say, "fewer examples", fmt="s--", ms=4, lw=1, alpha=0.6, mfc="white")
-        draw(ax, results, n, say, "the authors' size", fmt="o", ms=9)
+        draw(ax, results, n, say, "the authors' size", dodge=1, fmt="o", ms=9)
         for (task, name, d), (row, *more) in lab.chosen(rows, by, "val_accuracy").items():
             if not more and (task, name, d) not in results and task.startswith(f"mqar_{n} "):
                 ax.plot(d, row["accuracy"], "*", ms=12, color=COLOURS[name])
