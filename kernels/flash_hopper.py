@@ -95,25 +95,59 @@ def write(x, x_i, through, b, first, h):
     tma.async_copy_shared_to_global(x, [b, first, h, 0], through)
 
 
+# ------------------------------------------------------------------------------------------------------------ schedule
+#
+# A program takes tiles until there are none: while one is written, the next one's blocks are fetched. Tiles of a head
+# differ in length, and no program should get the longer ones again and again.
+
+
+@gluon.jit
+def nth(turn):
+    """The number of a program's tile: rows of as many as there are programs, dealt to and fro."""
+    programs, p = gl.num_programs(0), gl.program_id(0)
+    return turn * programs + gl.where(turn % 2 == 0, p, programs - 1 - p)
+
+
+@gluon.jit
+def turns_of(tiles, HEADS: gl.constexpr):
+    """How many tiles a program takes."""
+    programs, p = gl.num_programs(0), gl.program_id(0)
+    if HEADS > 0:
+        rows = tiles // programs
+        turns = rows + gl.where(nth(rows) < tiles, 1, 0)
+    else:
+        pairs = gl.cdiv(tiles, 2)
+        last_has_one = (tiles % 2 == 1) & ((pairs - 1) % programs == p)
+        turns = 2 * gl.cdiv(pairs - p, programs) - gl.where(last_has_one, 1, 0)
+    return turns
+
+
+@gluon.jit
+def tile_of(turn, tiles, of_head, HEADS: gl.constexpr):
+    """(head of all heads, place among its of_head tiles, the longest first) of a program's tile. So many HEADS at a
+    time, all their longest tiles first. Or, HEADS = 0, one head after the other, which leaves more room in the cache,
+    in pairs of a long and a short tile: the longest and the shortest, the next ones, ..."""
+    if HEADS > 0:
+        n = nth(turn)
+        head, n = n // (HEADS * of_head) * HEADS, n % (HEADS * of_head)
+        heads = gl.minimum(HEADS, tiles // of_head - head)
+        head, i = head + n % heads, n // heads
+    else:
+        n = 2 * (gl.program_id(0) + turn // 2 * gl.num_programs(0)) + turn % 2
+        head, i = n // of_head, n % of_head
+        i = gl.where(i % 2 == 0, i // 2, of_head - 1 - i // 2)
+    return head, i
+
+
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
 @gluon.jit
-def turns_of(tiles):
-    """How many tiles a program takes: pairs of neighbours, each num_programs-th pair."""
-    pairs, programs = gl.cdiv(tiles, 2), gl.num_programs(0)
-    last_has_one = (tiles % 2 == 1) & ((pairs - 1) % programs == gl.program_id(0))
-    return 2 * gl.cdiv(pairs - gl.program_id(0), programs) - gl.where(last_has_one, 1, 0)
-
-
-@gluon.jit
-def tile_of(turn, T, H, GROUPS: gl.constexpr):
-    """(b, head, first target) of a program's tile, 64 targets for each group. A head's tiles come in the order last,
-    first, last but one, second, ...: of two neighbours one is as long as the other is short."""
-    tile = 2 * (gl.program_id(0) + turn // 2 * gl.num_programs(0)) + turn % 2
-    tiles = gl.cdiv(T, GROUPS * ROWS)
-    b_h, i = tile // tiles, tile % tiles
-    return b_h // H, b_h % H, gl.where(i % 2 == 0, tiles - 1 - i // 2, i // 2) * (GROUPS * ROWS)
+def targets_of(turn, tiles, T, H, GROUPS: gl.constexpr, HEADS: gl.constexpr):
+    """(b, head, first target) of a program's tile, 64 targets for each group."""
+    of_head = gl.cdiv(T, GROUPS * ROWS)
+    b_h, i = tile_of(turn, tiles, of_head, HEADS)
+    return b_h // H, b_h % H, (of_head - 1 - i) * (GROUPS * ROWS)
 
 
 @gluon.jit
@@ -125,11 +159,11 @@ def stretch(first, window, S, BN: gl.constexpr, GROUPS: gl.constexpr):
 
 @gluon.jit
 def loader(q, k, v, rings, T, S, H, G, window, tiles, BN: gl.constexpr, N: gl.constexpr, QUERIES: gl.constexpr,
-           GROUPS: gl.constexpr):
+           HEADS: gl.constexpr, GROUPS: gl.constexpr):
     q_rings, k_ring, v_ring = rings
     i = 0
-    for turn in range(turns_of(tiles)):
-        b, h, first = tile_of(turn, T, H, GROUPS)
+    for turn in range(turns_of(tiles, HEADS)):
+        b, h, first = targets_of(turn, tiles, T, H, GROUPS, HEADS)
         for j in gl.static_range(GROUPS):
             fetch(q, [b, first + j * ROWS, h, 0], q_rings[j], turn, QUERIES)
         begin, end = stretch(first + S - T, window, S, BN, GROUPS)
@@ -155,15 +189,16 @@ def softmax(s, m, l, first, start, window, SCALE: gl.constexpr, BN: gl.constexpr
 
 @gluon.jit
 def group(rings, out, o, L, T, S, H, window, tiles, SCALE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
-          BN: gl.constexpr, N: gl.constexpr, QUERIES: gl.constexpr, GROUPS: gl.constexpr, I: gl.constexpr):
+          BN: gl.constexpr, N: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr, GROUPS: gl.constexpr,
+          I: gl.constexpr):
     q_rings, k_ring, v_ring = rings
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BE, 16])
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     nothing = gl.zeros([ROWS, BN], gl.float32, SCORES)
     i = 0
-    for turn in range(turns_of(tiles)):
-        b, h, first = tile_of(turn, T, H, GROUPS)
+    for turn in range(turns_of(tiles, HEADS)):
+        b, h, first = targets_of(turn, tiles, T, H, GROUPS, HEADS)
         first += I * ROWS
         begin, end = stretch(first - I * ROWS + S - T, window, S, BN, GROUPS)
         own_end = gl.cdiv(gl.minimum(S, first + ROWS + S - T), BN) * BN
@@ -207,22 +242,23 @@ def group(rings, out, o, L, T, S, H, window, tiles, SCALE: gl.constexpr, BD: gl.
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def forward_kernel(q, k, v, o, L, T, S, H, G, window, tiles, SCALE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr,
-                   BN: gl.constexpr, N: gl.constexpr, QUERIES: gl.constexpr, GROUPS: gl.constexpr):
-    """Each program takes tiles until there are none. A thread of a group has 240 or 160 registers, the loader's 24."""
+                   BN: gl.constexpr, N: gl.constexpr, QUERIES: gl.constexpr, HEADS: gl.constexpr,
+                   GROUPS: gl.constexpr):
+    """A thread of a group has 240 or 160 registers, the loader's 24."""
     q_rings, out = (ring(q, QUERIES, 1), ring(q, QUERIES, 1), ring(q, QUERIES, 1)), memory(o, GROUPS)
     rings = q_rings, ring(k, N, GROUPS), ring(v, N, GROUPS)
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize([
-            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, 2, 0)),
-            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, 2, 1)),
-            (loader, (q, k, v, rings, T, S, H, G, window, tiles, BN, N, QUERIES, 2))], [4, 1], [240, 24])
+            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, HEADS, 2, 0)),
+            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, HEADS, 2, 1)),
+            (loader, (q, k, v, rings, T, S, H, G, window, tiles, BN, N, QUERIES, HEADS, 2))], [4, 1], [240, 24])
     else:
         gl.warp_specialize([
-            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, 3, 0)),
-            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, 3, 1)),
-            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, 3, 2)),
-            (loader, (q, k, v, rings, T, S, H, G, window, tiles, BN, N, QUERIES, 3))], [4, 4, 1], [160, 160, 24])
+            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, HEADS, 3, 0)),
+            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, HEADS, 3, 1)),
+            (group, (rings, out, o, L, T, S, H, window, tiles, SCALE, BD, BE, BN, N, QUERIES, HEADS, 3, 2)),
+            (loader, (q, k, v, rings, T, S, H, G, window, tiles, BN, N, QUERIES, HEADS, 3))], [4, 4, 1], [160, 160, 24])
 
 
 # ------------------------------------------------------------------------------------------------------------ backward
@@ -236,11 +272,11 @@ def add_to_memory(x, place, block, _semantic=None):
 
 
 @gluon.jit
-def sources_of(T, S, G, window, BM: gl.constexpr):
-    """(b, head of keys, first source) of this program, the longest first; where the targets begin that see any of its
-    128 sources, and how many blocks of BM they are."""
-    blocks = gl.cdiv(S, 2 * ROWS)
-    b_g, first = gl.program_id(0) // blocks, gl.program_id(0) % blocks * (2 * ROWS)
+def sources_of(turn, tiles, T, S, G, window, BM: gl.constexpr, HEADS: gl.constexpr):
+    """(b, head of keys, first source) of a program's tile of 128 sources; where the targets begin that see any of
+    them, and how many blocks of BM they are."""
+    b_g, i = tile_of(turn, tiles, gl.cdiv(S, 2 * ROWS), HEADS)
+    first = i * (2 * ROWS)
     begin = gl.maximum(0, first + T - S) // BM * BM
     end = gl.minimum(T, first + 2 * ROWS - 1 + T - S + window)
     return b_g // G, b_g % G, first, begin, gl.maximum(0, gl.cdiv(end - begin, BM))
@@ -257,22 +293,25 @@ def step_of(i, g, begin, steps, GROUP: gl.constexpr, BM: gl.constexpr):
 
 
 @gluon.jit
-def backward_loader(q, k, v, do, L, delta, k_ring, v_ring, targets, T, S, G, window, GROUP: gl.constexpr,
-                    BM: gl.constexpr, N: gl.constexpr, AHEAD: gl.constexpr):
+def backward_loader(q, k, v, do, L, delta, k_ring, v_ring, targets, T, S, G, window, tiles, GROUP: gl.constexpr,
+                    BM: gl.constexpr, N: gl.constexpr, KEYS: gl.constexpr, HEADS: gl.constexpr, AHEAD: gl.constexpr):
     """A block of targets: q, do, and their L and delta, of (b h, t), which share their barriers."""
     q_s, do_s, L_s, delta_s, full, free = targets
-    b, g, first, begin, steps = sources_of(T, S, G, window, BM)
-    fetch(k, [b, first, g, 0], k_ring, 0, 1)
-    fetch(v, [b, first, g, 0], v_ring, 0, 1)
-    for i in range(GROUP * steps + AHEAD):
-        start, h = step_of(i, g, begin, steps, GROUP, BM)
-        row, here = b * (G * GROUP) + h, full.index(i % N)
-        mbarrier.wait(free.index(i % N), (i // N & 1) ^ 1)
-        mbarrier.expect(here, q.block_type.nbytes + do.block_type.nbytes + 2 * L.block_type.nbytes)
-        tma.async_copy_global_to_shared(q, [b, start, h, 0], here, q_s.index(i % N))
-        tma.async_copy_global_to_shared(L, [row, start], here, L_s.index(i % N))
-        tma.async_copy_global_to_shared(do, [b, start, h, 0], here, do_s.index(i % N))
-        tma.async_copy_global_to_shared(delta, [row, start], here, delta_s.index(i % N))
+    n = 0
+    for turn in range(turns_of(tiles, HEADS)):
+        b, g, first, begin, steps = sources_of(turn, tiles, T, S, G, window, BM, HEADS)
+        fetch(k, [b, first, g, 0], k_ring, turn, KEYS)
+        fetch(v, [b, first, g, 0], v_ring, turn, KEYS)
+        for i in range(GROUP * steps + AHEAD):
+            start, h = step_of(i, g, begin, steps, GROUP, BM)
+            row, here = b * (G * GROUP) + h, full.index(n % N)
+            mbarrier.wait(free.index(n % N), (n // N & 1) ^ 1)
+            mbarrier.expect(here, q.block_type.nbytes + do.block_type.nbytes + 2 * L.block_type.nbytes)
+            tma.async_copy_global_to_shared(q, [b, start, h, 0], here, q_s.index(n % N))
+            tma.async_copy_global_to_shared(L, [row, start], here, L_s.index(n % N))
+            tma.async_copy_global_to_shared(do, [b, start, h, 0], here, do_s.index(n % N))
+            tma.async_copy_global_to_shared(delta, [row, start], here, delta_s.index(n % N))
+            n += 1
 
 
 @gluon.jit
@@ -297,103 +336,111 @@ def show(ds, exchange, i, I: gl.constexpr):
 
 
 @gluon.jit
-def add(dq, dq_i, exchange, b, start, h, I: gl.constexpr):
+def add(dq, dq_i, through, b, start, h, I: gl.constexpr):
     """A group's half of dQ's columns to those in memory."""
-    dQ = exchange[2].index(I)
     tma.store_wait(0)                                                    # until the last one has been read
-    dQ.reshape(dq_i.shape).store(dq_i)
+    through.reshape(dq_i.shape).store(dq_i)
     fence_async_shared()
-    add_to_memory(dq, [b, start, h, I * dq_i.shape[1]], dQ)
+    add_to_memory(dq, [b, start, h, I * dq_i.shape[1]], through)
 
 
 @gluon.jit
-def backward_group(k_ring, v_ring, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP: gl.constexpr,
+def backward_group(k_ring, v_ring, blocks, exchange, dq, dk, dv, T, S, G, window, tiles, GROUP: gl.constexpr,
                    SCALE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, BM: gl.constexpr, N: gl.constexpr,
-                   AHEAD: gl.constexpr, I: gl.constexpr):
+                   KEYS: gl.constexpr, HEADS: gl.constexpr, AHEAD: gl.constexpr, I: gl.constexpr):
     """Tiles are transposed: 64 sources down, BM targets across. dQ = dS K takes both groups' dS, so they show it to
     each other, and each computes half of the columns. AHEAD: the scores of the next block are computed, and their
-    exponentials taken, while dQ is; there must be registers for both."""
+    exponentials taken, while dQ is; there must be registers for both, and behind a tile's last block is one more."""
     q_s, do_s, L_s, delta_s, full, free = blocks
-    dS, shown, _ = exchange
+    dS, shown, sums = exchange
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
-    VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BE, 16])
+    OF_KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
+    OF_VALUES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BE, 16])
     HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD // 2, 16])
-    FACTOR: gl.constexpr = gl.DotOperandLayout(0, VALUES, 2)
-    b, g, first, begin, steps = sources_of(T, S, G, window, BM)
+    FACTOR: gl.constexpr = gl.DotOperandLayout(0, OF_VALUES, 2)
     nothing, no_dq = gl.zeros([ROWS, BM], gl.float32, SCORES), gl.zeros([BM, BD // 2], gl.float32, HALF)
-    dk_i, dv_i = gl.zeros([ROWS, BD], gl.float32, KEYS), gl.zeros([ROWS, BE], gl.float32, VALUES)
-    keys = arrived(k_ring, 0, 1, 2 * ROWS, BD)
-    k_i, half = keys.slice(I * ROWS, ROWS), keys.slice(I * (BD // 2), BD // 2, 1)
-    v_i = arrived(v_ring, 0, 1, 2 * ROWS, BE).slice(I * ROWS, ROWS)
-    first += I * ROWS
-    if AHEAD:
-        start, h = step_of(0, g, begin, steps, GROUP, BM)
-        mbarrier.wait(full.index(0), 0)
-        s = warpgroup_mma(k_i, q_s.index(0).reshape([BM, BD]).permute((1, 0)), nothing, use_acc=False)
-        dp = warpgroup_mma(v_i, do_s.index(0).reshape([BM, BE]).permute((1, 0)), nothing, use_acc=False)
-        p = weights(s, L_s.index(0).load(SCORES), start, first + T - S, window, SCALE, BM)
-        for i in range(GROUP * steps):
-            q_i, do_i = q_s.index(i % N).reshape([BM, BD]), do_s.index(i % N).reshape([BM, BE])
-            show((p * (dp - delta_s.index(i % N).load(SCORES))).to(q_i.dtype), exchange, i, I)
-            dv_t = warpgroup_mma(gl.convert_layout(p.to(q_i.dtype), FACTOR), do_i, dv_i, is_async=True)
-            dk_t = warpgroup_mma(dS.index(i % 2).slice(I * ROWS, ROWS), q_i, dk_i, is_async=True)
-            j = i + 1
-            mbarrier.wait(full.index(j % N), j // N & 1)
-            q_j, do_j = q_s.index(j % N).reshape([BM, BD]), do_s.index(j % N).reshape([BM, BE])
-            scores = warpgroup_mma(k_i, q_j.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            mbarrier.wait(shown, i & 1)
-            dq_t = warpgroup_mma(dS.index(i % 2).permute((1, 0)), half, no_dq, use_acc=False, is_async=True)
-            dp_t = warpgroup_mma(v_i, do_j.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            dv_i, dk_i, s = warpgroup_mma_wait(2, [dv_t, dk_t, scores])
-            mbarrier.arrive(free.index(i % N), count=1)
-            row, head = start, h
-            start, h = step_of(j, g, begin, steps, GROUP, BM)
-            p = weights(s, L_s.index(j % N).load(SCORES), start, first + T - S, window, SCALE, BM)
-            dq_i = warpgroup_mma_wait(1, [dq_t])
-            add(dq, dq_i, exchange, b, row, head, I)
-            dp = warpgroup_mma_wait(0, [dp_t])
-    else:
-        for i in range(GROUP * steps):
-            start, h = step_of(i, g, begin, steps, GROUP, BM)
-            mbarrier.wait(full.index(i % N), i // N & 1)
-            q_i, do_i = q_s.index(i % N).reshape([BM, BD]), do_s.index(i % N).reshape([BM, BE])
-            scores = warpgroup_mma(k_i, q_i.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            dp_t = warpgroup_mma(v_i, do_i.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, [scores])
-            p = weights(s, L_s.index(i % N).load(SCORES), start, first + T - S, window, SCALE, BM)
-            dv_t = warpgroup_mma(gl.convert_layout(p.to(q_i.dtype), FACTOR), do_i, dv_i, is_async=True)
-            dp = warpgroup_mma_wait(1, [dp_t])
-            show((p * (dp - delta_s.index(i % N).load(SCORES))).to(q_i.dtype), exchange, i, I)
-            mbarrier.wait(shown, i & 1)
-            dq_t = warpgroup_mma(dS.index(i % 2).permute((1, 0)), half, no_dq, use_acc=False, is_async=True)
-            dk_t = warpgroup_mma(dS.index(i % 2).slice(I * ROWS, ROWS), q_i, dk_i, is_async=True)
-            dv_i, dq_i = warpgroup_mma_wait(1, [dv_t, dq_t])
-            add(dq, dq_i, exchange, b, start, h, I)
-            dk_i = warpgroup_mma_wait(0, [dk_t])
-            mbarrier.arrive(free.index(i % N), count=1)
-    out = exchange[2].index(I)                                           # as many bytes as 64 rows of dk or dv
-    write(dv, dv_i, out._reinterpret(dv.dtype, dv.block_type.shape, dv.layout), b, first, g)
-    write(dk, dk_i * (SCALE * LN2), out._reinterpret(dk.dtype, dk.block_type.shape, dk.layout), b, first, g)
+    n = 0                                                                # blocks of targets so far
+    for turn in range(turns_of(tiles, HEADS)):
+        b, g, first, begin, steps = sources_of(turn, tiles, T, S, G, window, BM, HEADS)
+        first += I * ROWS
+        dk_i, dv_i = gl.zeros([ROWS, BD], gl.float32, OF_KEYS), gl.zeros([ROWS, BE], gl.float32, OF_VALUES)
+        keys = arrived(k_ring, turn, KEYS, 2 * ROWS, BD)
+        k_i, half = keys.slice(I * ROWS, ROWS), keys.slice(I * (BD // 2), BD // 2, 1)
+        v_i = arrived(v_ring, turn, KEYS, 2 * ROWS, BE).slice(I * ROWS, ROWS)
+        if AHEAD:
+            start, h = step_of(0, g, begin, steps, GROUP, BM)
+            mbarrier.wait(full.index(n % N), n // N & 1)
+            s = warpgroup_mma(k_i, q_s.index(n % N).reshape([BM, BD]).permute((1, 0)), nothing, use_acc=False)
+            dp = warpgroup_mma(v_i, do_s.index(n % N).reshape([BM, BE]).permute((1, 0)), nothing, use_acc=False)
+            p = weights(s, L_s.index(n % N).load(SCORES), start, first + T - S, window, SCALE, BM)
+            for i in range(1, GROUP * steps + 1):
+                q_i, do_i, m = q_s.index(n % N).reshape([BM, BD]), do_s.index(n % N).reshape([BM, BE]), n - turn
+                show((p * (dp - delta_s.index(n % N).load(SCORES))).to(q_i.dtype), exchange, m, I)
+                dv_t = warpgroup_mma(gl.convert_layout(p.to(q_i.dtype), FACTOR), do_i, dv_i, is_async=True)
+                dk_t = warpgroup_mma(dS.index(m % 2).slice(I * ROWS, ROWS), q_i, dk_i, is_async=True)
+                n += 1
+                mbarrier.wait(full.index(n % N), n // N & 1)
+                q_j, do_j = q_s.index(n % N).reshape([BM, BD]), do_s.index(n % N).reshape([BM, BE])
+                scores = warpgroup_mma(k_i, q_j.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                mbarrier.wait(shown, m & 1)
+                dq_t = warpgroup_mma(dS.index(m % 2).permute((1, 0)), half, no_dq, use_acc=False, is_async=True)
+                dp_t = warpgroup_mma(v_i, do_j.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                dv_i, dk_i, s = warpgroup_mma_wait(2, [dv_t, dk_t, scores])
+                mbarrier.arrive(free.index((n - 1) % N), count=1)
+                row, head = start, h
+                start, h = step_of(i, g, begin, steps, GROUP, BM)
+                p = weights(s, L_s.index(n % N).load(SCORES), start, first + T - S, window, SCALE, BM)
+                dq_i = warpgroup_mma_wait(1, [dq_t])
+                add(dq, dq_i, sums.index(I), b, row, head, I)
+                dp = warpgroup_mma_wait(0, [dp_t])
+            mbarrier.arrive(free.index(n % N), count=1)
+            n += 1
+        else:
+            for i in range(GROUP * steps):
+                j = n + i
+                start, h = step_of(i, g, begin, steps, GROUP, BM)
+                mbarrier.wait(full.index(j % N), j // N & 1)
+                q_i, do_i = q_s.index(j % N).reshape([BM, BD]), do_s.index(j % N).reshape([BM, BE])
+                scores = warpgroup_mma(k_i, q_i.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                dp_t = warpgroup_mma(v_i, do_i.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(1, [scores])
+                p = weights(s, L_s.index(j % N).load(SCORES), start, first + T - S, window, SCALE, BM)
+                dv_t = warpgroup_mma(gl.convert_layout(p.to(q_i.dtype), FACTOR), do_i, dv_i, is_async=True)
+                dp = warpgroup_mma_wait(1, [dp_t])
+                show((p * (dp - delta_s.index(j % N).load(SCORES))).to(q_i.dtype), exchange, j, I)
+                mbarrier.wait(shown, j & 1)
+                dq_t = warpgroup_mma(dS.index(j % 2).permute((1, 0)), half, no_dq, use_acc=False, is_async=True)
+                dk_t = warpgroup_mma(dS.index(j % 2).slice(I * ROWS, ROWS), q_i, dk_i, is_async=True)
+                dv_i, dq_i = warpgroup_mma_wait(1, [dv_t, dq_t])
+                add(dq, dq_i, sums.index(I), b, start, h, I)
+                dk_i = warpgroup_mma_wait(0, [dk_t])
+                mbarrier.arrive(free.index(j % N), count=1)
+            n += GROUP * steps
+        done(k_ring, turn, KEYS)
+        done(v_ring, turn, KEYS)
+        out = sums.index(I)                                              # as many bytes as 64 rows of dk or dv
+        write(dv, dv_i, out._reinterpret(dv.dtype, dv.block_type.shape, dv.layout), b, first, g)
+        write(dk, dk_i * (SCALE * LN2), out._reinterpret(dk.dtype, dk.block_type.shape, dk.layout), b, first, g)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=LENGTHS)
-def backward_kernel(q, k, v, do, L, delta, dq, dk, dv, T, S, G, window, GROUP: gl.constexpr, SCALE: gl.constexpr,
-                    BD: gl.constexpr, BE: gl.constexpr, BM: gl.constexpr, N: gl.constexpr, AHEAD: gl.constexpr):
-    k_r, v_r = ring(k, 1, 2), ring(v, 1, 2)
+def backward_kernel(q, k, v, do, L, delta, dq, dk, dv, T, S, G, window, tiles, GROUP: gl.constexpr,
+                    SCALE: gl.constexpr, BD: gl.constexpr, BE: gl.constexpr, BM: gl.constexpr, N: gl.constexpr,
+                    KEYS: gl.constexpr, HEADS: gl.constexpr, AHEAD: gl.constexpr):
+    k_r, v_r = ring(k, KEYS, 2), ring(v, KEYS, 2)
     blocks = memory(q, N), memory(do, N), memory(L, N), memory(delta, N), barriers(N, 1), barriers(N, 2)
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * ROWS, BM], q.dtype)
     dS = gl.allocate_shared_memory(q.dtype, [2, 2 * ROWS, BM], LAYOUT)
     exchange = dS, barriers(1, 2).index(0), memory(dq, 2)
     fence_async_shared()
     gl.warp_specialize([
-        (backward_group, (k_r, v_r, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP, SCALE, BD, BE, BM, N, AHEAD,
-                          0)),
-        (backward_group, (k_r, v_r, blocks, exchange, dq, dk, dv, T, S, G, window, GROUP, SCALE, BD, BE, BM, N, AHEAD,
-                          1)),
-        (backward_loader, (q, k, v, do, L, delta, k_r, v_r, blocks, T, S, G, window, GROUP, BM, N, AHEAD))],
-        [4, 1], [240, 24])
+        (backward_group, (k_r, v_r, blocks, exchange, dq, dk, dv, T, S, G, window, tiles, GROUP, SCALE, BD, BE, BM, N,
+                          KEYS, HEADS, AHEAD, 0)),
+        (backward_group, (k_r, v_r, blocks, exchange, dq, dk, dv, T, S, G, window, tiles, GROUP, SCALE, BD, BE, BM, N,
+                          KEYS, HEADS, AHEAD, 1)),
+        (backward_loader, (q, k, v, do, L, delta, k_r, v_r, blocks, T, S, G, window, tiles, GROUP, BM, N, KEYS, HEADS,
+                           AHEAD))], [4, 1], [240, 24])
 
 
 # ------------------------------------------------------------------------------------------------------------ launches
@@ -423,15 +470,22 @@ def described_row(x, rows):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows], layout)
 
 
+@torch.compiler.assume_constant_result
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def sizes(q, v, scale, backward=False):
-    """What was fastest. Heads of 128 leave no registers for a third group, nor, backward, for two blocks of scores."""
+    """What was fastest. Heads of 128 leave no registers for a third group, nor, backward, for two blocks of scores. A
+    quarter of the multiprocessors is a good number of HEADS: rows are whole then for 4 tiles a head, 8, 16, ..."""
     t, d, e = q.shape[1], q.shape[-1], v.shape[-1]
-    narrow = max(d, e) <= 64
+    narrow, heads, width = max(d, e) <= 64, multiprocessors(q.device) // 4, wide(max(d, e))
     if backward:                                                         # dQ's blocks serve dK and dV in the end
-        width = wide(max(d, e))
-        return {"SCALE": scale, "BD": width, "BE": width, "BM": 64, "N": 3 if narrow else 2, "AHEAD": narrow}
+        return {"SCALE": scale, "BD": width, "BE": width, "BM": 64, "N": 3 if narrow else 2,
+                "KEYS": 2 if narrow else 1, "HEADS": heads if t <= 8192 else 1, "AHEAD": narrow}
+    short = narrow and t <= 2048
     return {"SCALE": scale, "BD": wide(d), "BE": wide(e), "BN": 128, "N": 4 if narrow else 2,
-            "QUERIES": 2 if narrow else 1, "GROUPS": 3 if narrow and t > 4096 else 2}
+            "QUERIES": 2 if narrow else 1, "HEADS": heads if short else 0, "GROUPS": 3 if narrow and not short else 2}
 
 
 @torch.library.custom_op("kernels::flash_hopper_forward", mutates_args=("o", "L"))
@@ -439,11 +493,12 @@ def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, 
             scale: float) -> None:
     """q: (b, t, h, d), k: (b, s, g, d), v: (b, s, g, e), in one piece, of 16 bits. Writes o: (b, t, h, e) and L."""
     (b, t, h, _), (_, s, g, _), own = q.shape, k.shape, sizes(q, v, scale)
-    tiles, programs = cdiv(t, 64 * own["GROUPS"]), torch.cuda.get_device_properties(q.device).multi_processor_count
-    if tiles % 2 and math.gcd(tiles, programs) > 1:      # then pairs lie across heads, are not all alike, and the same
+    of_head, programs = cdiv(t, 64 * own["GROUPS"]), multiprocessors(q.device)
+    if of_head % 2 and math.gcd(of_head, programs) > 1:  # then pairs lie across heads, are not all alike, and the same
         programs -= 1                                    # programs would get the longer ones again and again
-    run(forward_kernel, (min(programs, cdiv(tiles * b * h, 2)),), described(q, 64), described(k, 128),
-        described(v, 128), described(o, 64), L, t, s, h, g, window, tiles * b * h, **own)
+    tiles = of_head * b * h
+    run(forward_kernel, (min(programs, tiles if own["HEADS"] else cdiv(tiles, 2)),), described(q, 64),
+        described(k, 128), described(v, 128), described(o, 64), L, t, s, h, g, window, tiles, **own)
 
 
 @torch.library.custom_op("kernels::flash_hopper_backward", mutates_args=("dq", "dk", "dv"))
@@ -451,8 +506,9 @@ def backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor
              dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, window: int, scale: float) -> None:
     """Writes dk and dv; adds dS K to dq: (b, t, h, d), float32."""
     (b, t, h, _), (_, s, g, _), own = q.shape, k.shape, sizes(q, v, scale, backward=True)
-    width = own["BD"]
+    width, tiles = own["BD"], cdiv(s, 128) * b * g
+    programs = multiprocessors(q.device) if own["HEADS"] > 1 else tiles
     q, k, v, do, dk, dv = (described(x, rows, width) for x, rows in ((q, 64), (k, 128), (v, 128), (do, 64), (dk, 64),
                                                                      (dv, 64)))
-    run(backward_kernel, (cdiv(s, 128) * b * g,), q, k, v, do, described_row(L, 64), described_row(delta, 64),
-        described(dq, 64, width // 2), dk, dv, t, s, g, window, GROUP=h // g, **own)
+    run(backward_kernel, (min(programs, tiles),), q, k, v, do, described_row(L, 64), described_row(delta, 64),
+        described(dq, 64, width // 2), dk, dv, t, s, g, window, tiles, GROUP=h // g, **own)
