@@ -45,7 +45,7 @@ rwkv7                             vector, data        chunked parallel recurrent
 rwkv6                             vector, data        chunked parallel recurrent       h d e and the last token
 rwkv4                             vector, constant    scan parallel recurrent          3 c and the last token
 gateloop                          complex, data       scan parallel recurrent          2 c
-(all but rwkv7 also triton: one kernel, the default on a GPU in bfloat16)
+(all but rwkv7 and rebased also triton: one kernel, the default on a GPU in bfloat16)
 
     python 02_linear_attention.py                  forms compared and timed; how well each feature map mimics softmax
     python 02_linear_attention.py --plot FILE.png  the feature maps' weights beside softmax's, and the mixing matrices
@@ -512,7 +512,9 @@ class TaylorFullAttention(LinearAttention):
 
 
 class ReBasedAttention(LinearAttention):
-    """Linear attention with ReBased's learned parabola."""
+    """Linear attention with ReBased's learned parabola. (Without the kernel: where q . k is near 0 its features cancel,
+    and 16 bits leave nothing of the sum that is divided by.)"""
+    forms = LinearAttention.forms[:-1]
 
     def __init__(self, d_model, n_heads=4, **options):
         super().__init__(d_model, n_heads, "rebased", **options)

@@ -235,32 +235,27 @@ def block_of(x, gate, b, row, n, T, x_b, gate_b, F, N1: tl.constexpr, N2: tl.con
 
 
 @triton.jit
-def spectrum_kernel(K, K_hat, K_scale, F, T, G, taps, root, N1: tl.constexpr, N2: tl.constexpr,
-                    PRECISION: tl.constexpr):
-    """The transforms of filters, in pairs, their norms made `root`, and the scales."""
-    row = tl.program_id(0).to(tl.int64)
-    F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
-    T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
+def spectrum(K, row, taps, F, F_r, F_i, T_r, T_i, G, N1: tl.constexpr, N2: tl.constexpr, PRECISION: tl.constexpr):
+    """The transform of a filter, its norm made sqrt(N1 N2), so that no product is too large or small; and its scale."""
     x, scale = block_of(K, None, 0, row, 0, taps, 0, 0, F, N1, N2)
-    U, more = unit(transform(x, F_r, F_i, T_r, T_i, G_, PRECISION))          # so that no square is too large or small
+    U, more = unit(transform(x, F_r, F_i, T_r, T_i, G, PRECISION))           # so that no square is, either
     norm = tl.sqrt(tl.sum(tl.sum(U * U, axis=1), axis=0))
-    at = tl.arange(0, N1)[:, None] * (2 * N2) + tl.arange(0, 2 * N2)[None, :]
-    tl.store(K_hat + row * (2 * N1 * N2) + at, (U * (root * over(norm))).to(F.dtype.element_ty))
-    tl.store(K_scale + row, scale * more * norm)
+    root = tl.sqrt(1.0 * N1 * N2)
+    return (U * (root * over(norm))).to(x.dtype), scale * more * norm
 
 
 @triton.jit
-def conv_kernel(u, pre, K, K_scale, y, post, y2, post2, F, T, G, batches, steps, blocks, u_b, pre_b, y_b, post_b,
+def conv_kernel(u, pre, K, y, post, y2, post2, F, T, G, batches, steps, blocks, taps, u_b, pre_b, y_b, post_b,
                 post2_b, N1: tl.constexpr, N2: tl.constexpr, CONJ: tl.constexpr, MANY: tl.constexpr,
                 PRECISION: tl.constexpr):
     """y = post (K * (pre u)), and y2 = post2 (K * (pre u)), or with CONJ the transposed convolution; for one channel of
-    every num_programs(1)-th sequence. K: from spectrum_kernel. MANY: sequences of several blocks."""
+    every num_programs(1)-th sequence. MANY: sequences of several blocks."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, N1)[:, None] * N2 + tl.arange(0, N2)[None, :]
     F_r, F_i, G_ = table(F, N1, N1), table(F + N1 * N1, N1, N1), table(G, 2 * N2, 2 * N2)
     T_r, T_i = table(T, N1, N2), table(T + N1 * N2, N1, N2)
     G_conj = table(G + 4 * N2 * N2, 2 * N2, 2 * N2)
-    K_hat, K_scale = table(K + row * (2 * N1 * N2), N1, 2 * N2), tl.load(K_scale + row)
+    K_hat, K_scale = spectrum(K, row, taps, F, F_r, F_i, T_r, T_i, G_, N1, N2, PRECISION)
     before = tl.zeros((N1, 2 * N2), tl.float32)
     count = tl.cdiv(batches - tl.program_id(1), tl.num_programs(1)) * blocks
     for j in range(count):
@@ -351,20 +346,13 @@ class Plan:
         self.tables = tables(n1, self.n // n1, self.dtype, u.device)
         self.sizes = {"N1": n1, "N2": self.n // n1, "PRECISION": precision, "num_warps": warps, "num_stages": 1}
 
-    def spectrum(self, K):
-        """K^: (c, 2 N), and its scales: (c)."""
-        c, taps = K.shape
-        K_hat, scale = K.new_empty(c, 2 * self.n, dtype=self.dtype), K.new_empty(c, dtype=torch.float32)
-        run(spectrum_kernel, (c,), K, K_hat, scale, *self.tables, taps, self.n ** 0.5, **self.sizes)
-        return K_hat, scale
-
-    def convolve(self, u, gate, K_hat, outputs, conj=False):
-        """[post (K * (gate u)) for post in outputs], one or two; K_hat: from spectrum."""
+    def convolve(self, u, gate, K, outputs, conj=False):
+        """[post (K * (gate u)) for post in outputs], one or two."""
         (b, c, t), y, post = u.shape, [torch.empty_like(u) for _ in outputs] + [None], [*outputs, None]
         blocks = cdiv(t, self.n)
-        run(conv_kernel, (c, min(b, cdiv(self.programs, c))), u, gate, *K_hat, y[0], post[0], y[1], post[1],
-            *self.tables, b, t, blocks, stride(u), stride(gate), stride(y[0]), stride(post[0]), stride(post[1]),
-            CONJ=conj, MANY=blocks > 1, **self.sizes)
+        run(conv_kernel, (c, min(b, cdiv(self.programs, c))), u, gate, K, y[0], post[0], y[1], post[1],
+            *self.tables, b, t, blocks, K.shape[1], *map(stride, (u, gate, y[0], post[0], post[1])), CONJ=conj,
+            MANY=blocks > 1, **self.sizes)
         return y[:len(outputs)]
 
     def filter_gradient(self, u, pre, dy, post, taps):
@@ -384,20 +372,17 @@ class FFTConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, K, pre, post):
-        plan = Plan(u, K.shape[-1])
-        K_hat = plan.spectrum(K)
-        y, = plan.convolve(u, pre, K_hat, [post])
-        ctx.save_for_backward(u, K, pre, post, *K_hat)
-        return y
+        ctx.save_for_backward(u, K, pre, post)
+        return Plan(u, K.shape[-1]).convolve(u, pre, K, [post])[0]
 
     @staticmethod
     def backward(ctx, dy):
-        u, K, pre, post, *K_hat = ctx.saved_tensors
+        u, K, pre, post = ctx.saved_tensors
         if torch.is_grad_enabled():
             return differentiable_gradients(reference, (u, K, pre, post), (dy,))
         plan, dy, dK = Plan(u, K.shape[-1]), in_rows(dy), None
-        du, *dpre = plan.convolve(dy, post, K_hat, [pre] if pre is None else [pre, u], conj=True)
-        dpost = None if post is None else plan.convolve(u, pre, K_hat, [dy])[0]
+        du, *dpre = plan.convolve(dy, post, K, [pre] if pre is None else [pre, u], conj=True)
+        dpost = None if post is None else plan.convolve(u, pre, K, [dy])[0]
         if ctx.needs_input_grad[1]:
             dK = plan.filter_gradient(u, pre, dy, post, K.shape[-1]).to(K.dtype)
         return du, dK, dpre[0] if dpre else None, dpost

@@ -8,7 +8,8 @@ Between chunks there is the state, on chip in tiles of 64 features (d = 16: thre
 of two selections of columns, phi(X) = w * (X E_i) * (X E_j), with E of zeros and ones: two small matrix products put
 the numbers where the next product wants them, which no indexing could.
 
-`first_kernel` is this for whole chunks, in plain words: read it first.
+`first_kernel` has the chunks and the state, but all d^2 products x_i x_j as they are, without tiles and selections; z
+is what it makes of columns of ones among the values: read it first.
 
 Memory sees q, k, v and o once, 2 (2 d + 2 e) bytes a token and head in bfloat16; a chunk multiplies 2 x 64 x (64 d +
 64 e + 2 F e + 4 F d) FLOPs with F = 192. At d = 16, e = 64 an H100 could move the bytes of 32768 tokens x 16 heads in
@@ -80,7 +81,7 @@ def reference(q, k, v, state=None):
     (b, h, t, d), v: (b, h, t, e), state: (b, h, F, e + 1), z in its last column, or None. Returns o: (b, h, t, e) and
     the state after."""
     more, v, o = torch.promote_types(q.dtype, torch.float32), F.pad(v, (0, 1), value=1.0), []
-    S = features(k[:, :, :1].to(more)).mT @ v[:, :, :1].to(more) * 0 if state is None else state
+    S = features(k[:, :, :1].to(more)).mT @ v[:, :, :1].to(more) * 0 if state is None else state.to(more)
     for i in range(0, q.shape[2], CHUNK):
         q_i, k_i, v_i = (x[:, :, i:i + CHUNK] for x in (q, k, v))
         s = (q_i @ k_i.mT).to(more) * q.shape[-1] ** -0.5
@@ -104,7 +105,8 @@ def squares(x, D: tl.constexpr):
 @triton.jit
 def first_kernel(q, k, v, o, T, D: tl.constexpr, E: tl.constexpr):
     """The idea alone: o = weights V for one head of T tokens, a multiple of 64, not divided by the sum of the weights.
-    The state has a part for each term of 1 + s + s^2 / 2, as (q . k)^2 = squares(q) . squares(k)."""
+    D and E: the widths of keys and values. The state has a part for each term of 1 + s + s^2 / 2, as (q . k)^2 =
+    squares(q) . squares(k)."""
     head, c, d, e = tl.program_id(0), tl.arange(0, 64), tl.arange(0, D), tl.arange(0, E)
     S_0, S_1, S_2 = tl.zeros((E,), tl.float32), tl.zeros((D, E), tl.float32), tl.zeros((D * D, E), tl.float32)
     for start in range(0, T, 64):

@@ -190,6 +190,7 @@ def test_flash_attention_on_a_device_with_less_memory(monkeypatch, d, e, blocks)
     check_kernel(flash_attention.flash_attention, attention.parallel_attention, (q, k, v))
 
 
+@pytest.mark.skipif(GPU, reason="sizes of no launch: to be compiled, which takes a minute, they need no GPU")
 @pytest.mark.parametrize("blocks", [(128, 64), (64, 128), (32, 64)])
 def test_flash_attention_in_blocks_of_other_sizes(monkeypatch, blocks):
     monkeypatch.setattr(flash_attention, "blocks_of", lambda *_: ((*blocks, 4, 1),) * 3)
@@ -864,7 +865,7 @@ def test_what_a_device_has_no_room_for_is_done_by_pytorch_and_said_once(monkeypa
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for _ in range(2):
-                check_kernel(kernel, twin, tensors, 3e-4)
+                check_kernel(kernel, twin, tensors, 1e-4)
         said = [str(w.message) for w in said if "shared memory" in str(w.message)]
         assert len(said) == times, said
         assert all(what in text and "of which this device has 101376; PyTorch" in text for text in said)
@@ -1079,7 +1080,7 @@ def test_the_kernels_form_reads_a_prefix():
         results = [run(mixer, form, x.to(DEVICE), {"prefix": prefix}) for form in ("triton", "chunked")]
         for what, exact in results[1].items():
             kernels = torch.zeros_like(exact) if results[0][what] is None else results[0][what]
-            check_close(kernels, exact, 1e-3, f"prefix {prefix}: {what}")
+            check_close(kernels, exact, 5e-4, f"prefix {prefix}: {what}")
 
 
 def test_the_kernels_form_is_refused_where_it_cannot_run(monkeypatch):
