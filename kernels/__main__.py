@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kernels import bench, tables
 
-NAMES = ("flash_attention", "fft_conv", "called", "linear_attention", "gla", "delta_rule", "selective_scan", "scan",
+NAMES = ("flash_attention", "fft_conv", "linear_attention", "gla", "called", "delta_rule", "selective_scan", "scan",
          "taylor_attention", "step")
 RESULTS = Path(__file__).parent / "results"
 
