@@ -28,7 +28,7 @@ from kernels import (
     taylor_attention,
     tiles,
 )
-from kernels.tiles import in_one_piece
+from kernels.tiles import cdiv, in_one_piece
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -133,6 +133,27 @@ def test_flash_attention_by_warps_with_roles(monkeypatch, t, s, h, g, d, e, wind
     tensors = random((2, h, t, d), (2, g, s, d), (2, g, s, e))
     check_kernel(lambda *x: flash_attention.flash_attention(*x, window),
                  lambda *x: flash_attention.reference(*x, window), tensors, in_16_bits=0.008, dtypes=[torch.bfloat16])
+
+
+@pytest.mark.parametrize("heads", [0, 1, 4, 33])
+@pytest.mark.parametrize("tiles, of_head", [(16 * 256, 16), (3 * 50, 3), (1, 1), (7 * 19, 7), (131, 131)])
+def test_each_tile_of_flash_hopper_is_taken_once(monkeypatch, heads, tiles, of_head):
+    """And where programs go from tile to tile, none does much more than the others."""
+    from kernels import flash_hopper as fh
+    here = [0, 0]
+    monkeypatch.setattr(fh, "gl", SimpleNamespace(
+        num_programs=lambda _: here[1], program_id=lambda _: here[0], cdiv=cdiv, minimum=min,
+        where=lambda condition, a, b: a if condition else b))
+    monkeypatch.setattr(fh, "nth", fh.nth.fn)
+    for programs in {min(132, tiles if heads else cdiv(tiles, 2)), min(114, tiles), tiles}:
+        taken, work = [], []
+        for here[:] in ([p, programs] for p in range(programs)):
+            own = [fh.tile_of.fn(turn, tiles, of_head, heads) for turn in range(fh.turns_of.fn(tiles, heads))]
+            taken += own
+            work.append(sum(of_head - i for _, i in own))
+        assert sorted(taken) == [(head, i) for head in range(tiles // of_head) for i in range(of_head)]
+        if heads in (0, 33) and programs == 132 and of_head == 16:
+            assert max(work) < (1.01 if heads else 1.04) * sum(work) / programs
 
 
 def test_what_flash_hopper_does(monkeypatch):
