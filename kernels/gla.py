@@ -34,7 +34,16 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.tiles import differentiable_gradients, in_one_piece, load, place, run, store, without_zeros
+from kernels.tiles import (
+    differentiable_gradients,
+    in_one_piece,
+    load,
+    place,
+    run,
+    state_without_zeros,
+    store,
+    without_zeros,
+)
 
 CHUNK = 64
 
@@ -285,7 +294,7 @@ def gla(q, k, v, g, state=None):
     if state is not None:
         state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - d)).contiguous()
     o, S = GLA.apply(q, k, v, g, state)
-    return without_zeros(o, e), S[:, :, :d, :e]
+    return without_zeros(o, e), state_without_zeros(S, d, e)
 
 
 if __name__ == "__main__":

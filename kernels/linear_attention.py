@@ -39,6 +39,7 @@ from kernels.tiles import (
     next_power_of_2,
     place,
     run,
+    state_without_zeros,
     store,
     without_zeros,
 )
@@ -363,14 +364,15 @@ def linear_attention(q, k, v, g=None, state=None, beta=None):
         raise ValueError(f"q of shape {tuple(q.shape)} and k of {tuple(k.shape)} should be one, with 1 head or as many "
                          f"as v, {v.shape[1]}")
     g = torch.zeros_like(beta) if g is None and beta is not None else g
-    g, beta = (x if x is None else x.squeeze(-1).float().expand(v.shape[:3]) for x in (g, beta))
+    g, beta = (x if x is None else x.squeeze(-1).float() for x in (g, beta))
+    g, beta = (x if x is None or x.shape == v.shape[:3] else x.expand(v.shape[:3]) for x in (g, beta))
     if beta is not None and g.stride() != beta.stride():
         g, beta = g.contiguous(), beta.contiguous()
     q, k, v = (in_one_piece(x, 16) for x in (q, k, v))                                       # loads of 32 bytes
     if state is not None:
         state = F.pad(state.float(), (0, v.shape[-1] - e, 0, q.shape[-1] - state.shape[2])).contiguous()
     o, S = LinearAttention.apply(q, k, v, g, beta, state)
-    return without_zeros(o, e), S[:, :, :d, :e]
+    return without_zeros(o, e), state_without_zeros(S, d, e)
 
 
 def mamba_2(x, dt, A, B, C):

@@ -98,6 +98,11 @@ def without_zeros(x, width):
     return x if x.shape[-1] == width else x[..., :width]     # a slice, be it of all, has a copy for its gradient
 
 
+def state_without_zeros(S, d, e):
+    """The same for a state: (b, h, d, e)."""
+    return S if S.shape[2:] == (d, e) else S[:, :, :d, :e]
+
+
 @torch.compiler.assume_constant_result       # asked once, also when torch.compile looks on
 def shared_memory(device):
     """Bytes of it that a program can have: 232448 on an H100, 166912 on an A100, 101376 on the RTX cards since 2020."""
