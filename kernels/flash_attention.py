@@ -33,6 +33,7 @@ from kernels.tiles import (
     load,
     next_power_of_2,
     place,
+    properties,
     run,
     shared_memory,
     store,
@@ -236,7 +237,7 @@ def launch(blocks):
 @torch.compiler.assume_constant_result
 def capability(device):
     """9 for a Hopper; 0 for what is no GPU."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return properties(device).major if device.type == "cuda" else 0
 
 
 def copies_blocks(device, window):

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.tiles import cdiv, next_power_of_2, run
+from kernels.tiles import cdiv, next_power_of_2, properties, run
 
 ROWS = gl.constexpr(64)                          # of a group: as many as one instruction multiplies
 LN2 = gl.constexpr(0.6931471805599453)
@@ -472,7 +472,7 @@ def described_row(x, rows):
 
 @torch.compiler.assume_constant_result
 def multiprocessors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def sizes(q, v, scale, backward=False):

@@ -10,7 +10,7 @@ from triton.runtime import driver
 
 ROOM = 232448                    # bytes of shared memory for a program where there is no GPU: as on an H100
 SAID = set()
-LAUNCHED = {}
+LAUNCHED, PROPERTIES = {}, {}
 
 
 @triton.jit
@@ -103,10 +103,17 @@ def state_without_zeros(S, d, e):
     return S if S.shape[2:] == (d, e) else S[:, :, :d, :e]
 
 
+def properties(device):
+    """A GPU's, which PyTorch takes microseconds to tell: it is asked once."""
+    if device not in PROPERTIES:
+        PROPERTIES[device] = torch.cuda.get_device_properties(device)
+    return PROPERTIES[device]
+
+
 @torch.compiler.assume_constant_result       # asked once, also when torch.compile looks on
 def shared_memory(device):
     """Bytes of it that a program can have: 232448 on an H100, 166912 on an A100, 101376 on the RTX cards since 2020."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else ROOM
+    return properties(device).shared_memory_per_block_optin if device.type == "cuda" else ROOM
 
 
 @torch.compiler.assume_constant_result

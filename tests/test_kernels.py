@@ -124,7 +124,7 @@ def test_flash_attention_reads_blocks_with_and_without_descriptors(monkeypatch, 
 @pytest.mark.parametrize("t, s, h, g, d, e, window", [(130, 130, 2, 2, 64, 64, None), (70, 200, 4, 2, 64, 64, None),
                                                       (1100, 1100, 2, 1, 128, 128, 300), (65, 65, 2, 2, 24, 40, None),
                                                       (200, 200, 1, 1, 128, 64, None), (1, 1, 1, 1, 64, 64, None),
-                                                      (40, 900, 2, 1, 64, 64, 257), (4200, 4200, 1, 1, 64, 64, None),
+                                                      (40, 900, 2, 1, 64, 64, 257), (2200, 2200, 1, 1, 64, 64, None),
                                                       (300, 300, 100, 50, 64, 64, None)])
 def test_flash_attention_by_warps_with_roles(monkeypatch, t, s, h, g, d, e, window):
     """Lengths that fit no tile, shared heads, a cache, sources that no target sees, three groups, more tiles than
@@ -1045,7 +1045,7 @@ def test_a_gradient_that_is_not_differentiated_again_is_the_kernels(monkeypatch,
 # ------------------------------------------------------------------------------------------------------------- mixers
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_KERNEL if GPU or name not in LIKE_S4D])
+@pytest.mark.parametrize("name", [name for name in WITH_KERNEL if name not in LIKE_S4D])
 def test_the_kernels_form_is_the_others(name):
     """In values and all gradients; and what prefill and steps give on a GPU."""
     small = {"n_state": 2, "expand": 1} if name == "mamba" and not GPU else {}    # scans are slow in the interpreter
@@ -1117,7 +1117,7 @@ def test_the_kernels_form_is_refused_where_it_cannot_run(monkeypatch):
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: torch.compile does not look into the interpreter")
-@pytest.mark.parametrize("name", WITH_KERNEL)
+@pytest.mark.parametrize("name", [name for name in WITH_KERNEL if name not in LIKE_S4D])
 def test_the_kernels_form_compiles_to_one_graph(name):
     mixer = make(name, torch.float32).cuda()
     x = inputs(mixer, LONG, dtype=torch.float32)[0].cuda()
