@@ -538,6 +538,15 @@ def test_the_encoders_state(e):
     check_kernel(lambda k, v: taylor_attention.state_of(k, v, inside.to(k.device)), twin, (k, v))
 
 
+def test_the_twin_takes_a_state_of_16_bits():
+    """Which is done by the twin on a GPU with less memory."""
+    tensors = *random((1, 2, 70, 20), (1, 2, 70, 20), (1, 2, 70, 80)), taylor_state(1, 2, 20, 80)
+    tensors = [x.bfloat16() for x in tensors]
+    exact = taylor_attention.reference(*(x.double() for x in tensors))
+    for x, y in zip(taylor_attention.reference(*tensors), exact, strict=True):
+        assert (x.double() - y).norm() < 0.03 * y.norm()
+
+
 def test_taylor_attention_names_what_does_not_fit():
     with pytest.raises(ValueError, match="up to 24"):
         taylor_attention.taylor_attention(*(torch.zeros(1, 1, 4, 32) for _ in range(3)))
