@@ -56,13 +56,6 @@ if os.environ.get("TRITON_INTERPRET"):
     watch_memory()
 
 
-@pytest.fixture(autouse=True)
-def products_are_exact():
-    """What a test lets a GPU multiply in TF32 goes no further."""
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
 def pytest_configure(config):
     """On a GPU most of a test's time is the first case's, which compiles its kernels. pytest -n then leaves all cases
     of a test to one process: several would compile the same at once."""
