@@ -358,6 +358,8 @@ class RandomFourier(nn.Module):
 
     def __init__(self, d, n_heads, m=64, tau=1.0):
         super().__init__()
+        if not tau > 0:
+            raise ValueError(f"tau must be above 0, not {tau}")
         self.dim = 2 * m
         self.register_buffer("w", torch.randn(m, d) / tau)
 
@@ -575,8 +577,7 @@ class LightningAttention(LinearMixer):
 
     def __init__(self, d_model, n_heads=4, depth=0.0):
         super().__init__()
-        if not 0 <= depth <= 1:
-            raise ValueError(f"depth must be from 0 (the first layer) to 1 (the last), not {depth}")
+        check_depth(depth)
         self.n_heads, d = n_heads, head_dim(d_model, n_heads)
         self.qkv, self.gate, self.out = linear(d_model, 3 * d_model), linear(d_model, d_model), linear(d_model, d_model)
         self.norm = nn.Parameter(torch.ones(d_model))
@@ -1081,6 +1082,7 @@ class RWKV6(LinearMixer):
 
     def __init__(self, d_model, n_heads=4, depth=0.5, rank=32, decay_rank=64):
         super().__init__()
+        check_depth(depth)
         self.n_heads, d = n_heads, head_dim(d_model, n_heads)
         i = torch.arange(d_model) / max(1, d_model - 1)
         share = torch.arange(d_model) / d_model                              # as the authors: not up to 1
@@ -1141,6 +1143,7 @@ class RWKV7(LinearMixer):
 
     def __init__(self, d_model, n_heads=4, depth=0.5, rank=32):
         super().__init__()
+        check_depth(depth)
         self.n_heads, d = n_heads, head_dim(d_model, n_heads)
         i, share = torch.arange(d_model) / max(1, d_model - 1), torch.arange(d_model) / d_model
         zigzag = 2 * (torch.arange(d_model) % d) / max(1, d - 1) - 1
@@ -1271,6 +1274,7 @@ class RWKV4(LinearMixer):
 
     def __init__(self, d_model, n_heads=None, depth=0.5):        # n_heads is not used: each channel is one
         super().__init__()
+        check_depth(depth)
         i = torch.arange(d_model) / max(1, d_model - 1)
         near = (torch.arange(d_model) / d_model) ** (1 - depth)                      # as the authors: not up to 1
         self.mixes = nn.Parameter(torch.stack([near, near + 0.3 * depth, near ** 0.5]))              # of k, v, r
@@ -1449,6 +1453,11 @@ def split_heads(x, n):
 def join_heads(x):
     """(b, n, t, d) -> (b, t, n d)"""
     return x.transpose(1, 2).flatten(-2)
+
+
+def check_depth(depth):
+    if not 0 <= depth <= 1:
+        raise ValueError(f"depth must be from 0 (the first layer) to 1 (the last), not {depth}")
 
 
 def head_dim(d_model, n_heads):

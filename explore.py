@@ -441,6 +441,8 @@ def write(html, out):
     try:
         if not out:
             path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.read_bytes()[:200] != html.encode()[:200]:
+            raise BadInput(f"{path} is there, and no page of explore.py's: name another file with -o, or move it away")
         train.write_atomically(path, html.encode())
     except OSError as e:
         raise BadInput(f"cannot write {path}: {e.strerror}") from e

@@ -45,6 +45,8 @@ def options(doc, argv=None, **more):
     for name in ("jobs", "steps", "cells"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.minutes is not None and not args.minutes > 0:
+        p.error(f"--minutes must be above 0, not {args.minutes}")
     if args.minutes:
         os.environ["LAB_DEADLINE"] = str(time.time() + 60 * args.minutes)                    # for the processes, too
     args.out = args.out or (ROOT / "runs" / "quick" if args.quick else ROOT / "experiments" / "results")

@@ -54,7 +54,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     (["--out", "README.md"], "--out README.md is no folder to write to"),
     (["--out", "/proc/no/folder"], "--out /proc/no/folder is no folder to write to"),
     (["--only", "a,nonsense"], "--only: there is no 'nonsense', but a, b"), (["--only", ""], "--only: there is no ''"),
-    (["--jobs", "0"], "--jobs must be at least 1")])
+    (["--jobs", "0"], "--jobs must be at least 1"), (["--minutes", "0"], "--minutes must be above 0")])
 def test_flags_of_experiments_that_cannot_be(argv, words, capsys, monkeypatch):
     monkeypatch.chdir(lab.ROOT)
     with pytest.raises(SystemExit) as stop:

@@ -544,6 +544,15 @@ def refusal(capsys, *argv):
     return error
 
 
+def test_only_a_page_of_its_own_is_written_over(tmp_path, capsys):
+    mine, page = tmp_path / "notes.html", tmp_path / "page.html"
+    mine.write_text("<!doctype html><p>my own notes")
+    assert "name another file with -o" in refusal(capsys, "x y x", "--mixer", "gla", "-o", mine)
+    assert mine.read_text().endswith("my own notes")
+    for _ in range(2):
+        explore.main(["x y x", "--mixer", "gla", "-o", str(page)])
+
+
 @pytest.mark.parametrize("argv, words", [
     (["", "--mixer", "gla"], "the text is empty"),
     ([], "TEXT"),

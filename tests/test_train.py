@@ -328,7 +328,9 @@ def test_a_run_does_not_change_its_optimizer(text, tmp_path, capsys):
     ("--mixer ngram:n_heads=abc", "n_heads must be int"), ("--mixer kda:expand_v=2", "no option 'expand_v'; it has"),
     ("--mixer griffin,attention", "griffin is a pattern of layers, .*stands alone"), ("--task text:x=1", "text has no"),
     ("--mixer attention,", "a name is missing in 'attention,'"), ("--lr inf", "a number above 0"),
-    ("--mlp 0.1 --d_model 16", "--mlp 0.1 .* is no width"), ("--data=", "--data : no such file or folder")])
+    ("--mlp 0.1 --d_model 16", "--mlp 0.1 .* is no width"), ("--mixer gated_rfa:tau=0", "tau must be above 0"),
+    ("--mixer lru:r_max=3", "r_min .* r_max"), ("--mixer rwkv6:depth=3", "depth must be from 0"),
+    ("--mixer rwkv4:depth=-1", "depth must be from 0"), ("--data=", "--data : no such file or folder")])
 def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
     assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
 
