@@ -9,7 +9,7 @@ constant, a number for each token, or a vector for each token (a number for each
 phi(q_t)_d phi(k_s)_d e^{g_{s+1} + ... + g_t}; the loop carries S; a chunk is a small matrix inside and one step of the
 loop from one to the next. Most mixers below are such a choice. Three things go further: a normaliser divides by the
 same sum with v = 1, RWKV-4 to 6 read before they write (a bonus for the token itself), and the delta rule lets a new
-value replace an old one, so that a state can follow parity and swaps.
+value replace an old one; with beta up to 2 its state follows parity and swaps.
 
 Papers  [K20]  Katharopoulos et al. 2020, Transformers are RNNs  arXiv:2006.16236
         [C20]  Choromanski et al. 2020, Performer  arXiv:2009.14794      [P21]  Peng et al. 2021, RFA  arXiv:2103.02143

@@ -1,4 +1,4 @@
-"""Every causal mixer in the default model and on the default text, the same number of steps: the README's table.
+"""Every causal mixer in the default model and on the default text, as many steps: the table of docs/mixers.md.
 
     python experiments/mixers_table.py [--only a,b,c] [--jobs 8] [--quick]
 

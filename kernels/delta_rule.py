@@ -28,7 +28,7 @@ whole chunk takes all pairs, and of strong ones, blocks of 8 and three cuts abov
 
 Bytes for a token and head, d = e = 64 in bfloat16: P, U and W are 128 each, written once and read once, q and k read
 twice, v and o once, 1536 in all; with gradients 5120. FLOPs: 18 products of 64 x 64 x 64 for a chunk, 0.1 ms of an H200
-for 32768 tokens and 16 heads, where the bytes take 0.19, with gradients 0.64. What is left (0.42 and 1.11 ms measured)
+for 32768 tokens and 16 heads, where the bytes take 0.19, with gradients 0.64. What is left (0.42 and 1.13 ms measured)
 is waiting: in chunks() each product needs the one before, and in the walk each chunk.
 
     python -m kernels.delta_rule [--peers]      check, then a table; with --peers beside flash-linear-attention's

@@ -33,8 +33,8 @@ same with conj(K^); that of K is sum conj(U) D, D of dy, transformed back.
 
 Sequences that are longer than the filter are cut into blocks of N, each transformed once, there and back. What of the
 filter and block n wraps around belongs to block n + 1, where times -i it is real: V_n = K^ . (U_n - i U_{n-1}). Filters
-too long for a program's memory (8192 taps in 16 bits on an H100) are torch.fft's. (Cut into blocks, too, each to meet
-each of the sequence, they would take a third of its time, and sixty lines more.)
+too long for a program's memory (more than 8192 taps in 16 bits on an H100) are torch.fft's. (Cut into blocks, too, each
+to meet each of the sequence, they would take a third of its time, and sixty lines more.)
 
     python -m kernels.fft_conv      check, then a table
 """

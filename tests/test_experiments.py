@@ -16,7 +16,7 @@ import torch
 import train
 
 FOLDER = train.ROOT / "experiments"
-SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("lab", "packs", "cpu_speed"))
+SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.stem not in ("lab", "packs"))
 sys.path.insert(0, str(FOLDER))
 import lab  # noqa: E402
 
