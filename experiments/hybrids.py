@@ -91,7 +91,8 @@ def panel(ax, results, title):
     for i, (name, marker) in enumerate({"BaseConv": "v", "Zoology's hybrid": "^", "modes": "<", "StripedHyena's": ">",
                                         TARGET: "s"}.items(), 1):
         if name in results:
-            ax.errorbar(*points([name]), fmt=marker, capsize=3, ms=8, color=f"C{i}", label=name)
+            ax.errorbar(*points([name]), fmt=marker, capsize=3, ms=8, color=f"C{i}",
+                        label="StripedHyena's filters" if name == "modes" else name)
     ax.set(yscale="log", title=title, xlabel="share of the layers that are attention")
     ax.set_xticks([0, 1 / 4, 1 / 2, 1], ["0", "1/4", "1/2", "1"])
     ax.yaxis.set_major_formatter("{x:.3g}")

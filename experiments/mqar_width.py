@@ -106,6 +106,6 @@ if __name__ == "__main__":
     axes[0].set_ylabel("accuracy")
     handles, labels = axes[1].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=len(LAYERS), fontsize=10,
-               title="large: the authors' size (star: one seed); small, dashed: fewer examples; gray: the paper; "
+               title="large: the authors' size; small, dashed: fewer examples; gray: the paper; "
                      "black: naming any of the values")
     lab.save(fig, args.out / "mqar_width.png")

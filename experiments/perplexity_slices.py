@@ -107,7 +107,7 @@ if __name__ == "__main__":
     axes = axes.flatten()
     for ax, text in zip(axes, texts, strict=False):
         dots(ax, models[text], f"{TITLES[text]}: perplexity")
-    axes[0].legend(fontsize=8, loc="lower right")
+    axes[0].legend(fontsize=8, loc="center")
     for text, of_text in models.items():
         recall = 100 * found[text, BASE][0]["recall_share"]
         say(f"{TITLES[text]}: {recall:.1f}% of the tokens are recall; perplexity overall, on recall, on the rest; gap")

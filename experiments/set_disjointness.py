@@ -77,7 +77,7 @@ def draw(ax, found, say, title):
                 f"difference {statistics.mean(gain):+.3f} ({min(gain):+.3f} to {max(gain):+.3f})")
     ax.axhline(0, color="black", lw=0.8)
     ax.set_xticks(range(len(pairs)), [f"{a}, {b}" for a, b in pairs], rotation=30)
-    ax.set(xlabel="sizes of the two sets", title=title, ylim=(-0.4, 0.4))
+    ax.set(xlabel="sizes of the two sets", ylabel="gain, small set first", title=title, ylim=(-0.4, 0.4))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
 

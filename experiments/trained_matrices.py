@@ -185,7 +185,7 @@ def draw_matrices(args, kept):
     at = [(i, int(wanted[i].argmax())) for i in (targets != -100).nonzero()[:, 0].tolist()]
     fig, axes = lab.figure(13.5, 14, rows=3, columns=3)
     theory = {"shift: each place knows the token before": shift, "compare: where was this token?": same,
-              "both, the ideal: before which place?": wanted}
+              "both, the ideal: what followed it?": wanted}
     for ax, (title, M) in zip(axes[0], theory.items(), strict=True):
         show(ax, M.numpy(), tokens, title, at if "ideal" in title else [])
     for ax, name, M in zip(axes[1:].flat, kept["names"], kept["M"], strict=False):
