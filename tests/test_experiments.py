@@ -71,6 +71,24 @@ def test_only_the_models_that_were_named_are_trained(name):
     assert {cell["model"] for cell in experiment.cells(False, f"{last},{first}")} == {first, last}
 
 
+def test_the_small_setting_of_recall_shows_no_text_twice(monkeypatch):
+    """As many texts as are trained on, a quarter of them with fewer pairs."""
+    experiment, asked = importlib.import_module("recall_vs_state"), []
+
+    def packed(cells, **_):
+        asked.extend(cells)
+        yield
+        return [{"accuracy": 0.5, "ended": 9}] * len(cells)
+    monkeypatch.setattr(lab, "packed", packed)
+    cells = experiment.small_cells(["retnet"])
+    rows = finished(experiment.measure_small(cells))
+    assert len(rows) == len(cells)
+    assert rows[0]["state_bytes"] > 0 and (rows[0]["accuracy"], rows[0]["ended"]) == (0.5, 9)
+    for cell in asked:
+        counts = [int(task.split()[1]) for task in cell["task"].split(",")]
+        assert sum(counts) == cell["steps"] * cell["batch_size"] == 4 * counts[0]
+
+
 def test_an_interrupted_experiment_ends_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "excepthook", None)
     lab.options("", ["--out", str(tmp_path)])

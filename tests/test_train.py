@@ -364,10 +364,17 @@ def test_options_are_read_as_what_they_are():
     assert options == {"window": None, "qk_norm": 1}
 
 
+def test_a_class_has_its_own_defaults_and_its_bases():
+    options = train.options_of(train.from_lessons("MIXERS")["window"])
+    assert options["window"] == 64 and options["rope"] is True
+
+
 def test_spaces_around_a_name_in_a_list_of_mixers_do_not_count():
     assert train.pattern("window , attention") == train.pattern("window,attention")
     with pytest.raises(train.BadInput, match="griffin is a pattern of layers"):
         train.pattern("attention, griffin")
+    with pytest.raises(train.BadInput, match="a name is missing in 'attention, '"):
+        train.pattern("attention, ")
 
 
 def test_an_mlps_width_is_the_nearest_multiple_of_16():
