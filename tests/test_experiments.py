@@ -53,6 +53,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
 @pytest.mark.parametrize("argv, words", [
     (["--out", "README.md"], "--out README.md is no folder to write to"),
     (["--out", "/proc/no/folder"], "--out /proc/no/folder is no folder to write to"),
+    (["--out", "/proc"], "--out /proc is no folder to write to"),
     (["--only", "a,nonsense"], "--only: there is no 'nonsense', but a, b"), (["--only", ""], "--only: there is no ''"),
     (["--jobs", "0"], "--jobs must be at least 1"), (["--minutes", "0"], "--minutes must be above 0")])
 def test_flags_of_experiments_that_cannot_be(argv, words, capsys, monkeypatch):
@@ -62,10 +63,40 @@ def test_flags_of_experiments_that_cannot_be(argv, words, capsys, monkeypatch):
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_an_interrupted_experiment_ends_with_one_line(capsys):
-    lab.last_words(KeyboardInterrupt, KeyboardInterrupt(), None)
+@pytest.mark.parametrize("name", ["history", "hybrids", "recall_demos"])
+def test_only_the_models_that_were_named_are_trained(name):
+    experiment = importlib.import_module(name)
+    first, *_, last = experiment.MODELS
+    assert {cell["model"] for cell in experiment.cells(False)} == set(experiment.MODELS)
+    assert {cell["model"] for cell in experiment.cells(False, f"{last},{first}")} == {first, last}
+
+
+def test_the_small_setting_of_recall_shows_no_text_twice(monkeypatch):
+    """As many texts as are trained on, a quarter of them with fewer pairs."""
+    experiment, asked = importlib.import_module("recall_vs_state"), []
+
+    def packed(cells, **_):
+        asked.extend(cells)
+        yield
+        return [{"accuracy": 0.5, "ended": 9}] * len(cells)
+    monkeypatch.setattr(lab, "packed", packed)
+    cells = experiment.small_cells(["retnet"])
+    rows = finished(experiment.measure_small(cells))
+    assert len(rows) == len(cells)
+    assert rows[0]["state_bytes"] > 0 and (rows[0]["accuracy"], rows[0]["ended"]) == (0.5, 9)
+    for cell in asked:
+        counts = [int(task.split()[1]) for task in cell["task"].split(",")]
+        assert sum(counts) == cell["steps"] * cell["batch_size"] == 4 * counts[0]
+
+
+def test_an_interrupted_experiment_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", None)
+    lab.options("", ["--out", str(tmp_path)])
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert capsys.readouterr().err == (
         "interrupted: what is finished is kept, and the same command goes on from there\n")
+    sys.excepthook(ValueError, ValueError("all else is said as usual"), None)
+    assert "ValueError: all else is said as usual" in capsys.readouterr().err
 
 
 def peak(cell):
@@ -294,12 +325,13 @@ def test_a_pack_is_trained_as_train_py_would(flags):
 SETS = "set_disjointness:vocab_size=64:first={}:second={}"
 
 
-@pytest.mark.parametrize("flags", [
-    {"mixer": "ngram,attention", "task": "icll:length=64"},
-    {"mixer": "short_conv,jrt", "task": f"{SETS.format(4, 8)} 32, {SETS.format(8, 4)}"}], ids=lambda f: f["mixer"])
-def test_a_compiled_pack_is_trained_as_any(flags, monkeypatch, capsys):
+@pytest.mark.parametrize("flags, compiled", [
+    ({"mixer": "ngram,attention", "task": "icll:length=64"}, 1),
+    ({"mixer": "short_conv,jrt", "task": f"{SETS.format(4, 8)}:prompt=false 16, {SETS.format(4, 8)} 16, "
+                                         f"{SETS.format(8, 4)}"}, 2)], ids=["ngram", "jrt"])
+def test_a_compiled_pack_is_trained_as_any(flags, compiled, monkeypatch, capsys):
     """aot_eager: what the compiler would be given, without the compiler; and what it can't take is trained as usual.
-    Batches of the same shapes are compiled once."""
+    Batches of the same shapes are compiled once, but for those of another prefix."""
     cells = [PACK | flags | {"task": flags["task"] + " 32", "lr": lr, "seed": 0} for lr in (1e-3, 1e-2)]
     thetas = []
     for backend in ("", "aot_eager", "no such compiler"):
@@ -307,7 +339,7 @@ def test_a_compiled_pack_is_trained_as_any(flags, monkeypatch, capsys):
         pack = lab.Pack(cells, "cpu")
         before, _ = pack.theta.clone(), finished(pack.train())
         thetas.append(pack.theta)
-        assert pack.finite.tolist() == [6, 6] and len(pack.learners) == 1
+        assert pack.finite.tolist() == [6, 6] and len(pack.learners) == compiled
         assert ("not compiled" in capsys.readouterr().out) == (backend == "no such compiler")
     for theta in thetas[1:]:
         assert (theta - thetas[0]).norm() < 1e-3 * (thetas[0] - before).norm()

@@ -549,8 +549,11 @@ def test_only_a_page_of_its_own_is_written_over(tmp_path, capsys):
     mine.write_text("<!doctype html><p>my own notes")
     assert "name another file with -o" in refusal(capsys, "x y x", "--mixer", "gla", "-o", mine)
     assert mine.read_text().endswith("my own notes")
-    for _ in range(2):
-        explore.main(["x y x", "--mixer", "gla", "-o", str(page)])
+    pages = set()
+    for text in ("x y x", "another text"):
+        explore.main([text, "--mixer", "gla", "-o", str(page)])
+        pages.add(page.read_text())
+    assert len(pages) == 2
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -156,12 +156,44 @@ def test_each_tile_of_flash_hopper_is_taken_once(monkeypatch, heads, tiles, of_h
             assert max(work) < (1.01 if heads else 1.04) * sum(work) / programs
 
 
+@pytest.mark.parametrize("t, h, d, forward, backward", [
+    (2048, 16, 64, (132, 256, 33, 2), (132, 136, 33)), (2049, 16, 64, (88, 176, 0, 3), (132, 144, 33)),
+    (4096, 1, 64, (11, 22, 0, 3), (33, 33, 33)), (4800, 16, 64, (132, 400, 0, 3), (132, 312, 33)),
+    (6336, 16, 64, (131, 528, 0, 3), (132, 408, 33)), (300, 2, 64, (6, 6, 33, 2), (4, 4, 33)),
+    (8192, 4, 128, (128, 256, 0, 2), (130, 130, 33)), (8200, 6, 128, (132, 390, 0, 2), (198, 198, 1))])
+def test_programs_of_flash_hopper(monkeypatch, t, h, d, forward, backward):
+    """How many, for how many tiles, of how many heads at a time, in how many groups; two heads share keys and values,
+    which are of 128 tokens more. No program more than a device with 132 multiprocessors holds, nor than there are
+    tiles, or pairs of them where heads come one after the other. One less where the pairs of an odd number of tiles
+    would meet the same programs again and again. Backward, over long texts, each tile has its own."""
+    from kernels import flash_hopper as fh
+    launched = []
+
+    def note(kernel, grid, *args, **sizes):                                                  # tiles: the last of args
+        launched.append((*grid, args[-1], *(sizes[name] for name in ("HEADS", "GROUPS") if name in sizes)))
+    monkeypatch.setattr(fh, "run", note)
+    monkeypatch.setattr(fh, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(fh, "described", lambda x, *_: x)
+    monkeypatch.setattr(fh, "described_row", lambda x, *_: x)
+    q, k, L = torch.zeros(1, t, h, d), torch.zeros(1, t + 128, max(1, h // 2), d), torch.zeros(1, h, 8)
+    fh.forward(q, k, k.clone(), q.clone(), L, t, 0.1)
+    fh.backward(q, k, k.clone(), q.clone(), L, L.clone(), q.float(), k.clone(), k.clone(), t, 0.1)
+    assert launched == [forward, backward]
+
+
 def test_what_flash_hopper_does(monkeypatch):
     def done(major, dtype=torch.bfloat16, d=64, window=None):
         monkeypatch.setattr(flash_attention, "capability", lambda device: major)
         return flash_attention.on_hopper(torch.zeros(1, 8, 1, d, dtype=dtype), torch.zeros(1, 8, 1, 64), window)
     assert done(9) and done(9, d=128) and done(9, torch.float16, window=4096)
     assert not any((done(8), done(10), done(9, torch.float32), done(9, d=136), done(9, window=1024)))
+
+
+@pytest.mark.parametrize("major, window, copies", [(9, None, True), (9, 257, True), (9, 256, False), (10, None, True),
+                                                   (8, None, False), (8, 1000, False)])
+def test_where_blocks_are_copied_by_a_unit_of_the_device(monkeypatch, major, window, copies):
+    monkeypatch.setattr(flash_attention, "capability", lambda _: major)
+    assert flash_attention.copies_blocks(None, window) == copies
 
 
 @pytest.mark.skipif(not GPU, reason="programs of the interpreter run one after the other")
@@ -856,8 +888,8 @@ def test_what_a_test_makes_does_not_hinder_a_training():
     assert u.grad.shape == u.shape
 
 
-@pytest.mark.parametrize("t, taps, transformed", [(1000, 1000, 1024), (5000, 900, 1024), (3000, 3000, None),
-                                                  (3000, 5000, None)])
+@pytest.mark.parametrize("t, taps, transformed", [(1000, 1000, 1024), (1000, 3000, 1024), (5000, 900, 1024),
+                                                  (3000, 3000, None), (3000, 5000, None)])
 def test_fft_conv_on_a_device_with_less_memory(monkeypatch, recwarn, t, taps, transformed):
     """Long sequences in blocks, long filters by torch.fft."""
     with_the_memory_of_an_rtx_card(monkeypatch)
@@ -867,6 +899,14 @@ def test_fft_conv_on_a_device_with_less_memory(monkeypatch, recwarn, t, taps, tr
     assert fft_conv.length(u.float().to(DEVICE), min(t, taps)) == transformed
     check_kernel(fft_conv.fft_conv, fft_conv.reference, (u, K, pre), 1e-5, dtypes=[torch.float32])
     assert not recwarn
+
+
+@pytest.mark.parametrize("memory, in_16_bits, in_float32", [(232448, 8192, 2048), (166912, 4096, 2048),
+                                                            (101376, 2048, 1024), (16384, 0, 0)])
+def test_how_long_a_filter_a_program_has_the_memory_for(monkeypatch, memory, in_16_bits, in_float32):
+    """On an H100, an A100, an RTX card and one that there is not."""
+    monkeypatch.setattr(fft_conv, "shared_memory", lambda _: memory)
+    assert [fft_conv.longest(digits, None) for digits in ("16 bits", "float32")] == [in_16_bits, in_float32]
 
 
 def test_filters_too_long_for_a_program_are_torch_ffts(monkeypatch):

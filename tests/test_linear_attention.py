@@ -194,6 +194,12 @@ def test_rebased_is_the_square_of_normalised_q_and_k():
     check_close(phi(q) @ phi(k).mT, exact, 1e-10, "ReBased")
 
 
+def test_rebased_has_no_kernel():
+    """A kernel is the default in bfloat16, whose digits do not do for features that cancel where q . k is near 0."""
+    with pytest.raises(ValueError, match="has no form 'triton'"):
+        lesson.ReBasedAttention(32)(torch.zeros(1, 4, 32), "triton")
+
+
 def test_unknown_feature_maps_are_named():
     with pytest.raises(ValueError, match="unknown feature_map 'exp'; there are elu"):
         lesson.LinearAttention(32, feature_map="exp")

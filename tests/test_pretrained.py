@@ -322,14 +322,16 @@ def test_a_config_cut_short(capsys, tmp_path):
     ({"model_type": None}, "model_type = None"), ({"model_type": 7}, "model_type = 7"),
     ({"vocab_size": -1}, "vocab_size = -1"), ({"intermediate_size": -1}, "intermediate_size = -1"),
     ({"hidden_size": 32.0}, "hidden_size = 32.0"),
-    ({"rope_theta": -1}, "rope_theta = -1"), ({"eos_token_id": {}}, "eos_token_id = {}")])
+    ({"rope_theta": -1}, "rope_theta = -1"), ({"rope_theta": 0}, "rope_theta = 0"),
+    ({"eos_token_id": {}}, "eos_token_id = {}"), ({"eos_token_id": [1, "a"]}, "eos_token_id = [1, 'a']")])
 def test_a_config_that_is_not_done_or_does_not_fit(capsys, tmp_path, more, words):
     assert words in refused(capsys, small_folder(tmp_path, **more))
 
 
 @pytest.mark.parametrize("file, content", [("config.json", "null"), ("config.json", "[]"),
                                            ("generation_config.json", "null"),
-                                           ("model.safetensors.index.json", '{"weight_map": [1]}')])
+                                           ("model.safetensors.index.json", '{"weight_map": [1]}'),
+                                           ("model.safetensors.index.json", '{"weight_map": {"a": 1}}')])
 def test_a_file_that_holds_something_else(file, content, capsys, tmp_path):
     (small_folder(tmp_path) / file).write_text(content)
     line = refused(capsys, tmp_path)
@@ -339,9 +341,11 @@ def test_a_file_that_holds_something_else(file, content, capsys, tmp_path):
 def test_a_tokenizer_with_more_words_than_the_model(capsys, tmp_path):
     small_folder(tmp_path, small_weights() | {f"{name}.weight": torch.ones(10, WIDTH) for name in
                                               ("model.embed_tokens", "lm_head")}, vocab_size=10)
-    (tmp_path / "text.txt").write_text("w1 w2 w44")
-    for argv in (("--prompt", "w1 w44"), ("--text", tmp_path / "text.txt")):
-        assert "token 44 ('w44'), where the model has 10" in refused(capsys, tmp_path, *argv, "--device", "cpu")
+    for first in (10, 44):
+        (tmp_path / "text.txt").write_text(f"w1 w2 w{first}")
+        for argv in (("--prompt", f"w1 w{first}"), ("--text", tmp_path / "text.txt")):
+            line = refused(capsys, tmp_path, *argv, "--device", "cpu")
+            assert f"token {first} ('w{first}'), where the model has 10" in line
 
 
 def test_a_config_that_says_too_little(capsys, tmp_path):
@@ -360,6 +364,7 @@ def test_a_config_that_says_too_little(capsys, tmp_path):
     ("olmo_hybrid", {"layer_types": ["linear_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 12},
      "linear_value_head_dim = 12 is not done here: only 8 is"),
     ("qwen3_5", {"layer_types": ["sliding_attention"]}, "'sliding_attention' is not done here: full_attention and"),
+    ("qwen3_5", {"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim = 3 is not done here: only 4 is"),
     ("qwen3_5", {"linear_num_value_heads": 6}, "linear_num_value_heads = 6 is not done here: only 4 is"),
     ("qwen2", {"num_hidden_layers": 2, "layer_types": ["full_attention"]}, "does not fit together: IndexError")])
 def test_what_a_family_may_ask_for_and_a_mixer_cannot_do(family, more, words):
@@ -381,11 +386,14 @@ def test_olmo_hybrid_knows_no_positions_where_the_base_is_null(said, turns):
 
 
 def test_qwen3_5_without_a_list_of_layers():
-    """Every fourth layer is attention, and a quarter of a head's numbers turn, where the config says nothing."""
+    """Every fourth layer is attention, a quarter of a head's numbers turn, and the head is one of its own, where the
+    config says nothing."""
     config = QWEN | {"rms_norm_eps": 1e-6, "num_hidden_layers": 8}
     model, _ = pretrained.build(pretrained.Config(config, model_type="qwen3_5"))
     assert [next(iter(layer)) for layer in model.layers] == (3 * ["delta"] + ["attention"]) * 2
-    assert len(model.layers[3]["attention"].part.theta) == QWEN["head_dim"] // 4 // 2
+    assert len(model.layers[3]["attention"].part.theta) == QWEN["head_dim"] // 4 // 2 and model.head is not None
+    model, _ = pretrained.build(pretrained.Config(config, model_type="qwen3_5", partial_rotary_factor=0.5))
+    assert len(model.layers[3]["attention"].part.theta) == QWEN["head_dim"] // 2 // 2
 
 
 def test_a_weight_too_many(capsys, tmp_path):
@@ -451,7 +459,8 @@ def test_arguments_out_of_range(capsys, tmp_path):
     assert "--n_tokens must be at least 1" in refused(capsys, folder, "--n_tokens", 0)
     for temperature in (-1, "nan", "inf"):
         assert "--temperature must be" in refused(capsys, folder, "--temperature", temperature)
-    assert "--seed must be" in refused(capsys, folder, "--seed", 10 ** 23)
+    for seed in (-1, 10 ** 23):
+        assert "--seed must be" in refused(capsys, folder, "--seed", seed)
     assert "--nonsense" in refused(capsys, folder, "--nonsense")
     assert "--device" in refused(capsys, folder, "--device", "abacus")
     assert "no <|im_start|>" in refused(capsys, folder, "--chat", "--device", "cpu")

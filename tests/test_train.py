@@ -330,7 +330,10 @@ def test_a_run_does_not_change_its_optimizer(text, tmp_path, capsys):
     ("--mixer attention,", "a name is missing in 'attention,'"), ("--lr inf", "a number above 0"),
     ("--mlp 0.1 --d_model 16", "--mlp 0.1 .* is no width"), ("--mixer gated_rfa:tau=0", "tau must be above 0"),
     ("--mixer lru:r_max=3", "r_min .* r_max"), ("--mixer rwkv6:depth=3", "depth must be from 0"),
-    ("--mixer rwkv4:depth=-1", "depth must be from 0"), ("--data=", "--data : no such file or folder")])
+    ("--mixer rwkv4:depth=-1", "depth must be from 0"), ("--mixer rwkv7:depth=3", "depth must be from 0"),
+    ("--mixer lru:r_min=1", "r_min = 1 and r_max = 1.0"), ("--mixer lru:r_min=-0.5", "r_min = -0.5"),
+    pytest.param("--mixer lru:max_phase=" + 400 * "9", "int too (big|large)", id="400 digits"),
+    ("--data=", "--data : no such file or folder"), ("--task induction --data=", "makes its own data")])
 def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
     assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
 
@@ -357,6 +360,25 @@ def test_a_folder_without_text_is_refused(capsys, tmp_path):
 def test_options_are_read_as_what_they_are():
     assert train.look_up("attention: rope = false", "mixer", train.from_lessons("MIXERS"))[1] == {"rope": False}
     assert train.look_up("performer:m=8", "mixer", train.from_lessons("MIXERS"))[1] == {"m": 8}
+    options = train.look_up("attention:window=none:qk_norm=1", "mixer", train.from_lessons("MIXERS"))[1]
+    assert options == {"window": None, "qk_norm": 1}
+
+
+def test_a_class_has_its_own_defaults_and_its_bases():
+    options = train.options_of(train.from_lessons("MIXERS")["window"])
+    assert options["window"] == 64 and options["rope"] is True
+
+
+def test_spaces_around_a_name_in_a_list_of_mixers_do_not_count():
+    assert train.pattern("window , attention") == train.pattern("window,attention")
+    with pytest.raises(train.BadInput, match="griffin is a pattern of layers"):
+        train.pattern("attention, griffin")
+    with pytest.raises(train.BadInput, match="a name is missing in 'attention, '"):
+        train.pattern("attention, ")
+
+
+def test_an_mlps_width_is_the_nearest_multiple_of_16():
+    assert [train.hidden(mlp, d_model) for mlp, d_model in ((8 / 3, 64), (8 / 3, 128), (0.1, 16))] == [176, 336, 0]
 
 
 def test_no_seed_trains_on_what_is_held_out(tmp_path, monkeypatch):
