@@ -502,7 +502,7 @@ class LRU(StateSpace):
     def __init__(self, d_model, n_heads=None, n_state=16, r_min=0.0, r_max=1.0, max_phase=2 * math.pi):
         super().__init__()
         if not 0 <= r_min < r_max <= 1:
-            raise ValueError(f"the radius of a starts between r_min = {r_min} and r_max = {r_max}: within 0 and 1")
+            raise ValueError(f"0 <= r_min < r_max <= 1 must hold, not r_min = {r_min} and r_max = {r_max}")
         self.channels, self.n_state = d_model, n_state
         radius2 = torch.rand(d_model, n_state) * (r_max ** 2 - r_min ** 2) + r_min ** 2
         self.nu = nn.Parameter((-0.5 * radius2.log()).log())

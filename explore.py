@@ -32,6 +32,7 @@ import train
 from train import BadInput
 
 PAGE = train.ROOT / "docs" / "explore"
+TITLE = "<title>Y = M V</title>"      # of docs/explore/page.html: whatever has it is a page of this script's
 BUDGET = 4_300_000      # characters of the page that matrices may take; with everything else it stays below 5 MB
 ENTRIES = 2 ** 27       # of all matrices together: a selective mixer needs up to half a microsecond, 200 bytes for each
 LIKELIEST = 5           # next tokens that are listed at every place
@@ -441,7 +442,7 @@ def write(html, out):
     try:
         if not out:
             path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file() and path.read_bytes()[:200] != html.encode()[:200]:
+        if out and path.is_file() and TITLE not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
             raise BadInput(f"{path} is there, and no page of explore.py's: name another file with -o, or move it away")
         train.write_atomically(path, html.encode())
     except OSError as e:

@@ -58,6 +58,7 @@ PROMPT = "The old lighthouse stood at the edge of the sea, and every night"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+# Of a config: what has to be a whole number, a number, an object, where it is there.
 SIZES = set("""vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim n_embd n_head
     n_layer n_inner n_positions intermediate_size state_size expand num_heads attention_window_size sliding_window
     linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim
@@ -84,6 +85,8 @@ class Config(dict):
             for key in kinds & set(self):
                 if self[key] is not None and not right(self[key]):
                     raise BadInput(f"{key} = {self[key]!r} in the config: {needed} is needed")
+        for key in OBJECTS & set(self):
+            Config({"model_type": "a part"} | (self[key] or {})).check()
         if not isinstance(self["model_type"], str):
             raise BadInput(f"model_type = {self['model_type']!r} in the config: the name of a family is needed")
         ends = self.get("eos_token_id")
@@ -667,8 +670,9 @@ def read_folder(folder):
                 weights |= {name: partial(read_tensor, path, name) for name in file.keys()}        # noqa: SIM118
         except (OSError, safetensors.SafetensorError) as e:
             raise BadInput(f"cannot read {path}, or it was cut short: {e}") from e
-    if config.get("model_type") in ("qwen3_5", "qwen3_5_text"):            # the first sees pictures, too: its text half
-        config = Config(config | config.get("text_config", {}) | {"model_type": "qwen3_5"})
+    config.check()
+    if config["model_type"] in ("qwen3_5", "qwen3_5_text"):                # the first sees pictures, too: its text half
+        config = Config(config | (config.get("text_config") or {}) | {"model_type": "qwen3_5"})
     generation = folder / "generation_config.json"
     if generation.exists() and "eos_token_id" in (more := read_json(generation)):
         config["eos_token_id"] = more["eos_token_id"]

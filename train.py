@@ -140,12 +140,16 @@ def look_up(spec, kind, known):
         with suppress(ValueError, SyntaxError):
             options[key] = ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
         default, given = options_of(known[name])[key], options[key]
+        # Where the default is None it says nothing of the type: most such options are whole numbers.
         of_none = {"qk_norm": (int, float), "theta": (tuple, list), "init": (type(given),)}.get(key, (int,))
         allowed = {int: (int,), bool: (bool,), float: (int, float), str: (str,)}.get(type(default), of_none)
         if type(given) not in allowed and not given is default is None:
             raise BadInput(f"{kind} {name!r}: {key} must be {allowed[-1].__name__} (default {default}), not {value!r}")
-        if (type(default) is int and default >= 1 or default is None) and type(given) is int and given < 1:
-            raise BadInput(f"{kind} {name!r}: {key} must be at least 1, not {given}")
+        if (type(default) is int and default >= 1 or of_none == (int,) and default is None) and given is not None:
+            if given < 1:
+                raise BadInput(f"{kind} {name!r}: {key} must be at least 1, not {given}")
+        if key == "qk_norm" and given is not None and not 0 <= given < math.inf:
+            raise BadInput(f"{kind} {name!r}: {key} must be a number, and at least 0, not {given}")
     return known[name], options
 
 
@@ -162,7 +166,8 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * value)
 
 
-def hidden(mlp, d_model):
+def mlp_width(mlp, d_model):
+    """The multiple of 16 that is nearest to mlp times the model's width."""
     return round(mlp * d_model / 16) * 16
 
 
@@ -174,7 +179,7 @@ class Block(nn.Module):
         self.mixer, self.norm = mixer, nn.LayerNorm(d_model, bias=False)
         self.form = form if form in mixer.forms else None                    # None: the fastest
         norm = nn.LayerNorm(d_model, bias=False)
-        self.mlp = nn.Sequential(norm, SwiGLU(d_model, hidden(mlp, d_model))) if mlp else None
+        self.mlp = nn.Sequential(norm, SwiGLU(d_model, mlp_width(mlp, d_model))) if mlp else None
 
     def inputs(self, extras):
         return {name: extras[name] for name in getattr(self.mixer, "reads", ()) if name in extras}
@@ -903,7 +908,7 @@ def parse(argv):
                 raise BadInput(f"--{name} must be at least {low} and below {end}, not {getattr(args, name)}")
     if args.n_layers < length:
         raise BadInput(f"--n_layers {args.n_layers} cuts --mixer {args.mixer} off: it is a pattern of {length} layers")
-    if args.mlp and hidden(args.mlp, args.d_model) == 0:
+    if args.mlp and mlp_width(args.mlp, args.d_model) == 0:
         raise BadInput(f"--mlp {args.mlp} of --d_model {args.d_model} is no width: at least 16, or 0 for no MLP")
     if args.enough is not None and (args.task == "text" or not 0 < args.enough <= 1):
         raise BadInput(f"--enough {args.enough}: the accuracy above 0, at most 1, at which a task ends (text has none)")

@@ -39,7 +39,7 @@ def options(doc, argv=None, **more):
         p.add_argument(f"--{name}", help=what[0] if name in known else what)
     args = p.parse_args(argv)
     for name, names in known.items():
-        for given in (getattr(args, name) or "").split(",") if getattr(args, name) is not None else ():
+        for given in getattr(args, name).split(",") if getattr(args, name) is not None else ():
             if given not in names:
                 p.error(f"--{name}: there is no {given!r}, but {', '.join(names)}")
     for name in ("jobs", "steps", "cells"):

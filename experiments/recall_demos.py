@@ -37,8 +37,8 @@ def cells(quick, only=None):
         lrs, seeds, pairs, models, n = (1e-2,), (0,), PAIRS[:1], list(MODELS)[:2], (8000, 500)
     return [{"question": question, "pairs": k, "model": model, "mixer": MODELS[model],
              "task": f"{task(k)} {n[0]}", "test": f"{task(k)} {n[1]}", "batch_size": 64 * (k if question == ONE else 1)}
-            | common | {"lr": lr, "seed": seed} for k in pairs for model in models
-            if not only or model in only.split(",") for question, task in TASKS.items() for seed in seeds for lr in lrs]
+            | common | {"lr": lr, "seed": seed} for k in pairs for model in (only.split(",") if only else models)
+            for question, task in TASKS.items() for seed in seeds for lr in lrs]
 
 
 def beside_text():

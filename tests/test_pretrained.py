@@ -322,7 +322,9 @@ def test_a_config_cut_short(capsys, tmp_path):
     ({"model_type": None}, "model_type = None"), ({"model_type": 7}, "model_type = 7"),
     ({"vocab_size": -1}, "vocab_size = -1"), ({"intermediate_size": -1}, "intermediate_size = -1"),
     ({"hidden_size": 32.0}, "hidden_size = 32.0"),
-    ({"rope_theta": -1}, "rope_theta = -1"), ({"rope_theta": 0}, "rope_theta = 0"),
+    ({"rope_theta": -1}, "rope_theta = -1"), ({"rope_parameters": {"rope_theta": -3}}, "rope_theta = -3"),
+    ({"model_type": "qwen3_5", "text_config": "x"}, "text_config = 'x'"),
+    ({"model_type": "qwen3_5", "text_config": None}, "says nothing of"), ({"rope_theta": 0}, "rope_theta = 0"),
     ({"eos_token_id": {}}, "eos_token_id = {}"), ({"eos_token_id": [1, "a"]}, "eos_token_id = [1, 'a']")])
 def test_a_config_that_is_not_done_or_does_not_fit(capsys, tmp_path, more, words):
     assert words in refused(capsys, small_folder(tmp_path, **more))

@@ -333,6 +333,8 @@ def test_a_run_does_not_change_its_optimizer(text, tmp_path, capsys):
     ("--mixer rwkv4:depth=-1", "depth must be from 0"), ("--mixer rwkv7:depth=3", "depth must be from 0"),
     ("--mixer lru:r_min=1", "r_min = 1 and r_max = 1.0"), ("--mixer lru:r_min=-0.5", "r_min = -0.5"),
     pytest.param("--mixer lru:max_phase=" + 400 * "9", "int too (big|large)", id="400 digits"),
+    ("--mixer attention:qk_norm=-1", "qk_norm must be a number, and at least 0"),
+    ("--mixer attention:qk_norm=-1.0", "at least 0"),
     ("--data=", "--data : no such file or folder"), ("--task induction --data=", "makes its own data")])
 def test_bad_flags_are_refused(flags, message, capsys, tmp_path):
     assert re.search(message, refusal([*SMALL, "--steps", "1", *flags.split()], capsys))
@@ -378,7 +380,7 @@ def test_spaces_around_a_name_in_a_list_of_mixers_do_not_count():
 
 
 def test_an_mlps_width_is_the_nearest_multiple_of_16():
-    assert [train.hidden(mlp, d_model) for mlp, d_model in ((8 / 3, 64), (8 / 3, 128), (0.1, 16))] == [176, 336, 0]
+    assert [train.mlp_width(mlp, d_model) for mlp, d_model in ((8 / 3, 64), (8 / 3, 128), (0.1, 16))] == [176, 336, 0]
 
 
 def test_no_seed_trains_on_what_is_held_out(tmp_path, monkeypatch):
