@@ -176,17 +176,19 @@ def recurrent(q, k, v, g=None, state=None):
 def triton(q, k, v, g=None, state=None, beta=None):
     """The same as one kernel, on a GPU: kernels/linear_attention.py; kernels/gla.py for a decay of each channel;
     kernels/step.py for a single token. q and k are brought to v's dtype, which may be of 16 bits. beta: a factor of v,
-    (b, h, t, 1), where the decay is none of each channel."""
+    (b, h, t, 1)."""
     from kernels.gla import gla
     from kernels.linear_attention import linear_attention
     from kernels.step import linear_step
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    if q.shape[2] == 1 and state is not None and not torch.is_grad_enabled():
+    q, k, vector = q.to(v.dtype), k.to(v.dtype), g is not None and g.shape[-1] > 1
+    single = q.shape[2] == 1 and state is not None and not torch.is_grad_enabled()
+    if beta is not None and (single or vector):                                      # these two kernels know no factor
+        v, beta = (v * beta).to(v.dtype), None
+    if single:
         q, k = (x.expand(-1, v.shape[1], -1, -1) for x in (q, k))                    # shared by the heads in Mamba-2
-        v = v if beta is None else (v * beta).to(v.dtype)
         o, state = linear_step(*(x[:, :, 0] for x in (q, k, v)), None if g is None else g[:, :, 0], state)
         return o[:, :, None], state
-    return linear_attention(q, k, v, g, state, beta) if g is None or g.shape[-1] == 1 else gla(q, k, v, g, state)
+    return gla(q, k, v, g, state) if vector else linear_attention(q, k, v, g, state, beta)
 
 
 FORMS = {"chunked": chunked, "parallel": parallel, "recurrent": recurrent, "triton": triton}

@@ -6,10 +6,10 @@
 Unrolled, y = K * u with K_l = Re(C a^l b): the same a at all times makes M a Toeplitz matrix, one row shifted along. A
 convolution by FFT trains it in t log t. The loop generates with a state that does not grow. And as a step h -> a_1 h +
 b_1 followed by h -> a_2 h + b_2 is again such a step, a scan finds all states in log t rounds. DSS, S4D, LRU, EMA and
-S5 differ in a, b and C. A Toeplitz M cannot look at the content: gates before and after (GSS, H3, Hyena)
-make M_ts = q_t K_{t-s} k_s, and letting a, b, C depend on the token (Mamba, RG-LRU, QRNN, SRU) gives up the convolution
-and keeps the scan: a diagonal mixer is a selective one whose a, b, C ignore the token, and only then is there a K.
-Why a state of few numbers can remember a long past at all is HiPPO's, LSSL's and S4's part, below.
+S5 differ in a, b and C. A Toeplitz M cannot look at the content. Gates before and after (GSS, H3, Hyena) make M_ts =
+q_t K_{t-s} k_s. Letting a, b, C depend on the token (Mamba, RG-LRU, QRNN, SRU) gives up the convolution and keeps the
+scan: a diagonal mixer is a selective one whose a, b, C ignore the token, and only then is there a K. Why a state of few
+numbers can remember a long past at all is HiPPO's, LSSL's and S4's part, below.
 
 Papers  [G20] Gu et al. 2020, HiPPO  arXiv:2008.07669         [G21]  Gu et al. 2021, LSSL  arXiv:2110.13985
         [G22] Gu et al. 2022, S4  arXiv:2111.00396            [G22b] Gu et al. 2022, S4D  arXiv:2206.11893
@@ -1206,11 +1206,11 @@ class SGConv(FromKernel):
 
 
 class Hyena(Gated, FromKernel):
-    """Hyena of order 2 [P23, section 3], with one long convolution as in the authors' code (by the paper's recurrence
-    there would be another one, on v): q * (K * (k * v)), K an MLP with sine activations of the position i, times an
+    """Hyena of order 2 [P23, section 3]: q * (K * (k * v)), K an MLP with sine activations of the position i, times an
     exponential window whose speed differs from channel to channel. The MLP reads i / (L - 1), L = max_len, and the real
     and imaginary parts of e^{-2 pi f i / L} for n_bands frequencies f from 1e-4 to n_bands - 1 (16, as in the authors'
-    configuration for the Pile). No system stands behind K; positions go up to max_len."""
+    configuration for the Pile). No system stands behind K; positions go up to max_len. As in the authors' code there is
+    one long convolution; by the paper's recurrence there would be another one, on v."""
 
     def __init__(self, d_model, n_heads=None, max_len=1024, d_filter=64, n_bands=16, frequency=14.0):
         super().__init__()

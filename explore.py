@@ -442,7 +442,7 @@ def write(html, out):
     try:
         if not out:
             path.parent.mkdir(parents=True, exist_ok=True)
-        if out and path.is_file() and TITLE not in path.read_text(encoding="utf-8", errors="replace")[:2000]:
+        if out and path.is_file() and TITLE not in path.read_bytes()[:2000].decode(errors="replace"):
             raise BadInput(f"{path} is there, and no page of explore.py's: name another file with -o, or move it away")
         train.write_atomically(path, html.encode())
     except OSError as e:

@@ -340,6 +340,17 @@ def test_linear_attention_with_a_factor_of_what_is_written(monkeypatch, segments
     check_kernel(linear_attention.linear_attention, expanded, (q, k, v, g, S, beta), 1e-4, 0.1)      # for g's gradient
 
 
+@pytest.mark.parametrize("kind, t", [("scalar", 9), ("vector", 9), ("scalar", 1), ("vector", 1)])
+def test_the_lessons_kernel_takes_a_factor_with_every_decay(kind, t):
+    """Many tokens and a single one, for which there are kernels that know no factor: it is then in the values."""
+    q, k, v, S = (x.float() for x in random((1, 2, t, 16), (1, 2, t, 16), (1, 2, t, 16), (1, 2, 16, 16)))
+    g, beta = gate(kind, 1, 2, t, 16, strength=WEAK).float(), random((1, 2, t, 1), seed=3)[0].sigmoid().float()
+    with torch.no_grad():
+        for a, b in zip(linear.triton(*(x.to(DEVICE) for x in (q, k, v, g, S, beta))),
+                        linear.recurrent(q, k, beta * v, g, S), strict=True):
+            check_close(a.cpu(), b, 1e-4, "a factor")
+
+
 def test_a_factor_of_what_is_written_costs_no_digits():
     """The gradient of Mamba-2's dt in 16 bits is nearer than with the factor in the values, which are rounded once more
     then. And what is rounded here is rounded alike in dk and dq, from whose difference a decay's gradient comes."""
